@@ -1,0 +1,25 @@
+//! `agentrt._core`: converts arguments, maps errors, delegates to `runtime_core` and `replay`.
+//!
+//! One file per room: each registers its classes and functions in the module below.
+#![deny(unsafe_code)]
+
+use pyo3::prelude::*;
+
+/// Version, build profile and compiler options of the extension, for benchmarks and bug reports.
+#[pyfunction]
+fn build_info() -> String {
+    format!("agentrt {} ({})", env!("CARGO_PKG_VERSION"), env!("AGENTRT_PROFILE"))
+}
+
+/// True in a build without optimisation.
+#[pyfunction]
+fn is_debug_build() -> bool {
+    cfg!(debug_assertions)
+}
+
+/// The extension module.
+#[pymodule(gil_used = false)]
+mod _core {
+    #[pymodule_export]
+    use super::{build_info, is_debug_build};
+}

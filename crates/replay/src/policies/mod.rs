@@ -1,0 +1,1 @@
+//! Baselines, the optimum, the oracles and the adapter to agentrt's own policy.

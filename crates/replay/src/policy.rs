@@ -1,0 +1,55 @@
+//! The trait that every cache policy of the replay implements.
+//!
+//! Order of events for one call: [`call_start`](CachePolicy::call_start) (its resident prefix is pinned already),
+//! [`evict`](CachePolicy::evict) if room is needed, [`inserted`](CachePolicy::inserted), later - other calls may
+//! start and finish in between - `evict` again if room is needed for the output, then
+//! [`call_finish`](CachePolicy::call_finish), after which its blocks are unpinned.
+
+use crate::pool::Pool;
+
+/// What a policy may know of a call.
+#[derive(Clone, Copy, Debug)]
+pub struct CallView<'a> {
+    /// Index into `Trace::calls`; for oracles and bookkeeping.
+    pub call: u32,
+    /// Session of the call.
+    pub session: u32,
+    /// Agent of the call.
+    pub agent: u16,
+    /// Position of the call in its session.
+    pub step: u32,
+    /// Time of this event in microseconds.
+    pub time_us: u64,
+    /// The prompt's full blocks, root first.
+    pub prompt: &'a [u32],
+    /// How many leading blocks of `prompt` were resident when the call started.
+    pub hit: usize,
+    /// Prompt length in tokens.
+    pub prompt_tokens: u32,
+    /// Tool that runs after this call; known at the finish only, `None` before.
+    pub tool: Option<u16>,
+}
+
+/// A cache policy: hears of calls, names victims.
+pub trait CachePolicy: Send {
+    /// A call starts. `call.prompt[..call.hit]` is resident and pinned, the rest is about to be inserted.
+    fn call_start(&mut self, call: &CallView<'_>, pool: &Pool);
+
+    /// Evicts `n` blocks from `pool`, fewer only where nothing else is evictable.
+    ///
+    /// Use [`Pool::evict`]; it refuses pinned blocks and blocks with resident children.
+    fn evict(&mut self, n: usize, now_us: u64, pool: &mut Pool);
+
+    /// `blocks` (root first, a chain) entered the pool, pinned: missing prompt blocks, or the output at the finish.
+    fn inserted(&mut self, call: &CallView<'_>, blocks: &[u32], pool: &Pool);
+
+    /// A call has finished. `output` holds the blocks of its answer, now resident; `released` holds the
+    /// blocks of prompt and output, root first, that no running call uses any more.
+    fn call_finish(&mut self, call: &CallView<'_>, output: &[u32], released: &[u32], pool: &Pool);
+
+    /// A call too large for the pool ran without the cache.
+    fn call_bypassed(&mut self, _call: &CallView<'_>) {}
+
+    /// The session has made its last call. Only policies that are *given* this hint use it.
+    fn session_end(&mut self, _session: u32, _now_us: u64) {}
+}

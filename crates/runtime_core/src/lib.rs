@@ -1,0 +1,1 @@
+//! Learned, lock-free state and policies of agentrt: observe, score, predict, act.
