@@ -129,6 +129,18 @@ impl SessionView {
         }
     }
 
+    /// Replaces the estimated call times by the true ones.
+    pub(crate) fn foretell(&mut self, starts: &super::FutureStarts) {
+        for (f, &at) in self.f.iter_mut().zip(starts) {
+            let x = if at == u64::MAX { f32::INFINITY } else { at.saturating_sub(self.now_us) as f32 / 1e6 };
+            let mut t0 = 0.0;
+            for (f, &t) in f.iter_mut().zip(&self.t) {
+                *f = ((t - x) / (t - t0)).clamp(0.0, 1.0);
+                t0 = t;
+            }
+        }
+    }
+
     /// P(first reuse at the session's i-th next call) for a segment of `lane` with hit rates `r`.
     pub(crate) fn reuse(&self, lane: u32, r: [f32; 3]) -> [f32; STEPS] {
         let mut c = [0.0; STEPS];
@@ -143,7 +155,7 @@ impl SessionView {
         c
     }
 
-    pub(crate) fn score(&self, c: &[f32; STEPS], shared: &[f32; A], age_us: u64, horizon: Option<f32>) -> f32 {
+    pub(crate) fn score(&self, c: &[f32; STEPS], shared: &[f32; A], age_us: u64, horizon: Option<f32>, shared_at: Option<f32>) -> f32 {
         let mut cum = [0.0f32; A + 1];
         for b in 0..A {
             cum[b + 1] = cum[b] - (1.0 - shared[b]).ln();
@@ -167,7 +179,10 @@ impl SessionView {
             for i in 0..STEPS {
                 own += c[i] * self.f[i][j];
             }
-            let foreign = (h0 - at(age_s + self.t[j])).exp();
+            let foreign = match shared_at {
+                Some(at) => f32::from(u8::from(at > self.t[j])),
+                None => (h0 - at(age_s + self.t[j])).exp(),
+            };
             let p = 1.0 - (1.0 - own) * foreign;
             held += (self.t[j] - t0) * (1.0 - 0.5 * (p + before));
             t0 = self.t[j];

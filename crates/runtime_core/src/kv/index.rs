@@ -85,7 +85,10 @@ fn mix(key: u64) -> u64 {
 
 impl Index {
     pub(crate) fn new(pool_blocks: usize) -> Self {
-        let n_segments = (pool_blocks / 10).max(pool_blocks.min(1024)).max(16);
+        Self::with_segments(pool_blocks, (pool_blocks / 10).max(pool_blocks.min(1024)).max(16))
+    }
+
+    pub(crate) fn with_segments(pool_blocks: usize, n_segments: usize) -> Self {
         let slots = (pool_blocks.max(8) * 2).next_power_of_two();
         let blocks = (0..pool_blocks as u32)
             .map(|i| Block { key: 0, parent: if i + 1 == pool_blocks as u32 { NONE } else { i + 1 }, segment: NONE })
@@ -154,7 +157,7 @@ impl Index {
     pub(crate) fn find_after(&self, hint: u32, key: u64) -> u32 {
         if let Some(block) = self.blocks.get(hint.wrapping_add(1) as usize) {
             if block.key == key && block.segment != NONE {
-                return hint + 1;
+                return hint.wrapping_add(1);
             }
         }
         self.find(key)

@@ -295,12 +295,30 @@ impl Sharing {
             self.ends[class].iter_mut().for_each(|x| *x *= 0.5);
         }
     }
-    /// Hazard per age bucket.
-    pub(crate) fn hazards(&self, class: usize, out: &mut [f32; A]) {
-        let mut at_risk: f32 = self.events[class].iter().chain(&self.ends[class]).sum();
+    /// Hazard per age bucket: pooled over private or shared segments, then the class.
+    pub(crate) fn hazards(&self, class: usize, cfg: &super::Config, out: &mut [f32; A]) {
+        let group = if !cfg.sharing_classes { class..class + 1 } else if class < 4 { 0..4 } else { 4..S };
+        let (mut d, mut n) = ([0.0f32; A], [0.0f32; A]);
+        let mut risk = 0.0;
+        for b in (0..A).rev() {
+            for c in group.clone() {
+                d[b] += self.events[c][b];
+                risk += self.events[c][b] + self.ends[c][b];
+            }
+            n[b] = risk;
+        }
         for b in 0..A {
-            out[b] = ((self.events[class][b] + 0.02) / (at_risk + 1.0)).min(0.95);
-            at_risk -= self.events[class][b] + self.ends[class][b];
+            out[b] = (d[b] + 0.001) / (n[b] + 1.0);
+        }
+        if cfg.sharing_classes {
+            let mut risk = 0.0;
+            for b in (0..A).rev() {
+                risk += self.events[class][b] + self.ends[class][b];
+                out[b] = (self.events[class][b] + 4.0 * out[b]) / (risk + 4.0);
+            }
+        }
+        for x in out {
+            *x = x.min(0.95);
         }
     }
 }

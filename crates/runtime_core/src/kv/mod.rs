@@ -24,7 +24,29 @@ pub struct Config {
     pub sharing_classes: bool,
     pub followers: bool,
     pub robust: bool,
+    /// Respects in which the future is known; offline studies only.
+    pub oracle: Oracle,
 }
+
+/// Which of the given [`Hint`]s are believed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Oracle {
+    pub content: bool,
+    pub time: bool,
+    pub sharing: bool,
+}
+
+/// The future of one block at the moment of its use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hint {
+    /// Number of the session's call that uses it next, `u32::MAX` for none.
+    pub next_step: u32,
+    /// When another session uses it, `u64::MAX` for never.
+    pub shared_us: u64,
+}
+
+/// The starts of the session's next calls, `u64::MAX` for none.
+pub type FutureStarts = [u64; chain::STEPS];
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -38,6 +60,7 @@ impl Default for Config {
             sharing_classes: true,
             followers: true,
             robust: true,
+            oracle: Oracle::default(),
         }
     }
 }
@@ -112,6 +135,8 @@ pub struct KvCache {
     evict_interval_us: f32,
     last_evict_us: u64,
     pool_blocks: usize,
+    hints: Vec<Hint>,
+    starts: Vec<FutureStarts>,
 }
 
 impl KvCache {
@@ -147,7 +172,27 @@ impl KvCache {
             evict_interval_us: 1e4,
             last_evict_us: 0,
             pool_blocks,
+            hints: Vec::new(),
+            starts: Vec::new(),
         }
+        .with_hints()
+    }
+
+    fn with_hints(mut self) -> Self {
+        if self.cfg.oracle != Oracle::default() {
+            self.index = Index::with_segments(self.pool_blocks, self.pool_blocks.max(1024));
+            self.hints = vec![Hint { next_step: u32::MAX, shared_us: u64::MAX }; self.pool_blocks.max(1024)];
+        }
+        self
+    }
+
+    /// Gives an oracle the starts of the session's next calls.
+    pub fn foretell(&mut self, session: u64, starts: FutureStarts) {
+        let s = self.session_slot(session) as usize;
+        if self.starts.len() <= s {
+            self.starts.resize(s + 1, [u64::MAX; chain::STEPS]);
+        }
+        self.starts[s] = starts;
     }
 
     fn silent_remove(&mut self, s: u32) {
@@ -264,7 +309,7 @@ impl KvCache {
     }
 
     /// A call starts. Returns the number of leading resident blocks.
-    pub fn call_started(&mut self, call: u64, session: u64, agent: u16, now_us: u64, keys: &[u64]) -> usize {
+    pub fn call_started(&mut self, call: u64, session: u64, agent: u16, now_us: u64, keys: &[u64], hints: &[Hint]) -> usize {
         self.now_us = self.now_us.max(now_us);
         let now = self.now_us;
         self.label_silent();
@@ -318,7 +363,7 @@ impl KvCache {
             parent = slot;
         }
         let hit = self.path.len();
-        self.touch(lane, s, now, keys.len());
+        self.touch(lane, s, now, keys.len(), hints);
         self.lanes[lane as usize].calls += 1;
         let tail = self.path.last().copied().unwrap_or(NONE);
         if tail != NONE {
@@ -348,7 +393,7 @@ impl KvCache {
         self.queue_if_leaf(seg);
     }
 
-    fn touch(&mut self, lane: u32, s: u32, now: u64, prompt_len: usize) {
+    fn touch(&mut self, lane: u32, s: u32, now: u64, prompt_len: usize, hints: &[Hint]) {
         let lane_agent = self.lanes[lane as usize].agent as usize;
         let calls = self.lanes[lane as usize].calls;
         // Content votes: every segment of the lane, used or not.
@@ -368,7 +413,11 @@ impl KvCache {
         while at < self.path.len() {
             let seg = self.index.blocks[self.path[at] as usize].segment;
             let old = *self.index.seg(seg);
-            let used = (self.path.len() - at).min(old.len as usize);
+            let mut used = (self.path.len() - at).min(old.len as usize);
+            if !hints.is_empty() {
+                used = hints[at..at + used].iter().take_while(|&h| *h == hints[at]).count();
+                self.hints[seg as usize] = hints[at];
+            }
             let own = old.lane == lane;
             let same_session = self.lanes[old.lane as usize].session == s;
             if own {
@@ -385,6 +434,9 @@ impl KvCache {
                 let lower = self.index.split(seg, tail, used as u32);
                 assert!(lower != NONE, "segments exhausted");
                 self.lane_link(lower, old.lane);
+                if !hints.is_empty() {
+                    self.hints[lower as usize] = hints.get(at + used).copied().unwrap_or(Hint { next_step: u32::MAX, shared_us: u64::MAX });
+                }
             }
             if !own {
                 self.lane_unlink(seg);
@@ -412,7 +464,8 @@ impl KvCache {
             // Join with the piece above where nothing tells them apart any more.
             if previous != NONE {
                 let (up, low) = (*self.index.seg(previous), *self.index.seg(seg));
-                let same = up.children == 1
+                let same = (hints.is_empty() || self.hints[previous as usize] == self.hints[seg as usize])
+                    && up.children == 1
                     && up.pins == 0
                     && up.class == low.class
                     && up.touches.min(5) == low.touches.min(5)
@@ -438,12 +491,12 @@ impl KvCache {
     }
 
     /// Blocks that follow what the call has so far entered the pool.
-    pub fn stored(&mut self, call: u64, keys: &[u64], output: bool) {
+    pub fn stored(&mut self, call: u64, keys: &[u64], hints: &[Hint], output: bool) {
         let Some(r) = self.running.iter().position(|r| r.call == call) else { return };
         let run = self.running[r];
         let mut tail = run.tail;
         let mut len = run.len;
-        let mut keys = keys;
+        let (mut keys, mut hints) = (keys, hints);
         // Blocks that another call stored meanwhile.
         while let Some((&key, rest)) = keys.split_first() {
             let slot = self.index.find_after(tail, key);
@@ -453,6 +506,7 @@ impl KvCache {
             tail = slot;
             len += 1;
             keys = rest;
+            hints = hints.get(1..).unwrap_or(&[]);
         }
         if tail != run.tail && tail != NONE {
             // Children hang below the last block of a segment only.
@@ -473,9 +527,9 @@ impl KvCache {
         }
         let mut segment = NONE;
         let (first_tail, mut class_now) = (tail, 255u8);
-        for &key in keys {
+        for (i, &key) in keys.iter().enumerate() {
             let class = if output { CLASS_OUTPUT } else { first_class(run.prompt_len.saturating_sub(len + 1)) };
-            if segment == NONE || class != class_now {
+            if segment == NONE || class != class_now || (!hints.is_empty() && hints[i] != hints[i - 1]) {
                 let fresh = self.index.new_segment();
                 assert!(fresh != NONE, "segments exhausted");
                 let calls = self.lanes[run.lane as usize].calls;
@@ -487,6 +541,9 @@ impl KvCache {
                     x.depth = len;
                     x.touch_call = calls;
                     x.last_use_us = self.now_us;
+                }
+                if !hints.is_empty() {
+                    self.hints[fresh as usize] = hints[i];
                 }
                 self.lane_link(fresh, run.lane);
                 self.index.recency_push(fresh);
@@ -591,6 +648,9 @@ impl KvCache {
         };
         self.view.fill(s, self.now_us, &hazards, age_us, wait_s, if x.ended { 0.0 } else { alive }, later, self.service_s, &self.lut);
         self.view.lanes = lanes;
+        if self.cfg.oracle.time {
+            self.view.foretell(&self.starts[s as usize]);
+        }
     }
 
     fn score_bucket(&mut self, seg: u32) -> u16 {
@@ -603,12 +663,25 @@ impl KvCache {
         for (j, r) in r.iter_mut().enumerate() {
             *r = self.content.rate(lane.agent as usize, ((k as usize) + j).min(K - 1), x.class as usize, &self.cfg);
         }
-        let c = self.view.reuse(x.lane, r);
+        let mut c = self.view.reuse(x.lane, r);
+        let mut shared_at = None;
+        if self.cfg.oracle.content {
+            c = [0.0; chain::STEPS];
+            let steps = self.sessions[s as usize].steps;
+            let next = self.hints[seg as usize].next_step;
+            if next != u32::MAX && next + 1 > steps {
+                c[((next - (steps - 1)) as usize - 1).min(chain::STEPS - 1)] = 1.0;
+            }
+        }
+        if self.cfg.oracle.sharing {
+            let at = self.hints[seg as usize].shared_us;
+            shared_at = Some(if at == u64::MAX { f32::INFINITY } else { at.saturating_sub(self.now_us) as f32 / 1e6 });
+        }
         let mut shared = [0.0; A];
-        self.sharing.hazards(share_class(x.degree, x.depth, &self.cfg), &mut shared);
+        self.sharing.hazards(share_class(x.degree, x.depth, &self.cfg), &self.cfg, &mut shared);
         let age = self.now_us.saturating_sub(x.last_use_us);
         let horizon = if self.cfg.density { None } else { Some(self.evict_interval_us * self.pool_blocks as f32 / 1e6) };
-        let score = self.view.score(&c, &shared, age, horizon);
+        let score = self.view.score(&c, &shared, age, horizon, shared_at);
         density::bucket(score)
     }
 

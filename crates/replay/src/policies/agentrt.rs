@@ -1,0 +1,158 @@
+//! agentrt's own policy, driven through the core's events exactly as an engine adapter drives it.
+
+use runtime_core::kv::{Config, FutureStarts, Hint, KvCache, Oracle};
+use rustc_hash::FxHashMap;
+
+use crate::policy::{CachePolicy, CallView};
+use crate::pool::Pool;
+use crate::schedule::{EventKind, Schedule};
+use crate::trace::Trace;
+
+/// Adapter from the replay's events to the core.
+pub struct AgentRt {
+    core: KvCache,
+    keys: Vec<u64>,
+    victims: Vec<u32>,
+    future: Option<Future>,
+}
+
+/// What the oracles know: of every use of a block its next use by the same and by another session, of every session
+/// when it calls.
+struct Future {
+    hints: Vec<Hint>,
+    prompt_at: Vec<usize>,
+    output_at: Vec<usize>,
+    starts: Vec<Vec<u64>>,
+}
+
+impl Future {
+    fn new(trace: &Trace, schedule: &Schedule) -> Self {
+        let n = trace.calls.len();
+        let (mut prompt_at, mut output_at) = (vec![0; n], vec![0; n]);
+        let mut total = 0;
+        for (i, call) in trace.calls.iter().enumerate() {
+            prompt_at[i] = total;
+            total += trace.blocks_in(call.prompt);
+            output_at[i] = total;
+            total += trace.blocks_in(call.output);
+        }
+        let none = Hint { next_step: u32::MAX, shared_us: u64::MAX };
+        let mut hints = vec![none; total];
+        let mut start_of = vec![0u64; n];
+        // Next use by each session: (session, step); and the next two distinct sessions with times.
+        let mut own: FxHashMap<(u32, u32), u32> = FxHashMap::default();
+        let mut soon: Vec<[(u32, u64); 2]> = vec![[(u32::MAX, u64::MAX); 2]; trace.n_blocks as usize];
+        for event in schedule.events.iter().rev() {
+            let i = event.call as usize;
+            let call = &trace.calls[i];
+            let (span, at) = match event.kind {
+                EventKind::Finish => (call.output, output_at[i]),
+                _ => (call.prompt, prompt_at[i]),
+            };
+            if event.kind != EventKind::Finish {
+                start_of[i] = event.time_us;
+            }
+            if event.kind == EventKind::Bypass {
+                continue;
+            }
+            for (b, hint) in trace.blocks(span).zip(&mut hints[at..]) {
+                let next = &mut soon[b as usize];
+                hint.next_step = own.get(&(call.session, b)).copied().unwrap_or(u32::MAX);
+                hint.shared_us = if next[0].0 == call.session { next[1].1 } else { next[0].1 };
+                if event.kind == EventKind::Start {
+                    own.insert((call.session, b), call.step);
+                    if next[0].0 != call.session {
+                        next[1] = next[0];
+                    }
+                    next[0] = (call.session, event.time_us);
+                }
+            }
+        }
+        let starts = trace.sessions.iter().map(|s| s.calls.iter().map(|&c| start_of[c as usize]).collect()).collect();
+        Self { hints, prompt_at, output_at, starts }
+    }
+}
+
+impl AgentRt {
+    /// A fresh core for a pool of `capacity` blocks.
+    pub fn new(capacity: usize, config: Config, trace: &Trace, schedule: &Schedule) -> Self {
+        let future = (config.oracle != Oracle::default()).then(|| Future::new(trace, schedule));
+        Self { core: KvCache::new(capacity, config), keys: Vec::new(), victims: Vec::new(), future }
+    }
+
+    fn foretell(&mut self, call: &CallView<'_>) {
+        if let Some(future) = &self.future {
+            let starts = &future.starts[call.session as usize];
+            let mut next: FutureStarts = [u64::MAX; 6];
+            for (to, from) in next.iter_mut().zip(starts.iter().skip(call.step as usize + 1)) {
+                *to = *from;
+            }
+            self.core.foretell(u64::from(call.session), next);
+        }
+    }
+
+    fn stored(&mut self, call: u32, blocks: &[u32], output: bool, skip: usize) {
+        self.keys.clear();
+        self.keys.extend(blocks.iter().map(|&b| u64::from(b) + 1));
+        let hints = self.future.as_ref().map_or(&[][..], |f| {
+            let at = if output { f.output_at[call as usize] } else { f.prompt_at[call as usize] + skip };
+            &f.hints[at..at + blocks.len()]
+        });
+        self.core.stored(u64::from(call), &self.keys, hints, output);
+    }
+}
+
+impl CachePolicy for AgentRt {
+    fn call_start(&mut self, call: &CallView<'_>, _pool: &Pool) {
+        self.foretell(call);
+        self.keys.clear();
+        self.keys.extend(call.prompt.iter().map(|&b| u64::from(b) + 1));
+        let hints = self.future.as_ref().map_or(&[][..], |f| {
+            let at = f.prompt_at[call.call as usize];
+            &f.hints[at..at + call.prompt.len()]
+        });
+        let hit = self.core.call_started(
+            u64::from(call.call),
+            u64::from(call.session),
+            call.agent,
+            call.time_us,
+            &self.keys,
+            hints,
+        );
+        debug_assert_eq!(hit, call.hit);
+    }
+
+    fn evict(&mut self, n: usize, now_us: u64, pool: &mut Pool) {
+        let mut left = n;
+        while left > 0 {
+            self.victims.clear();
+            let victims = &mut self.victims;
+            if self.core.evict(left, now_us, |key| victims.push(key as u32 - 1)) == 0 {
+                return;
+            }
+            // Refused only where the answer that is being stored extends over blocks that were free; the finish
+            // tells the core of those again.
+            left -= self.victims.iter().filter(|&&b| pool.evict(b)).count();
+        }
+    }
+
+    fn inserted(&mut self, call: &CallView<'_>, blocks: &[u32], _pool: &Pool) {
+        if call.hit < call.prompt.len() && blocks.first() == Some(&call.prompt[call.hit]) {
+            self.stored(call.call, blocks, false, call.hit);
+        }
+    }
+
+    fn call_finish(&mut self, call: &CallView<'_>, output: &[u32], _released: &[u32], _pool: &Pool) {
+        self.stored(call.call, output, true, 0);
+        self.foretell(call);
+        let tool = call.tool.map_or(0, |t| (t + 1).min(32));
+        self.core.call_finished(u64::from(call.call), call.time_us, tool, output.len() as u32);
+    }
+
+    fn call_bypassed(&mut self, call: &CallView<'_>) {
+        self.foretell(call);
+        let key = u64::from(call.call);
+        self.core.call_started(key, u64::from(call.session), call.agent, call.time_us, &[], &[]);
+        self.core.call_finished(key, call.time_us, 0, 0);
+    }
+}
