@@ -209,7 +209,7 @@ impl Gaps {
 pub(crate) struct Ends {
     pub(crate) all: Cell,
     pub(crate) agent: Vec<Cell>,
-    pub(crate) step: [Cell; 12],
+    pub(crate) step: [Cell; 24],
     pub(crate) size: [Cell; 16],
 }
 impl Ends {
@@ -221,7 +221,7 @@ impl Ends {
         if let Some(a) = self.agent.get_mut(agent) {
             a.add(1.0, next);
         }
-        self.step[step.min(11)].add(1.0, next);
+        self.step[step.min(23)].add(1.0, next);
         self.size[size.min(15)].add(1.0, next);
     }
     pub(crate) fn continues(&self, agent: usize, step: usize, size: usize, cfg: &super::Config) -> f32 {
@@ -239,7 +239,7 @@ impl Ends {
         if let Some(a) = self.agent.get(agent) {
             part(a);
         }
-        part(&self.step[step.min(11)]);
+        part(&self.step[step.min(23)]);
         part(&self.size[size.min(15)]);
         (1.0 / (1.0 + (-sum).exp())).clamp(0.001, 0.9995)
     }

@@ -776,8 +776,13 @@ impl KvCache {
     }
 }
 
+/// Exact up to eight calls, then half octaves.
 fn end_step(steps: u32) -> usize {
-    (32 - steps.leading_zeros()) as usize
+    if steps <= 8 {
+        steps as usize
+    } else {
+        (((steps as f32).log2() - 3.0) * 2.0) as usize + 9
+    }
 }
 
 fn first_class(distance: u32) -> u8 {
