@@ -3,6 +3,25 @@
 //! Equal block ids mean equal *full prefixes* up to the end of that block, so every block has one parent.
 //! Ids are dense (`0..n_blocks`); readers renumber. Block lists stay run-length encoded: a recorded workload
 //! of 13 million block references fits in a few megabytes.
+//!
+//! | file | what it owns |
+//! |---|---|
+//! | `builder.rs` | [`TraceBuilder`]: interns names, numbers blocks densely, keeps one parent per block |
+//! | `read.rs` | [`read`]: lines of bounded length out of plain or gzip files, format detection, field access |
+//! | `agentrt.rs` | one line of the agentrt format |
+//! | `mooncake.rs` | one line of the Mooncake format and of Dynamo's agentic variant |
+//! | `write.rs` | [`write`]: the agentrt format, written to a temporary file and renamed |
+//! | `profile.rs` | [`profile::profile`]: what a workload looks like |
+
+mod agentrt;
+mod builder;
+mod mooncake;
+mod read;
+mod write;
+
+pub use builder::{BlockFault, TraceBuilder};
+pub use read::{read, read_from, Format, ReadOptions, MAX_CALL_BLOCKS};
+pub use write::{write, write_to, SCHEMA_VERSION};
 
 /// Marks "no block" in parent tables.
 pub const NO_BLOCK: u32 = u32::MAX;
@@ -37,7 +56,7 @@ pub enum Clock {
 }
 
 /// One LLM request.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Call {
     /// Index into [`Trace::sessions`].
     pub session: u32,
@@ -66,7 +85,7 @@ pub struct Call {
 }
 
 /// One workflow run.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Session {
     /// Name in the source.
     pub name: String,
@@ -75,7 +94,7 @@ pub struct Session {
 }
 
 /// A recorded or generated workload.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Trace {
     /// Name of the workload.
     pub workload: String,
@@ -114,7 +133,9 @@ impl Trace {
 
     /// The block ids of a span, root first.
     pub fn blocks(&self, span: Span) -> impl Iterator<Item = u32> + '_ {
-        self.runs_of(span).iter().flat_map(|r| r.first..r.first + r.len)
+        self.runs_of(span)
+            .iter()
+            .flat_map(|r| r.first..r.first + r.len)
     }
 
     /// Appends the block ids of a span to `out`.

@@ -41,12 +41,23 @@ pub(super) struct Parser {
 
 impl Parser {
     pub(super) fn new(agentic: bool, options: &ReadOptions, at: &At) -> Self {
-        let name = at.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        let stem = name.trim_end_matches(".gz").trim_end_matches(".jsonl").trim_end_matches(".json");
+        let name = at
+            .path
+            .file_name()
+            .map(|n| n.to_string_lossy().into_owned())
+            .unwrap_or_default();
+        let stem = name
+            .trim_end_matches(".gz")
+            .trim_end_matches(".jsonl")
+            .trim_end_matches(".json");
         Self {
             agentic,
             skip_bad: options.skip_bad,
-            workload: if stem.is_empty() { "mooncake".into() } else { stem.into() },
+            workload: if stem.is_empty() {
+                "mooncake".into()
+            } else {
+                stem.into()
+            },
             block_size: options.block_size.filter(|&size| size > 0),
             builder: None,
             by_last_block: FxHashMap::default(),
@@ -75,7 +86,12 @@ impl LineParser for Parser {
         let timestamp = either_time(fields, "timestamp", "created_time")?;
         let delay = either_time(fields, "delay", "delay_ms")?;
         self.hash_ids(fields, input)?;
-        let call = Call { prompt_tokens: input, output_tokens: output, arrival_s: timestamp.map(|ms| ms / 1e3), ..Call::default() };
+        let call = Call {
+            prompt_tokens: input,
+            output_tokens: output,
+            arrival_s: timestamp.map(|ms| ms / 1e3),
+            ..Call::default()
+        };
         let delay_s = delay.map(|ms| ms / 1e3);
         if self.agentic {
             self.agentic_row(fields, call, delay_s)
@@ -94,12 +110,23 @@ impl LineParser for Parser {
             });
         };
         if parser.agentic {
-            form_sessions(builder.trace_mut(), parser.group, &parser.trajectory, &parser.waited_for);
+            form_sessions(
+                builder.trace_mut(),
+                parser.group,
+                &parser.trajectory,
+                &parser.waited_for,
+            );
         }
         let mut trace = builder.finish();
-        trace.clock = if parser.has_time { Clock::Global } else { Clock::None };
+        trace.clock = if parser.has_time {
+            Clock::Global
+        } else {
+            Clock::None
+        };
         if parser.agentic {
-            trace.agents.truncate(1 + usize::from(trace.calls.iter().any(|c| c.agent == 1)));
+            trace
+                .agents
+                .truncate(1 + usize::from(trace.calls.iter().any(|c| c.agent == 1)));
         }
         Ok(trace)
     }
@@ -110,10 +137,18 @@ impl Parser {
     fn hash_ids(&mut self, fields: &Fields<'_>, input: u32) -> Result<()> {
         let remedy = "list the hash of every block of the prompt, the partial last one included";
         let Some(list) = fields.opt_array("hash_ids")? else {
-            return Err(fields.bad("hash_ids", "missing; expected an array of block hashes", remedy));
+            return Err(fields.bad(
+                "hash_ids",
+                "missing; expected an array of block hashes",
+                remedy,
+            ));
         };
         if list.len() as u64 > MAX_CALL_BLOCKS {
-            return Err(fields.bad("hash_ids", format!("more than {MAX_CALL_BLOCKS} blocks in one call"), "check the recorder"));
+            return Err(fields.bad(
+                "hash_ids",
+                format!("more than {MAX_CALL_BLOCKS} blocks in one call"),
+                "check the recorder",
+            ));
         }
         let fits = |size: u32| {
             let (input, size, n) = (u64::from(input), u64::from(size), list.len() as u64);
@@ -123,7 +158,11 @@ impl Parser {
             if fits(MOONCAKE_BLOCK) {
                 return MOONCAKE_BLOCK;
             }
-            (3..=12).rev().map(|power| 1 << power).find(|&size| fits(size)).unwrap_or(MOONCAKE_BLOCK)
+            (3..=12)
+                .rev()
+                .map(|power| 1 << power)
+                .find(|&size| fits(size))
+                .unwrap_or(MOONCAKE_BLOCK)
         });
         if !fits(size) {
             return Err(fields.bad(
@@ -136,7 +175,13 @@ impl Parser {
         for (position, value) in list.iter().enumerate() {
             match value.as_u64() {
                 Some(key) => self.keys.push(key),
-                None => return Err(fields.bad("hash_ids", format!("entry {position} is not a whole number of at least 0"), remedy)),
+                None => {
+                    return Err(fields.bad(
+                        "hash_ids",
+                        format!("entry {position} is not a whole number of at least 0"),
+                        remedy,
+                    ))
+                }
             }
         }
         self.keys.truncate((input / size) as usize);
@@ -146,15 +191,29 @@ impl Parser {
 
     fn builder(&mut self) -> &mut TraceBuilder {
         let size = self.block_size.unwrap_or(MOONCAKE_BLOCK);
-        self.builder.get_or_insert_with(|| TraceBuilder::new(&self.workload, size, Clock::Global))
+        self.builder
+            .get_or_insert_with(|| TraceBuilder::new(&self.workload, size, Clock::Global))
     }
 
-    fn mooncake_row(&mut self, fields: &Fields<'_>, mut call: Call, delay_s: Option<f64>) -> Result<()> {
+    fn mooncake_row(
+        &mut self,
+        fields: &Fields<'_>,
+        mut call: Call,
+        delay_s: Option<f64>,
+    ) -> Result<()> {
         let session_name = match fields.opt_str("session_id")? {
             Some(name) => name.to_owned(),
             None => {
-                let extended = self.keys.iter().skip(MIN_SHARED_BLOCKS - 1).rev().find_map(|key| self.by_last_block.get(key));
-                let next = self.builder.as_ref().map_or(0, |b| b.trace().sessions.len() as u32);
+                let extended = self
+                    .keys
+                    .iter()
+                    .skip(MIN_SHARED_BLOCKS - 1)
+                    .rev()
+                    .find_map(|key| self.by_last_block.get(key));
+                let next = self
+                    .builder
+                    .as_ref()
+                    .map_or(0, |b| b.trace().sessions.len() as u32);
                 format!("s{}", extended.copied().unwrap_or(next))
             }
         };
@@ -163,7 +222,9 @@ impl Parser {
         let keys = std::mem::take(&mut self.keys);
         let builder = self.builder();
         call.agent = builder.agent("chat").unwrap_or_default();
-        call.session = builder.known_session(&session_name).unwrap_or(builder.trace().sessions.len() as u32);
+        call.session = builder
+            .known_session(&session_name)
+            .unwrap_or(builder.trace().sessions.len() as u32);
         if let Some((index, _)) = before {
             let index = index as usize;
             call.step = builder.trace().calls[index].step + 1;
@@ -179,34 +240,61 @@ impl Parser {
             builder.trace_mut().calls[previous as usize].tool_latency_s = Some(delay_s);
         }
         self.has_time |= arrival_s.is_some();
-        self.latest.insert(session_name, (index, arrival_s.or(before.map(|b| b.1)).unwrap_or(0.0)));
+        self.latest.insert(
+            session_name,
+            (index, arrival_s.or(before.map(|b| b.1)).unwrap_or(0.0)),
+        );
         if self.keys.len() >= MIN_SHARED_BLOCKS {
-            self.by_last_block.extend(self.keys.last().map(|&key| (key, session)));
+            self.by_last_block
+                .extend(self.keys.last().map(|&key| (key, session)));
         }
         Ok(())
     }
 
-    fn agentic_row(&mut self, fields: &Fields<'_>, mut call: Call, delay_s: Option<f64>) -> Result<()> {
+    fn agentic_row(
+        &mut self,
+        fields: &Fields<'_>,
+        mut call: Call,
+        delay_s: Option<f64>,
+    ) -> Result<()> {
         let request = fields.str("request_id")?;
         if self.rows.contains_key(request) {
-            return Err(fields.bad("request_id", format!("`{request}` was used before"), "give every request its own id"));
+            return Err(fields.bad(
+                "request_id",
+                format!("`{request}` was used before"),
+                "give every request its own id",
+            ));
         }
         let trajectory = fields.opt_str("session_id")?.unwrap_or(request).to_owned();
         let tool_wait_s = fields.opt_time("tool_wait_ms")?.map(|ms| ms / 1e3);
-        let tool = match fields.opt_array("tool_events")?.and_then(|events| events.last()) {
-            Some(event) => event.get("tool_class").and_then(serde_json::Value::as_str).map(str::to_owned),
+        let tool = match fields
+            .opt_array("tool_events")?
+            .and_then(|events| events.last())
+        {
+            Some(event) => event
+                .get("tool_class")
+                .and_then(serde_json::Value::as_str)
+                .map(str::to_owned),
             None => None,
         };
         let mut waits = Vec::new();
         for value in fields.opt_array("wait_for")?.into_iter().flatten() {
             let Some(name) = value.as_str() else {
-                return Err(fields.bad("wait_for", "holds something else than request ids", "list request ids as text"));
+                return Err(fields.bad(
+                    "wait_for",
+                    "holds something else than request ids",
+                    "list request ids as text",
+                ));
             };
             match self.rows.get(name) {
                 Some(&row) => waits.push(row),
                 None if self.skip_bad => {}
                 None => {
-                    return Err(fields.bad("wait_for", format!("no earlier row has the request_id `{name}`"), "write rows after the rows they wait for"));
+                    return Err(fields.bad(
+                        "wait_for",
+                        format!("no earlier row has the request_id `{name}`"),
+                        "write rows after the rows they wait for",
+                    ));
                 }
             }
         }
@@ -214,7 +302,13 @@ impl Parser {
         for value in fields.opt_array("branches")?.into_iter().flatten() {
             match value.as_str() {
                 Some(name) => announced.push(name.to_owned()),
-                None => return Err(fields.bad("branches", "holds something else than request ids", "list request ids as text")),
+                None => {
+                    return Err(fields.bad(
+                        "branches",
+                        "holds something else than request ids",
+                        "list request ids as text",
+                    ))
+                }
             }
         }
         let before = self.latest.get(&trajectory).copied();
@@ -240,7 +334,11 @@ impl Parser {
                 None => drop(self.branches.insert(name, index)),
             }
         }
-        let waited_for = waits.iter().copied().max().or(before.map(|(previous, _)| previous));
+        let waited_for = waits
+            .iter()
+            .copied()
+            .max()
+            .or(before.map(|(previous, _)| previous));
         let gap_s = match (delay_s, tool_wait_s) {
             (None, None) => None,
             (delay, wait) => Some(delay.unwrap_or(0.0) + wait.unwrap_or(0.0)),
@@ -256,7 +354,10 @@ impl Parser {
         }
         self.waited_for.push(waited_for);
         self.has_time |= arrival_s.is_some();
-        self.latest.insert(trajectory.clone(), (index, arrival_s.or(before.map(|b| b.1)).unwrap_or(0.0)));
+        self.latest.insert(
+            trajectory.clone(),
+            (index, arrival_s.or(before.map(|b| b.1)).unwrap_or(0.0)),
+        );
         self.trajectory.push(trajectory);
         self.rows.insert(request.to_owned(), index);
         Ok(())
@@ -267,11 +368,20 @@ fn either_time(fields: &Fields<'_>, name: &str, alias: &str) -> Result<Option<f6
     Ok(fields.opt_time(name)?.or(fields.opt_time(alias)?))
 }
 
-fn backwards(fields: &Fields<'_>, arrival_s: Option<f64>, before: Option<(u32, f64)>, session: &str) -> Result<()> {
+fn backwards(
+    fields: &Fields<'_>,
+    arrival_s: Option<f64>,
+    before: Option<(u32, f64)>,
+    session: &str,
+) -> Result<()> {
     match (arrival_s, before) {
         (Some(now), Some((_, then))) if now < then => Err(fields.bad(
             "timestamp",
-            format!("{} ms is earlier than {} ms, the request before it in session `{session}`", now * 1e3, then * 1e3),
+            format!(
+                "{} ms is earlier than {} ms, the request before it in session `{session}`",
+                now * 1e3,
+                then * 1e3
+            ),
             "sort the file by timestamp",
         )),
         _ => Ok(()),
@@ -294,7 +404,12 @@ fn join(group: &mut [u32], a: u32, b: u32) {
 }
 
 /// Turns connected trajectories into sessions; the first trajectory of a session is its `main` agent, others `sub`.
-fn form_sessions(trace: &mut Trace, mut group: Vec<u32>, trajectory: &[String], waited_for: &[Option<u32>]) {
+fn form_sessions(
+    trace: &mut Trace,
+    mut group: Vec<u32>,
+    trajectory: &[String],
+    waited_for: &[Option<u32>],
+) {
     let mut session_of_root: FxHashMap<u32, u32> = FxHashMap::default();
     let mut length: Vec<u32> = Vec::new();
     trace.sessions.clear();
@@ -303,7 +418,10 @@ fn form_sessions(trace: &mut Trace, mut group: Vec<u32>, trajectory: &[String], 
         let first = root(&mut group, index);
         let sessions = &mut trace.sessions;
         let session = *session_of_root.entry(first).or_insert_with(|| {
-            sessions.push(Session { name: trajectory[first as usize].clone(), calls: Vec::new() });
+            sessions.push(Session {
+                name: trajectory[first as usize].clone(),
+                calls: Vec::new(),
+            });
             length.push(0);
             sessions.len() as u32 - 1
         });

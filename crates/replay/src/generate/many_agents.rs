@@ -1,0 +1,45 @@
+//! Capacity test: thousands of agents; each session is a team of six drawn from them.
+
+use super::prompt::Text;
+use super::stage::{Size, Stage};
+
+const TEAM: usize = 6;
+const TASK: Size = Size(120, 300);
+const ANSWER: Size = Size(90, 240);
+/// The next speaker is the next in the team's order, else anyone of the team.
+const IN_ORDER: f64 = 0.7;
+
+pub(super) fn play(stage: &mut Stage, agents: usize) {
+    // Half of a team walks through all agents, so that all appear; half is drawn with popularity 1 / rank.
+    let first = stage.session_number() * (TEAM / 2);
+    let mut team: Vec<usize> = (0..TEAM / 2).map(|i| (first + i) % agents).collect();
+    for _ in 0..TEAM - TEAM / 2 {
+        // Inverse transform of the density 1 / x between 1 and n + 1.
+        let rank = ((agents as f64 + 1.0).ln() * stage.uniform()).exp();
+        team.push((rank as usize - 1).min(agents - 1));
+    }
+    team.sort_unstable();
+    team.dedup();
+    let task = stage.fresh(TASK);
+    let mut thread: Vec<Text> = Vec::new();
+    let turns = stage.between(TEAM, 3 * TEAM);
+    let mut at = 0;
+    for _ in 0..turns {
+        let agent = team[at];
+        let mut prompt = stage.prompt();
+        prompt
+            .add(stage.common(7, agent, 200 + (agent % 25) as u32 * 16))
+            .add(task)
+            .add_all(&thread);
+        let answer = stage.fresh(ANSWER);
+        stage.call(&format!("agent_{agent}"), &prompt, answer, None, None);
+        thread.push(answer);
+        let in_order = stage.chance(IN_ORDER);
+        let anyone = stage.between(0, team.len() - 1);
+        at = if in_order {
+            (at + 1) % team.len()
+        } else {
+            anyone
+        };
+    }
+}
