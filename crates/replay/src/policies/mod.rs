@@ -1,1 +1,49 @@
 //! Baselines, the optimum, the oracles and the adapter to agentrt's own policy.
+//!
+//! | file | policies |
+//! |---|---|
+//! | `lru` | `lru`: vLLM's order |
+//! | `lru_session_end` | `lru-session-end`: LRU that is told when a session ends |
+//! | `lfu` | `lfu` |
+//! | `depth` | `depth`: deepest block first |
+//! | `min` | `min`: the offline optimum |
+//! | `queue`, `leaves` | shared structures: a linked queue, evictable blocks by rank |
+//!
+//! Sources, parameters and deviations of each are in `docs/baselines.md`.
+
+mod depth;
+mod leaves;
+mod lfu;
+mod lru;
+mod lru_session_end;
+mod min;
+mod queue;
+
+pub use depth::Depth;
+pub use lfu::Lfu;
+pub use lru::Lru;
+pub use lru_session_end::LruSessionEnd;
+pub use min::Min;
+
+use crate::error::{Error, Result};
+use crate::policy::CachePolicy;
+use crate::schedule::Schedule;
+use crate::trace::Trace;
+
+/// The names that [`build`] knows, in the order of reports.
+pub fn names() -> &'static [&'static str] {
+    &["lru", "lru-session-end", "lfu", "depth", "min"]
+}
+
+/// Makes the policy called `name` for one run of `trace` in the order of `schedule`.
+pub fn build(name: &str, trace: &Trace, schedule: &Schedule) -> Result<Box<dyn CachePolicy>> {
+    Ok(match name {
+        "lru" => Box::new(Lru::new(trace)),
+        "lru-session-end" => Box::new(LruSessionEnd::new(trace)),
+        "lfu" => Box::new(Lfu::new(trace)),
+        "depth" => Box::new(Depth::new(trace)),
+        // agentrt's own policy and the oracles that know one respect of the future:
+        "min" => Box::new(Min::new(trace, schedule)),
+        _ => return Err(Error::UnknownPolicy { name: name.into(), known: names().join(", ") }),
+    })
+}
