@@ -1,3 +1,11 @@
 //! Learned, lock-free state and policies of agentrt: observe, score, predict, act.
 #![allow(dead_code)]
+
+pub mod error;
+pub mod histogram;
+pub mod ids;
 pub mod kv;
+pub mod protocol;
+pub mod sessions;
+pub mod successors;
+mod sync;

@@ -11,6 +11,7 @@
 //!
 //! Sources, parameters and deviations of each are in `docs/baselines.md`.
 
+mod agentrt;
 mod depth;
 mod leaves;
 mod lfu;
@@ -19,6 +20,7 @@ mod lru_session_end;
 mod min;
 mod queue;
 
+pub use agentrt::AgentRt;
 pub use depth::Depth;
 pub use lfu::Lfu;
 pub use lru::Lru;

@@ -1,0 +1,219 @@
+//! Small counters that forget: 16-bit lanes, halved together before they overflow.
+//!
+//! [`Counters`] is one histogram (or any row of counts that is normalised together), [`Ratio`] is
+//! a row of "m hits out of n expected" cells. Both may be fed by any number of threads; decay is by
+//! halving, which keeps ratios and makes a count the sum of a window that fades by half each time
+//! the largest count doubles.
+//!
+//! Counts are in units the caller chooses. A vote worth a fraction is a step in sixteenths:
+//! [`UNIT`] is one whole vote, [`MAX_STEP`] the largest step.
+//!
+//! Invariants: nothing is lost, and no lane carries into its neighbour. A lane is at most
+//! `HALVE_AT` plus one step per thread inside `add`, because whoever sees the limit brings the lane
+//! below it before returning; with steps of at most 256 and a limit of at most 0x4000, 192 threads
+//! fit into the 49,151 of slack.
+//!
+//! | operation | progress | allocates | worst case |
+//! |---|---|---|---|
+//! | `Counters::add` | wait-free but for halving (lock-free) | no | one `fetch_add`; halving: `WORDS` exchanges |
+//! | `Ratio::add` | wait-free but for halving (lock-free) | no | one `fetch_add`; halving: one exchange |
+//! | reads | wait-free | no | one load a word |
+//!
+//! A snapshot reads words one by one: it may hold one word from before a halving and the next from
+//! after, a factor of two for the moment.
+
+use crate::protocol::{lane, lane_add, lanes_halve, ratio_add, LANES};
+use crate::sync::{AtomicU32, AtomicU64, Ordering::Relaxed};
+
+/// One whole vote when steps are sixteenths.
+pub const UNIT: u32 = 16;
+/// Largest step of one `add`; larger ones count as this.
+pub const MAX_STEP: u32 = 256;
+
+/// A histogram of `4 * WORDS` 16-bit counts (8 bytes a word) that halves as a whole when one count
+/// reaches `HALVE_AT`. For several independent rows use an array of these.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Counters<const WORDS: usize, const HALVE_AT: u32 = 0x4000> {
+    words: [AtomicU64; WORDS],
+}
+
+impl<const WORDS: usize, const HALVE_AT: u32> Default for Counters<WORDS, HALVE_AT> {
+    fn default() -> Self {
+        const { assert!(HALVE_AT >= 2 && HALVE_AT <= 0x4000) };
+        Self {
+            words: std::array::from_fn(|_| AtomicU64::new(0)),
+        }
+    }
+}
+
+impl<const WORDS: usize, const HALVE_AT: u32> Counters<WORDS, HALVE_AT> {
+    /// How many counts there are.
+    pub const LEN: usize = WORDS * LANES;
+
+    /// Count one at `index`. An index out of range counts in the last lane.
+    #[inline]
+    pub fn add(&self, index: usize) {
+        self.add_step(index, 1);
+    }
+
+    /// Count `step` (at most [`MAX_STEP`]) at `index`.
+    #[inline]
+    pub fn add_step(&self, index: usize, step: u32) {
+        let index = index.min(Self::LEN - 1);
+        lane_add(
+            &self.words,
+            index,
+            step.min(MAX_STEP) as u64,
+            HALVE_AT as u64,
+        );
+    }
+
+    /// The count at `index`, 0 if out of range.
+    #[inline]
+    pub fn get(&self, index: usize) -> u16 {
+        let word = self.words.get(index / LANES);
+        word.map_or(0, |word| {
+            lane(word.load(Relaxed), (index % LANES * 16) as u32) as u16
+        })
+    }
+
+    /// Copy the counts into `out`, as many as fit.
+    #[inline]
+    pub fn snapshot(&self, out: &mut [u16]) {
+        for (word, lanes) in self.words.iter().zip(out.chunks_mut(LANES)) {
+            let word = word.load(Relaxed);
+            for (position, value) in lanes.iter_mut().enumerate() {
+                *value = lane(word, position as u32 * 16) as u16;
+            }
+        }
+    }
+
+    /// Sum of all counts.
+    #[inline]
+    pub fn total(&self) -> u32 {
+        let sum = |word: u64| {
+            (0..LANES)
+                .map(|at| lane(word, at as u32 * 16) as u32)
+                .sum::<u32>()
+        };
+        self.words.iter().map(|word| sum(word.load(Relaxed))).sum()
+    }
+
+    /// Halve every count (rounded down), losing no addition that arrives meanwhile.
+    pub fn halve(&self) {
+        for word in &self.words {
+            lanes_halve(word);
+        }
+    }
+}
+
+/// `N` cells of "hits out of expected" (4 bytes each); a cell halves when its expected count reaches
+/// `HALVE_AT`. Every reader sees `hits <= expected`, because one word carries both.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Ratio<const N: usize, const HALVE_AT: u32 = 0x4000> {
+    cells: [AtomicU32; N],
+}
+
+impl<const N: usize, const HALVE_AT: u32> Default for Ratio<N, HALVE_AT> {
+    fn default() -> Self {
+        const { assert!(HALVE_AT >= 2 && HALVE_AT <= 0x4000) };
+        Self {
+            cells: std::array::from_fn(|_| AtomicU32::new(0)),
+        }
+    }
+}
+
+impl<const N: usize, const HALVE_AT: u32> Ratio<N, HALVE_AT> {
+    /// Record `hits` out of `expected` (at most [`MAX_STEP`], hits at most expected) at `index`;
+    /// out of range counts in the last cell.
+    #[inline]
+    pub fn add(&self, index: usize, expected: u32, hits: u32) {
+        let expected = expected.min(MAX_STEP);
+        let cell = &self.cells[index.min(N - 1)];
+        ratio_add(cell, expected, hits.min(expected), HALVE_AT);
+    }
+
+    /// Record one vote (in units of [`UNIT`]) of a group of `blocks`, `hits` of which were hit.
+    #[inline]
+    pub fn vote(&self, index: usize, blocks: u32, hits: u32) {
+        if blocks > 0 {
+            let share = UNIT as u64 * hits.min(blocks) as u64 + blocks as u64 / 2;
+            self.add(index, UNIT, (share / blocks as u64) as u32);
+        }
+    }
+
+    /// `(expected, hits)` at `index`, zeros if out of range.
+    #[inline]
+    pub fn get(&self, index: usize) -> (u16, u16) {
+        let word = self.cells.get(index).map_or(0, |cell| cell.load(Relaxed));
+        ((word >> 16) as u16, word as u16)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_are_kept_per_lane() {
+        let counters = Counters::<2>::default();
+        for index in [0, 3, 3, 4, 7, 7, 7] {
+            counters.add(index);
+        }
+        let mut counts = [9; 8];
+        counters.snapshot(&mut counts);
+        assert_eq!(counts, [1, 0, 0, 2, 1, 0, 0, 3]);
+        assert_eq!(
+            (counters.get(7), counters.get(8), counters.total()),
+            (3, 0, 7)
+        );
+    }
+
+    #[test]
+    fn reaching_the_limit_halves_every_lane_and_keeps_neighbours_apart() {
+        let counters = Counters::<2, 256>::default();
+        for _ in 0..100 {
+            counters.add(2);
+            counters.add(6);
+        }
+        for _ in 0..256 {
+            counters.add(3);
+        }
+        let mut counts = [0; 8];
+        counters.snapshot(&mut counts);
+        assert_eq!(counts, [0, 0, 50, 128, 0, 0, 50, 0]);
+    }
+
+    #[test]
+    fn out_of_range_bins_count_in_the_last() {
+        let counters = Counters::<1>::default();
+        counters.add(usize::MAX);
+        assert_eq!(counters.get(3), 1);
+        let ratio = Ratio::<2>::default();
+        ratio.add(9, 3, 1);
+        assert_eq!((ratio.get(1), ratio.get(9)), ((3, 1), (0, 0)));
+    }
+
+    #[test]
+    fn a_ratio_never_exceeds_one_and_survives_halving() {
+        let ratio = Ratio::<1, 64>::default();
+        for _ in 0..1000 {
+            ratio.add(0, 3, 2);
+            let (expected, hits) = ratio.get(0);
+            assert!(hits <= expected && expected < 64);
+        }
+        let (expected, hits) = ratio.get(0);
+        let share = f64::from(hits) / f64::from(expected);
+        assert!((share - 2.0 / 3.0).abs() < 0.05, "{hits} / {expected}");
+    }
+
+    #[test]
+    fn a_group_of_blocks_is_one_vote() {
+        let ratio = Ratio::<1>::default();
+        ratio.vote(0, 1000, 250);
+        ratio.vote(0, 0, 0);
+        assert_eq!(ratio.get(0), (16, 4));
+    }
+}

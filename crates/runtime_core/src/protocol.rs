@@ -1,0 +1,763 @@
+//! The lock-free steps everything shared is built from, each small enough to be model-checked.
+//!
+//! Atomics come through `super::sync`, so the workspace `runtime_core_loom` compiles this very file
+//! against loom and explores its interleavings. Where an ordering, a re-check or a read-modify-write
+//! is what makes a step correct, it is a `const bool` parameter (`.._with::<true>`) behind a plain
+//! wrapper; the models run every step with it and without it, and *without* must fail.
+//!
+//! Two ideas carry most of the weight:
+//!
+//! * **One word, one fact.** A fact that must change as a whole (a key with its count, two lanes of a
+//!   ratio, three fields of a session) lives in one word and changes by one read-modify-write. Such
+//!   words need no ordering among each other, so they are `Relaxed`; a reader of several words sees
+//!   each as of some recent moment.
+//! * **Words say whose they are.** A word that outlives its owner carries the owner's generation.
+//!   Nothing is initialised before publication, because a word with an old generation reads as unset.
+//!
+//! Steps over several words that must agree are [`Seqlock`] and [`PublishedEntry`]; they alone need
+//! `Acquire`/`Release`, and their comments name the partner.
+
+use super::sync::{fence, AtomicU32, AtomicU64, AtomicU8, Ordering};
+use Ordering::{Acquire, Relaxed, Release};
+
+// ---------------------------------------------------------------------------------------------
+// Successor sets: a few ways of `key (40 bits) | count (24 bits)`; 0 is vacant.
+// ---------------------------------------------------------------------------------------------
+
+/// Bits of a way's count; the key lies above.
+pub(crate) const COUNT_BITS: u32 = 24;
+/// Mask of a way's count.
+pub(crate) const COUNT_MASK: u64 = (1 << COUNT_BITS) - 1;
+/// Misses of a full set between two halvings of it. Divides 256, so a wrapping `u8` counts them.
+const MISSES_PER_HALVING: u8 = 32;
+
+/// Count `key` (below 2^40) once in `ways`; `true` unless the set was full of stronger keys.
+///
+/// Ways fill from the first to the last and never become vacant again, so two threads that claim
+/// for the same key aim at the same way: one wins, the other looks at that way again and counts
+/// there. In a full set the weakest way's count is halved by a miss and taken over at 1 (equally weak
+/// ways in turn), and every
+/// 32nd miss halves the whole set, so that keys which stopped coming give way.
+/// A count that reaches `limit` halves the whole set; a count never exceeds `limit` plus one per
+/// thread inside this call.
+#[inline]
+pub(crate) fn set_add(ways: &[AtomicU64], misses: &AtomicU8, key: u64, limit: u64) -> bool {
+    set_add_with::<true>(ways, misses, key, limit)
+}
+
+/// [`set_add`]; without `REEXAMINE` a lost claim goes on to the next way and splits a key in two.
+#[inline]
+pub(crate) fn set_add_with<const REEXAMINE: bool>(
+    ways: &[AtomicU64],
+    misses: &AtomicU8,
+    key: u64,
+    limit: u64,
+) -> bool {
+    'scan: loop {
+        'ways: for (index, way) in ways.iter().enumerate() {
+            let mut seen = way.load(Relaxed);
+            loop {
+                let (from, to) = if seen == 0 {
+                    (0, key << COUNT_BITS | 1)
+                } else if seen >> COUNT_BITS == key {
+                    (seen, seen + 1)
+                } else {
+                    continue 'ways;
+                };
+                match way.compare_exchange(from, to, Relaxed, Relaxed) {
+                    Ok(_) => {
+                        if to & COUNT_MASK >= limit {
+                            set_settle(ways, index, limit);
+                        }
+                        return true;
+                    }
+                    Err(now) if REEXAMINE => seen = now,
+                    Err(_) => continue 'ways,
+                }
+            }
+        }
+        // Equally weak ways take turns, or the first would change hands for ever beside dead ones.
+        let turn = misses.load(Relaxed) as usize;
+        let (mut weakest, mut weakest_word) = (0, u64::MAX);
+        for step in 0..ways.len() {
+            let index = (turn + step) % ways.len();
+            let seen = ways[index].load(Relaxed);
+            if seen & COUNT_MASK < weakest_word & COUNT_MASK {
+                (weakest, weakest_word) = (index, seen);
+            }
+        }
+        if weakest_word >> COUNT_BITS == key {
+            continue 'scan;
+        }
+        let kept = (weakest_word & COUNT_MASK) >> 1;
+        let (to, counted) = if kept == 0 {
+            (key << COUNT_BITS | 1, true)
+        } else {
+            (weakest_word & !COUNT_MASK | kept, false)
+        };
+        if ways[weakest]
+            .compare_exchange(weakest_word, to, Relaxed, Relaxed)
+            .is_err()
+        {
+            // Somebody counted or claimed there, perhaps for this very key.
+            continue 'scan;
+        }
+        if misses.fetch_add(1, Relaxed) % MISSES_PER_HALVING == MISSES_PER_HALVING - 1 {
+            for way in ways {
+                way_halve(way);
+            }
+        }
+        return counted;
+    }
+}
+
+/// Halve a set whose way `index` reached `limit`: whoever brings that way below halves the rest.
+/// Everyone who saw the limit helps, so a preempted thread lets no count run away.
+fn set_settle(ways: &[AtomicU64], index: usize, limit: u64) {
+    let mut seen = ways[index].load(Relaxed);
+    while seen & COUNT_MASK >= limit {
+        match ways[index].compare_exchange(seen, way_halved(seen), Relaxed, Relaxed) {
+            Ok(_) => {
+                for (other, way) in ways.iter().enumerate() {
+                    if other != index {
+                        way_halve(way);
+                    }
+                }
+                return;
+            }
+            Err(now) => seen = now,
+        }
+    }
+}
+
+/// Half the count, rounded up: a claimed way keeps at least 1, so vacancy never returns.
+const fn way_halved(word: u64) -> u64 {
+    let count = word & COUNT_MASK;
+    word & !COUNT_MASK | (count - count / 2)
+}
+
+/// Halve one way without losing an increment that arrives meanwhile.
+pub(crate) fn way_halve(way: &AtomicU64) {
+    way_halve_with::<true>(way);
+}
+
+/// [`way_halve`]; without `EXCHANGE` it stores over increments.
+pub(crate) fn way_halve_with<const EXCHANGE: bool>(way: &AtomicU64) {
+    let mut seen = way.load(Relaxed);
+    loop {
+        if !EXCHANGE {
+            return way.store(way_halved(seen), Relaxed);
+        }
+        match way.compare_exchange(seen, way_halved(seen), Relaxed, Relaxed) {
+            Ok(_) => return,
+            Err(now) => seen = now,
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Packed counters: four 16-bit lanes a word.
+// ---------------------------------------------------------------------------------------------
+
+/// Lanes of one word.
+pub(crate) const LANES: usize = 4;
+
+/// The 16-bit lane of `word` that starts at bit `shift`.
+#[inline]
+pub(crate) const fn lane(word: u64, shift: u32) -> u64 {
+    word >> shift & 0xFFFF
+}
+
+/// Add `step` to a lane; a lane that reaches `limit` halves all `words`.
+///
+/// Whoever sees the limit brings the lane below it before returning, so a lane is at most `limit`
+/// plus one `step` per thread inside this call: no carry into the neighbour as long as
+/// `limit + threads * step <= 0xFFFF`.
+#[inline]
+pub(crate) fn lane_add(words: &[AtomicU64], index: usize, step: u64, limit: u64) {
+    let (word, shift) = (index / LANES, (index % LANES * 16) as u32);
+    let before = words[word].fetch_add(step << shift, Relaxed);
+    if lane(before, shift) + step >= limit {
+        lanes_settle(words, word, shift, limit);
+    }
+}
+
+#[cold]
+fn lanes_settle(words: &[AtomicU64], word: usize, shift: u32, limit: u64) {
+    let mut seen = words[word].load(Relaxed);
+    while lane(seen, shift) >= limit {
+        match words[word].compare_exchange(seen, lanes_halved(seen), Relaxed, Relaxed) {
+            Ok(_) => {
+                for (other, word_) in words.iter().enumerate() {
+                    if other != word {
+                        lanes_halve(word_);
+                    }
+                }
+                return;
+            }
+            Err(now) => seen = now,
+        }
+    }
+}
+
+/// All four lanes halved (rounded down) by one shift.
+const fn lanes_halved(word: u64) -> u64 {
+    word >> 1 & 0x7FFF_7FFF_7FFF_7FFF
+}
+
+/// Halve the four lanes of one word without losing an addition that arrives meanwhile.
+pub(crate) fn lanes_halve(word: &AtomicU64) {
+    lanes_halve_with::<true>(word);
+}
+
+/// [`lanes_halve`]; without `EXCHANGE` it stores over additions.
+pub(crate) fn lanes_halve_with<const EXCHANGE: bool>(word: &AtomicU64) {
+    let mut seen = word.load(Relaxed);
+    loop {
+        if !EXCHANGE {
+            return word.store(lanes_halved(seen), Relaxed);
+        }
+        match word.compare_exchange(seen, lanes_halved(seen), Relaxed, Relaxed) {
+            Ok(_) => return,
+            Err(now) => seen = now,
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Ratios: `expected (16 bits) | hits (16 bits)` in one word.
+// ---------------------------------------------------------------------------------------------
+
+/// Record `hits` out of `expected`; both halve when `expected` reaches `limit`.
+///
+/// One read-modify-write carries both, so every reader sees `hits <= expected`.
+#[inline]
+pub(crate) fn ratio_add(cell: &AtomicU32, expected: u32, hits: u32, limit: u32) {
+    ratio_add_with::<true>(cell, expected, hits, limit);
+}
+
+/// [`ratio_add`]; without `TOGETHER` the hits are added first and a reader sees a ratio above one.
+#[inline]
+pub(crate) fn ratio_add_with<const TOGETHER: bool>(
+    cell: &AtomicU32,
+    expected: u32,
+    hits: u32,
+    limit: u32,
+) {
+    if !TOGETHER {
+        cell.fetch_add(hits, Relaxed);
+        cell.fetch_add(expected << 16, Relaxed);
+        return;
+    }
+    let mut seen = cell.fetch_add(expected << 16 | hits, Relaxed) + (expected << 16 | hits);
+    while seen >> 16 >= limit {
+        match cell.compare_exchange(seen, ratio_halved(seen), Relaxed, Relaxed) {
+            Ok(_) => return,
+            Err(now) => seen = now,
+        }
+    }
+}
+
+/// Both lanes halved, rounded down: keeps `hits <= expected`.
+const fn ratio_halved(word: u32) -> u32 {
+    word >> 1 & 0x7FFF_7FFF
+}
+
+// ---------------------------------------------------------------------------------------------
+// Sessions: a set of heads `tag (24) | generation (16) | lap (12) | used (1) | busy (11)`, and words
+// `payload (48) | generation (16)`.
+// ---------------------------------------------------------------------------------------------
+
+const TAG_SHIFT: u32 = 40;
+const GENERATION_SHIFT: u32 = 24;
+const LAP_SHIFT: u32 = 12;
+const LAP_MASK: u64 = 0xFFF;
+/// Set by a lookup, cleared when the hand passes: a second chance.
+const USED: u64 = 1 << 11;
+const BUSY_MASK: u64 = USED - 1;
+
+/// The generation in a head; 0 means vacant.
+#[inline]
+pub(crate) const fn head_generation(head: u64) -> u16 {
+    (head >> GENERATION_SHIFT) as u16
+}
+
+/// Calls in flight, as counted in a head.
+pub(crate) const fn head_busy(head: u64) -> u64 {
+    head & BUSY_MASK
+}
+
+const fn head_lap(head: u64) -> u64 {
+    head >> LAP_SHIFT & LAP_MASK
+}
+
+const fn next_generation(generation: u16) -> u16 {
+    if generation == u16::MAX {
+        1
+    } else {
+        generation + 1
+    }
+}
+
+/// Whether `stamp` was written after tenancy `generation` ended (modulo 2^15 recyclings of a slot).
+const fn is_newer(stamp: u16, generation: u16) -> bool {
+    stamp != 0 && (stamp.wrapping_sub(generation) as i16) > 0
+}
+
+/// A slot of a set held by a key: the way, its generation, and whether this call claimed it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Tenancy {
+    pub(crate) way: usize,
+    pub(crate) generation: u16,
+    pub(crate) fresh: bool,
+}
+
+/// What a word that names its owner says to someone who believes to be the owner.
+enum Naming {
+    Mine,
+    Other,
+    Gone,
+}
+
+/// Whether tenancy `generation` of a slot belongs to `rest`, naming it so if nobody has yet.
+fn name_slot(identity: &AtomicU64, generation: u16, rest: u64) -> Naming {
+    let mut seen = identity.load(Relaxed);
+    loop {
+        let stamp = seen as u16;
+        if stamp == generation {
+            return if seen >> 16 == rest {
+                Naming::Mine
+            } else {
+                Naming::Other
+            };
+        }
+        if is_newer(stamp, generation) {
+            return Naming::Gone;
+        }
+        let mine = rest << 16 | generation as u64;
+        match identity.compare_exchange(seen, mine, Relaxed, Relaxed) {
+            Ok(_) => return Naming::Mine,
+            Err(now) => seen = now,
+        }
+    }
+}
+
+/// Find the key `(tag, rest)` (24 + 48 bits) in a set without claiming.
+pub(crate) fn session_find(
+    heads: &[AtomicU64],
+    identities: &[AtomicU64],
+    tag: u64,
+    rest: u64,
+) -> Option<Tenancy> {
+    for (way, head) in heads.iter().enumerate() {
+        let seen = head.load(Relaxed);
+        let generation = head_generation(seen);
+        if generation != 0 && seen >> TAG_SHIFT == tag {
+            let identity = identities[way].load(Relaxed);
+            if identity as u16 == generation && identity >> 16 == rest {
+                return Some(Tenancy {
+                    way,
+                    generation,
+                    fresh: false,
+                });
+            }
+        }
+    }
+    None
+}
+
+/// Find the key `(tag, rest)` in a set or claim a slot for it. Never fails, and at most one slot of
+/// the set belongs to a key at any moment.
+///
+/// A hand goes round the set. The slot under it is the one of the lowest lap, the first of those,
+/// and every claim or second chance moves exactly that slot one lap on. So a thread that read the
+/// set and finds the slot under the hand unchanged knows that no other slot was claimed since: the
+/// exchange on that one word orders all claims of a set, and two threads cannot both miss a key and
+/// claim different slots for it. (Skipping a protected slot instead of moving it on would break
+/// this.) A slot that is used or busy gets its second chance; when two rounds find nothing else,
+/// busy slots are taken too, so that calls which never finish cannot fill the table.
+#[inline]
+pub(crate) fn session_enter(
+    heads: &[AtomicU64],
+    identities: &[AtomicU64],
+    tag: u64,
+    rest: u64,
+) -> Tenancy {
+    session_enter_with::<true>(heads, identities, tag, rest)
+}
+
+/// [`session_enter`]; without `IN_ORDER` busy slots are skipped, and a key can get two slots.
+#[inline]
+pub(crate) fn session_enter_with<const IN_ORDER: bool>(
+    heads: &[AtomicU64],
+    identities: &[AtomicU64],
+    tag: u64,
+    rest: u64,
+) -> Tenancy {
+    let mut chances = 2 * heads.len();
+    'scan: loop {
+        let mut hand: Option<(usize, u64)> = None;
+        for (way, head) in heads.iter().enumerate() {
+            let seen = head.load(Relaxed);
+            let generation = head_generation(seen);
+            if generation != 0 && seen >> TAG_SHIFT == tag {
+                match name_slot(&identities[way], generation, rest) {
+                    Naming::Mine => {
+                        if seen & USED == 0 {
+                            head.fetch_or(USED, Relaxed);
+                        }
+                        return Tenancy {
+                            way,
+                            generation,
+                            fresh: false,
+                        };
+                    }
+                    Naming::Gone => continue 'scan,
+                    Naming::Other => {}
+                }
+            }
+            if !IN_ORDER && head_busy(seen) > 0 {
+                continue;
+            }
+            // Laps of a set differ by at most one, but wrap: compare their distance.
+            let lower =
+                |best: u64| head_lap(seen).wrapping_sub(head_lap(best)) & LAP_MASK > LAP_MASK / 2;
+            if hand.is_none_or(|(_, best)| lower(best)) {
+                hand = Some((way, seen));
+            }
+        }
+        let Some((way, seen)) = hand else {
+            continue 'scan;
+        };
+        let lap = ((head_lap(seen) + 1) & LAP_MASK) << LAP_SHIFT;
+        let protected = seen & USED != 0 || (chances > 0 && head_busy(seen) > 0);
+        if protected && chances > 0 {
+            chances -= 1;
+            let spared = seen & !(LAP_MASK << LAP_SHIFT | USED) | lap;
+            let _ = heads[way].compare_exchange(seen, spared, Relaxed, Relaxed);
+            continue 'scan;
+        }
+        let generation = next_generation(head_generation(seen));
+        let claimed = tag << TAG_SHIFT | (generation as u64) << GENERATION_SHIFT | lap;
+        if heads[way]
+            .compare_exchange(seen, claimed, Relaxed, Relaxed)
+            .is_ok()
+        {
+            // A different key with the same tag may have named the slot first: then it has it.
+            if matches!(name_slot(&identities[way], generation, rest), Naming::Mine) {
+                return Tenancy {
+                    way,
+                    generation,
+                    fresh: true,
+                };
+            }
+        }
+    }
+}
+
+/// Count a call in flight (up to 2,047); `false` if the tenancy has ended.
+pub(crate) fn session_begin(head: &AtomicU64, generation: u16) -> bool {
+    let mut seen = head.load(Relaxed);
+    loop {
+        if head_generation(seen) != generation {
+            return false;
+        }
+        let next = if head_busy(seen) == BUSY_MASK {
+            seen
+        } else {
+            seen + 1
+        } | USED;
+        match head.compare_exchange(seen, next, Relaxed, Relaxed) {
+            Ok(_) => return true,
+            Err(now) => seen = now,
+        }
+    }
+}
+
+/// Uncount a call in flight; `false` if the tenancy has ended or none was counted.
+pub(crate) fn session_end(head: &AtomicU64, generation: u16) -> bool {
+    let mut seen = head.load(Relaxed);
+    loop {
+        if head_generation(seen) != generation || head_busy(seen) == 0 {
+            return false;
+        }
+        match head.compare_exchange(seen, seen - 1, Relaxed, Relaxed) {
+            Ok(_) => return true,
+            Err(now) => seen = now,
+        }
+    }
+}
+
+/// Withdraw a slot's protection, so that the hand takes it when it comes by.
+pub(crate) fn session_retire(head: &AtomicU64, generation: u16) -> bool {
+    let mut seen = head.load(Relaxed);
+    loop {
+        if head_generation(seen) != generation {
+            return false;
+        }
+        match head.compare_exchange(seen, seen & !(USED | BUSY_MASK), Relaxed, Relaxed) {
+            Ok(_) => return true,
+            Err(now) => seen = now,
+        }
+    }
+}
+
+/// Payload of a stamped word, if tenancy `generation` wrote it.
+#[inline]
+pub(crate) fn stamped_load(word: &AtomicU64, generation: u16) -> Option<u64> {
+    let seen = word.load(Relaxed);
+    (seen as u16 == generation).then_some(seen >> 16)
+}
+
+/// Replace the payload (48 bits) of a stamped word by a function of what tenancy `generation` last
+/// wrote, in one read-modify-write. Returns that previous payload (`None`: nothing yet).
+///
+/// # Errors
+/// A later tenancy has written the word: nothing is changed.
+#[inline]
+pub(crate) fn stamped_update(
+    word: &AtomicU64,
+    generation: u16,
+    next: impl FnMut(Option<u64>) -> u64,
+) -> Result<Option<u64>, Recycled> {
+    stamped_update_with::<true>(word, generation, next)
+}
+
+/// The slot belongs to a later tenancy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Recycled;
+
+/// [`stamped_update`]; without `EXCHANGE` two updates can start from the same value.
+#[inline]
+pub(crate) fn stamped_update_with<const EXCHANGE: bool>(
+    word: &AtomicU64,
+    generation: u16,
+    mut next: impl FnMut(Option<u64>) -> u64,
+) -> Result<Option<u64>, Recycled> {
+    let mut seen = word.load(Relaxed);
+    loop {
+        let stamp = seen as u16;
+        if is_newer(stamp, generation) {
+            return Err(Recycled);
+        }
+        let previous = (stamp == generation).then_some(seen >> 16);
+        let to = next(previous) << 16 | generation as u64;
+        if !EXCHANGE {
+            word.store(to, Relaxed);
+            return Ok(previous);
+        }
+        match word.compare_exchange(seen, to, Relaxed, Relaxed) {
+            Ok(_) => return Ok(previous),
+            Err(now) => seen = now,
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Several words that must agree.
+// ---------------------------------------------------------------------------------------------
+
+/// Words that are read together or not at all: one writer at a time, any number of readers.
+///
+/// Readers never write, so they do not slow the writer down; a reader that overlaps a write tries
+/// again. Use it only where a mixture of two states would be wrong.
+#[derive(Debug)]
+pub struct Seqlock<const WORDS: usize> {
+    /// Odd while a write is under way.
+    version: AtomicU64,
+    payload: [AtomicU64; WORDS],
+}
+
+impl<const WORDS: usize> Default for Seqlock<WORDS> {
+    fn default() -> Self {
+        Self {
+            version: AtomicU64::new(0),
+            payload: std::array::from_fn(|_| AtomicU64::new(0)),
+        }
+    }
+}
+
+impl<const WORDS: usize> Seqlock<WORDS> {
+    /// Replace all words. One writer at a time ([`SingleWriter`] enforces it); wait-free.
+    pub fn write(&self, words: &[u64; WORDS]) {
+        self.write_with::<true>(words);
+    }
+
+    /// [`Seqlock::write`]; without `FENCE` a word can become visible before the odd version.
+    pub(crate) fn write_with<const FENCE: bool>(&self, words: &[u64; WORDS]) {
+        let version = self.version.load(Relaxed);
+        self.version.store(version.wrapping_add(1), Relaxed);
+        if FENCE {
+            // Pairs with the Acquire fence in `try_read`: who saw a word also sees the odd version.
+            fence(Release);
+        }
+        for (cell, word) in self.payload.iter().zip(words) {
+            cell.store(*word, Relaxed);
+        }
+        // Pairs with the Acquire load in `try_read`: who saw this version sees the words.
+        self.version.store(version.wrapping_add(2), Release);
+    }
+
+    /// All words as one write left them, or `None` if a write was under way. Wait-free.
+    pub fn try_read(&self) -> Option<[u64; WORDS]> {
+        self.try_read_with::<true>()
+    }
+
+    /// [`Seqlock::try_read`]; without `VALIDATE` a write that came in between goes unnoticed.
+    pub(crate) fn try_read_with<const VALIDATE: bool>(&self) -> Option<[u64; WORDS]> {
+        // Pairs with the Release store in `write`.
+        let version = self.version.load(Acquire);
+        if version & 1 == 1 {
+            return None;
+        }
+        let words = std::array::from_fn(|index| self.payload[index].load(Relaxed));
+        if VALIDATE {
+            // Pairs with the Release fence in `write`.
+            fence(Acquire);
+            if self.version.load(Relaxed) != version {
+                return None;
+            }
+        }
+        Some(words)
+    }
+}
+
+/// A `(key, value)` pair one writer replaces while any number of readers look it up.
+///
+/// A reader that asks for a key gets a value that was published for it, or nothing; never the value
+/// of the key before or after. Wait-free for both sides. The one exception, to be caught by the
+/// caller if it matters (by checking what the value points to): between a reader's loads the writer
+/// replaces the key by another *and puts it back*.
+#[derive(Debug)]
+pub struct PublishedEntry {
+    /// 0 while vacant or being replaced.
+    key: AtomicU64,
+    value: AtomicU32,
+}
+
+impl Default for PublishedEntry {
+    fn default() -> Self {
+        Self {
+            key: AtomicU64::new(0),
+            value: AtomicU32::new(0),
+        }
+    }
+}
+
+impl PublishedEntry {
+    /// The key as of now, 0 if vacant: for the writer's own search, and for a reader's probe.
+    #[inline]
+    pub fn key(&self) -> u64 {
+        self.key.load(Relaxed)
+    }
+
+    /// The value as of now. Only the writer knows whose it is.
+    #[inline]
+    pub fn value(&self) -> u32 {
+        self.value.load(Relaxed)
+    }
+
+    /// The value published for `key` (not 0), if it is here. Any thread; wait-free.
+    #[inline]
+    pub fn get(&self, key: u64) -> Option<u32> {
+        self.get_with::<true>(key)
+    }
+
+    /// [`PublishedEntry::get`]; without `VALIDATE` a replacement in between goes unnoticed.
+    #[inline]
+    pub(crate) fn get_with<const VALIDATE: bool>(&self, key: u64) -> Option<u32> {
+        // Pairs with the Release store of the key in `publish`.
+        if self.key.load(Acquire) != key {
+            return None;
+        }
+        let value = self.value.load(Relaxed);
+        if VALIDATE {
+            // Pairs with the Release fence in `publish`: who saw a later value sees the key gone.
+            fence(Acquire);
+            if self.key.load(Relaxed) != key {
+                return None;
+            }
+        }
+        Some(value)
+    }
+
+    /// Replace whatever is here by `key` (not 0) and `value`. One writer at a time; wait-free.
+    #[inline]
+    pub fn publish(&self, key: u64, value: u32) {
+        self.publish_with::<true>(key, value);
+    }
+
+    /// [`PublishedEntry::publish`]; without `RETRACT` the old key still stands beside the new value.
+    #[inline]
+    pub(crate) fn publish_with<const RETRACT: bool>(&self, key: u64, value: u32) {
+        if RETRACT {
+            self.key.store(0, Relaxed);
+            // Pairs with the Acquire fence in `get`.
+            fence(Release);
+        }
+        self.value.store(value, Relaxed);
+        // Pairs with the Acquire load in `get`.
+        self.key.store(key, Release);
+    }
+
+    /// Replace the value of the key that is here. One writer at a time; wait-free.
+    #[inline]
+    pub fn set_value(&self, value: u32) {
+        self.value.store(value, Relaxed);
+    }
+
+    /// Make vacant. One writer at a time; wait-free.
+    #[inline]
+    pub fn retract(&self) {
+        self.key.store(0, Relaxed);
+        // As in `publish`: a value written here later is only seen together with this.
+        fence(Release);
+    }
+}
+
+/// Admits one caller at a time and tells a second one so, without waiting.
+///
+/// What the guard's holder wrote before dropping it, the next holder sees.
+#[derive(Debug)]
+pub struct SingleWriter {
+    taken: AtomicU32,
+}
+
+impl Default for SingleWriter {
+    fn default() -> Self {
+        Self {
+            taken: AtomicU32::new(0),
+        }
+    }
+}
+
+impl SingleWriter {
+    /// Become the writer until the guard is dropped; `None` while somebody else is. Wait-free.
+    #[inline]
+    pub fn try_enter(&self) -> Option<WriterGuard<'_>> {
+        self.try_enter_with::<true>()
+    }
+
+    /// [`SingleWriter::try_enter`]; without `ACQUIRE` the predecessor's writes may be missing.
+    #[inline]
+    pub(crate) fn try_enter_with<const ACQUIRE: bool>(&self) -> Option<WriterGuard<'_>> {
+        // Pairs with the Release store in the guard's drop.
+        let order = if ACQUIRE { Acquire } else { Relaxed };
+        let entered = self.taken.compare_exchange(0, 1, order, Relaxed).is_ok();
+        entered.then_some(WriterGuard { owner: self })
+    }
+}
+
+/// Held by the one writer; leaving is dropping it.
+#[derive(Debug)]
+#[must_use = "dropping the guard lets the next writer in"]
+pub struct WriterGuard<'a> {
+    owner: &'a SingleWriter,
+}
+
+impl Drop for WriterGuard<'_> {
+    fn drop(&mut self) {
+        // Pairs with the Acquire exchange in `try_enter`.
+        self.owner.taken.store(0, Release);
+    }
+}

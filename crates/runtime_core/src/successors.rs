@@ -1,0 +1,243 @@
+//! Which agent follows which context: a frequency table of fixed size.
+//!
+//! [`SuccessorTable`] counts `(context, successor)` pairs, where a context is a hash of whatever
+//! precedes: the last agent, the last two, a bigram of classes. One type replaces the dense matrix
+//! (few agents) and the sparse one (many): its size depends on `SETS` and `WAYS` alone.
+//!
+//! | part | bytes |
+//! |---|---|
+//! | ways: context tag 24 bits, successor 16, count 24 | `8 * SETS * WAYS` |
+//! | misses of each full set | `SETS` (rounded up to 8) |
+//!
+//! All successors of a context lie in one set. While a set is not full its counts are exact (every
+//! `add` of any thread is in them); a full set keeps its frequent pairs, gives the weakest way to
+//! newcomers and forgets under pressure. Two contexts share a tag with probability 2^-24.
+//! Give a context with many successors (the empty one: all agents) a table of its own with few sets
+//! and many ways.
+//!
+//! | operation | progress | allocates | worst case |
+//! |---|---|---|---|
+//! | `add` | lock-free | no | `WAYS` loads and one exchange, per retry; every 32nd miss `WAYS` exchanges |
+//! | `row`, `count`, `total` | wait-free | no | `WAYS` loads |
+//!
+//! Counts are single words, `Relaxed`; a row read during an `add` or a halving mixes before and
+//! after, which moves a probability by at most the change itself.
+
+use crate::ids::{mix, AgentId};
+use crate::protocol::{set_add, COUNT_BITS, COUNT_MASK};
+use crate::sync::{AtomicU64, AtomicU8, Ordering::Relaxed};
+
+/// Hash of the empty context (unigram).
+pub const NO_CONTEXT: u64 = 0;
+
+/// Hash of the context "last agent".
+#[inline]
+pub const fn context_of(last: AgentId) -> u64 {
+    1 << 32 | last.0 as u64
+}
+
+/// Hash of the context "the agent before last, the last agent".
+#[inline]
+pub const fn context_of_two(previous: AgentId, last: AgentId) -> u64 {
+    2 << 32 | (previous.0 as u64) << 16 | last.0 as u64
+}
+
+/// Set-associative table of successor counts; see the module's page.
+///
+/// A set halves when one of its counts reaches `HALVE_AT`, so a row follows the last
+/// `HALVE_AT / share of its most frequent successor` observations or so.
+#[derive(Debug)]
+#[repr(C)]
+pub struct SuccessorTable<const SETS: usize, const WAYS: usize, const HALVE_AT: u32 = 1024> {
+    ways: [[AtomicU64; WAYS]; SETS],
+    misses: [AtomicU8; SETS],
+}
+
+impl<const SETS: usize, const WAYS: usize, const HALVE_AT: u32> Default
+    for SuccessorTable<SETS, WAYS, HALVE_AT>
+{
+    fn default() -> Self {
+        const {
+            assert!(SETS > 0 && WAYS > 0);
+            assert!(HALVE_AT >= 2 && HALVE_AT <= 1 << (COUNT_BITS - 1));
+        };
+        Self {
+            ways: std::array::from_fn(|_| std::array::from_fn(|_| AtomicU64::new(0))),
+            misses: std::array::from_fn(|_| AtomicU8::new(0)),
+        }
+    }
+}
+
+impl<const SETS: usize, const WAYS: usize, const HALVE_AT: u32>
+    SuccessorTable<SETS, WAYS, HALVE_AT>
+{
+    /// Set and tag of a context: disjoint bits of one hash.
+    #[inline]
+    fn locate(context: u64) -> (usize, u64) {
+        let hash = mix(context);
+        let set = ((hash >> 32) * SETS as u64) >> 32;
+        (set as usize, hash & 0xFF_FFFF)
+    }
+
+    /// Count `successor` after `context`. `false`: the set was full of stronger pairs, whose weakest
+    /// lost half its count instead.
+    #[inline]
+    pub fn add(&self, context: u64, successor: u16) -> bool {
+        let (set, tag) = Self::locate(context);
+        let key = tag << 16 | successor as u64;
+        set_add(&self.ways[set], &self.misses[set], key, HALVE_AT as u64)
+    }
+
+    /// Write the successors of `context` with their counts into `out`; returns how many there are
+    /// in `out` (at most `WAYS`). Each successor appears once; the order is that of first claims.
+    #[inline]
+    pub fn row(&self, context: u64, out: &mut [(u16, u32)]) -> usize {
+        let mut length = 0;
+        self.visit(context, |successor, count| {
+            // A full set under concurrent take-over can hold a pair twice: its counts add up.
+            let known = out[..length]
+                .iter()
+                .position(|(known, _)| *known == successor);
+            if let Some(index) = known {
+                out[index].1 += count;
+            } else if length < out.len() {
+                out[length] = (successor, count);
+                length += 1;
+            }
+        });
+        length
+    }
+
+    /// How often `successor` was counted after `context`.
+    #[inline]
+    pub fn count(&self, context: u64, successor: u16) -> u32 {
+        let mut sum = 0;
+        self.visit(context, |found, count| {
+            sum += if found == successor { count } else { 0 }
+        });
+        sum
+    }
+
+    /// How often anything was counted after `context`.
+    #[inline]
+    pub fn total(&self, context: u64) -> u32 {
+        let mut sum = 0;
+        self.visit(context, |_, count| sum += count);
+        sum
+    }
+
+    #[inline]
+    fn visit(&self, context: u64, mut seen: impl FnMut(u16, u32)) {
+        let (set, tag) = Self::locate(context);
+        for way in &self.ways[set] {
+            let word = way.load(Relaxed);
+            if word >> (COUNT_BITS + 16) == tag && word != 0 {
+                seen((word >> COUNT_BITS) as u16, (word & COUNT_MASK) as u32);
+            }
+        }
+    }
+
+    /// Ways in use over all sets: how full the table is.
+    pub fn occupied(&self) -> usize {
+        self.ways
+            .iter()
+            .flatten()
+            .filter(|way| way.load(Relaxed) != 0)
+            .count()
+    }
+
+    /// Visit every pair as `(key, count)`, where equal keys of two tables of this type mean equal
+    /// pairs; for merging states. Allocation-free; each count as of some moment of the visit.
+    pub fn for_each(&self, mut visit: impl FnMut(u64, u32)) {
+        for (set, ways) in self.ways.iter().enumerate() {
+            for way in ways {
+                let word = way.load(Relaxed);
+                if word != 0 {
+                    let key = (set as u64) << 40 | word >> COUNT_BITS;
+                    visit(key, (word & COUNT_MASK) as u32);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_lists_each_successor_once_with_its_exact_count() {
+        let table = SuccessorTable::<64, 8>::default();
+        let context = context_of_two(AgentId(1), AgentId(2));
+        for successor in [5, 6, 5, 5, 7] {
+            assert!(table.add(context, successor));
+        }
+        let mut row = [(0, 0); 8];
+        let length = table.row(context, &mut row);
+        assert_eq!(row[..length], [(5, 3), (6, 1), (7, 1)]);
+        assert_eq!(table.total(context), 5);
+        assert_eq!(table.count(context, 5), 3);
+        assert_eq!(
+            table.total(context_of(AgentId(2))),
+            0,
+            "another order, another context"
+        );
+    }
+
+    #[test]
+    fn a_short_output_gets_the_first_successors() {
+        let table = SuccessorTable::<1, 4>::default();
+        for successor in [3, 1, 2] {
+            table.add(NO_CONTEXT, successor);
+        }
+        let mut row = [(0, 0); 2];
+        assert_eq!(table.row(NO_CONTEXT, &mut row), 2);
+        assert_eq!(row, [(3, 1), (1, 1)]);
+    }
+
+    #[test]
+    fn halving_keeps_row_order_and_stays_below_the_limit() {
+        let table = SuccessorTable::<1, 4, 64>::default();
+        for step in 0..1000_u32 {
+            table.add(NO_CONTEXT, u16::from(step % 4 == 0));
+        }
+        let (often, seldom) = (table.count(NO_CONTEXT, 0), table.count(NO_CONTEXT, 1));
+        assert!(often < 64 && seldom > 0);
+        let ratio = f64::from(often) / f64::from(seldom);
+        assert!((2.0..4.5).contains(&ratio), "{often} : {seldom}");
+    }
+
+    #[test]
+    fn heavy_successors_survive_a_stream_of_new_ones() {
+        let table = SuccessorTable::<1, 8>::default();
+        for step in 0..20_000_u16 {
+            // Four regulars at 1/8 each, and noise in which no id comes twice.
+            let regular = step % 8;
+            table.add(NO_CONTEXT, if regular < 4 { regular } else { 100 + step });
+        }
+        for regular in 0..4 {
+            assert!(
+                table.count(NO_CONTEXT, regular) >= 4,
+                "{regular} was pushed out"
+            );
+        }
+    }
+
+    #[test]
+    fn a_full_set_follows_drift() {
+        let table = SuccessorTable::<1, 8>::default();
+        for phase in 0..3_u16 {
+            for step in 0..8_000_u16 {
+                table.add(NO_CONTEXT, phase * 8 + step % 8);
+            }
+        }
+        let mut row = [(0, 0); 8];
+        let length = table.row(NO_CONTEXT, &mut row);
+        let current: u32 = row[..length]
+            .iter()
+            .filter(|(id, _)| *id >= 16)
+            .map(|(_, n)| n)
+            .sum();
+        assert!(current * 10 >= table.total(NO_CONTEXT) * 9, "{row:?}");
+    }
+}
