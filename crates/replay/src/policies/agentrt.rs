@@ -8,6 +8,41 @@ use crate::pool::Pool;
 use crate::schedule::{EventKind, Schedule};
 use crate::trace::Trace;
 
+/// The policy, its ablations and its oracles: name, one line, what differs from the default.
+#[allow(clippy::type_complexity)]
+const VARIANTS: &[(&str, &str, fn(&mut Config))] = &[
+    ("agentrt", "learned content, time and sharing; hit density", |_| {}),
+    ("agentrt-no-prediction", "ablation: every agent of a session is equally likely to be next", |c| c.prediction = false),
+    ("agentrt-order-1", "ablation: transitions of order 1 only", |c| c.order2 = false),
+    ("agentrt-no-superseded", "ablation: misses of earlier calls are ignored", |c| c.superseded = false),
+    ("agentrt-no-classes", "ablation: one content class", |c| c.classes = false),
+    ("agentrt-no-session-end", "ablation: sessions never end", |c| c.session_end = false),
+    ("agentrt-no-time-contexts", "ablation: gaps by agent only", |c| c.time_contexts = false),
+    ("agentrt-no-density", "ablation: probability of reuse within the residence time", |c| c.density = false),
+    ("agentrt-no-sharing-classes", "ablation: private or shared, no finer", |c| c.sharing_classes = false),
+    ("oracle-content", "agentrt that knows in how many calls of its session a block is used again", |c| {
+        c.oracle.content = true;
+    }),
+    ("oracle-time", "agentrt that knows when a session calls next", |c| c.oracle.time = true),
+    ("oracle-sharing", "agentrt that knows when another session uses a block", |c| c.oracle.sharing = true),
+    ("oracle-all", "agentrt that knows all three", |c| {
+        c.oracle = Oracle { content: true, time: true, sharing: true };
+    }),
+];
+
+/// Names and one-line descriptions of the policy and its variants.
+pub fn variants() -> impl Iterator<Item = (&'static str, &'static str)> {
+    VARIANTS.iter().map(|v| (v.0, v.1))
+}
+
+/// The configuration of a variant.
+pub fn config(name: &str) -> Option<Config> {
+    let (_, _, change) = VARIANTS.iter().find(|v| v.0 == name)?;
+    let mut config = Config::default();
+    change(&mut config);
+    Some(config)
+}
+
 /// Adapter from the replay's events to the core.
 pub struct AgentRt {
     core: KvCache,

@@ -11,7 +11,7 @@
 //!
 //! Sources, parameters and deviations of each are in `docs/baselines.md`.
 
-mod agentrt;
+pub mod agentrt;
 mod depth;
 mod leaves;
 mod lfu;
@@ -27,14 +27,23 @@ pub use lru::Lru;
 pub use lru_session_end::LruSessionEnd;
 pub use min::Min;
 
+use std::sync::LazyLock;
+
 use crate::error::{Error, Result};
 use crate::policy::CachePolicy;
 use crate::schedule::Schedule;
 use crate::trace::Trace;
 
+const BASELINES: &[&str] = &["lru", "lru-session-end", "lfu", "depth", "min"];
+
 /// The names that [`build`] knows, in the order of reports.
 pub fn names() -> &'static [&'static str] {
-    &["lru", "lru-session-end", "lfu", "depth", "min"]
+    static ALL: LazyLock<Vec<&'static str>> = LazyLock::new(|| {
+        let mut names = BASELINES.to_vec();
+        names.extend(agentrt::variants().map(|v| v.0));
+        names
+    });
+    &ALL
 }
 
 /// Makes the policy called `name` for one run of `trace` in the order of `schedule`.
@@ -44,8 +53,12 @@ pub fn build(name: &str, trace: &Trace, schedule: &Schedule) -> Result<Box<dyn C
         "lru-session-end" => Box::new(LruSessionEnd::new(trace)),
         "lfu" => Box::new(Lfu::new(trace)),
         "depth" => Box::new(Depth::new(trace)),
-        // agentrt's own policy and the oracles that know one respect of the future:
         "min" => Box::new(Min::new(trace, schedule)),
+        // agentrt's own policy, its ablations, and the oracles that know one respect of the future.
+        name if agentrt::config(name).is_some() => {
+            let config = agentrt::config(name).expect("just found");
+            Box::new(AgentRt::new(schedule.options.capacity_blocks, config, trace, schedule))
+        }
         _ => return Err(Error::UnknownPolicy { name: name.into(), known: names().join(", ") }),
     })
 }
