@@ -7,29 +7,6 @@ use replay::policy::CachePolicy;
 use replay::schedule::*;
 use replay::sim;
 use replay::trace;
-use runtime_core::kv::Config;
-
-fn variant(name: &str) -> Option<Config> {
-    let mut c = Config::default();
-    match name {
-        "agentrt" => {}
-        "no-prediction" => c.prediction = false,
-        "order1" => c.order2 = false,
-        "no-superseded" => c.superseded = false,
-        "no-classes" => c.classes = false,
-        "no-end" => c.session_end = false,
-        "no-time" => c.time_contexts = false,
-        "no-density" => c.density = false,
-        "no-sharing" => c.sharing_classes = false,
-        "oracle-content" => c.oracle.content = true,
-        "oracle-time" => c.oracle.time = true,
-        "oracle-sharing" => c.oracle.sharing = true,
-        "oracle-ct" => { c.oracle.content = true; c.oracle.time = true }
-        "oracle-all" => { c.oracle.content = true; c.oracle.time = true; c.oracle.sharing = true }
-        _ => return None,
-    }
-    Some(c)
-}
 
 fn main() {
     let mut sessions = 16;
@@ -67,10 +44,7 @@ fn main() {
             let tr = &traces[t];
             let o = ScheduleOptions { order: Order::Closed, sessions, seed, capacity_blocks: cap, model: LatencyModel::LLAMA_3_1_8B_H100 };
             let sch = Schedule::new(tr, o).unwrap();
-            let mut pol: Box<dyn CachePolicy> = match variant(&all[p]) {
-                Some(cfg) => Box::new(policies::AgentRt::new(cap, cfg, tr, &sch)),
-                None => policies::build(&all[p], tr, &sch).unwrap(),
-            };
+            let mut pol: Box<dyn CachePolicy> = policies::build(&all[p], tr, &sch).unwrap();
             let t0 = std::time::Instant::now();
             let r = sim::run(tr, &sch, &mut *pol, &mut |_| {});
             if r.forced_evictions > 0 { println!("FORCED {} {}", all[p], r.forced_evictions); }

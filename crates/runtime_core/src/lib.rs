@@ -6,6 +6,10 @@ pub mod histogram;
 pub mod ids;
 pub mod kv;
 pub mod protocol;
+pub mod runtime;
 pub mod sessions;
 pub mod successors;
 mod sync;
+
+pub use error::{Error, Result};
+pub use runtime::Runtime;

@@ -1,6 +1,9 @@
 //! agentrt's own policy, driven through the core's events exactly as an engine adapter drives it.
 
-use runtime_core::kv::{Config, FutureStarts, Hint, KvCache, Oracle};
+use runtime_core::ids::WorkloadId;
+use runtime_core::kv::{Config, FutureStarts, Hint, Oracle};
+use runtime_core::runtime::Options;
+use runtime_core::Runtime;
 use rustc_hash::FxHashMap;
 
 use crate::policy::{CachePolicy, CallView};
@@ -15,11 +18,12 @@ const VARIANTS: &[(&str, &str, fn(&mut Config))] = &[
     ("agentrt-no-prediction", "ablation: every agent of a session is equally likely to be next", |c| c.prediction = false),
     ("agentrt-order-1", "ablation: transitions of order 1 only", |c| c.order2 = false),
     ("agentrt-no-superseded", "ablation: misses of earlier calls are ignored", |c| c.superseded = false),
-    ("agentrt-no-classes", "ablation: one content class", |c| c.classes = false),
+    ("agentrt-no-classes", "ablation: one content class", |c| c.content_classes = false),
     ("agentrt-no-session-end", "ablation: sessions never end", |c| c.session_end = false),
     ("agentrt-no-time-contexts", "ablation: gaps by agent only", |c| c.time_contexts = false),
     ("agentrt-no-density", "ablation: probability of reuse within the residence time", |c| c.density = false),
     ("agentrt-no-sharing-classes", "ablation: private or shared, no finer", |c| c.sharing_classes = false),
+    ("agentrt-no-anchors", "ablation: anchors are forgotten with their eviction", |c| c.anchors = false),
     ("oracle-content", "agentrt that knows in how many calls of its session a block is used again", |c| {
         c.oracle.content = true;
     }),
@@ -43,9 +47,12 @@ pub fn config(name: &str) -> Option<Config> {
     Some(config)
 }
 
+const ONE_THREAD: &str = "one thread uses the runtime";
+
 /// Adapter from the replay's events to the core.
 pub struct AgentRt {
-    core: KvCache,
+    runtime: Runtime,
+    workload: WorkloadId,
     keys: Vec<u64>,
     victims: Vec<u32>,
     future: Option<Future>,
@@ -112,7 +119,10 @@ impl AgentRt {
     /// A fresh core for a pool of `capacity` blocks.
     pub fn new(capacity: usize, config: Config, trace: &Trace, schedule: &Schedule) -> Self {
         let future = (config.oracle != Oracle::default()).then(|| Future::new(trace, schedule));
-        Self { core: KvCache::new(capacity, config), keys: Vec::new(), victims: Vec::new(), future }
+        let options = Options { config, ..Options::for_pool(capacity) };
+        let runtime = Runtime::new(options).expect("a schedule has a capacity of at least one block");
+        let workload = runtime.workload(&trace.workload).expect("the first workload has room");
+        Self { runtime, workload, keys: Vec::new(), victims: Vec::new(), future }
     }
 
     fn foretell(&mut self, call: &CallView<'_>) {
@@ -122,18 +132,18 @@ impl AgentRt {
             for (to, from) in next.iter_mut().zip(starts.iter().skip(call.step as usize + 1)) {
                 *to = *from;
             }
-            self.core.foretell(u64::from(call.session), next);
+            self.runtime.foretell(self.workload, u64::from(call.session), next).expect(ONE_THREAD);
         }
     }
 
-    fn stored(&mut self, call: u32, blocks: &[u32], output: bool, skip: usize) {
+    fn stored(&mut self, call: u32, time_us: u64, blocks: &[u32], skip: usize) {
         self.keys.clear();
         self.keys.extend(blocks.iter().map(|&b| u64::from(b) + 1));
         let hints = self.future.as_ref().map_or(&[][..], |f| {
-            let at = if output { f.output_at[call as usize] } else { f.prompt_at[call as usize] + skip };
+            let at = f.prompt_at[call as usize] + skip;
             &f.hints[at..at + blocks.len()]
         });
-        self.core.stored(u64::from(call), &self.keys, hints, output);
+        self.runtime.stored(self.workload, u64::from(call), time_us, &self.keys, hints).expect(ONE_THREAD);
     }
 }
 
@@ -146,15 +156,19 @@ impl CachePolicy for AgentRt {
             let at = f.prompt_at[call.call as usize];
             &f.hints[at..at + call.prompt.len()]
         });
-        let hit = self.core.call_started(
-            u64::from(call.call),
-            u64::from(call.session),
-            call.agent,
-            call.time_us,
-            &self.keys,
-            hints,
-        );
-        debug_assert_eq!(hit, call.hit);
+        let hit = self
+            .runtime
+            .call_started(
+                self.workload,
+                u64::from(call.session),
+                u64::from(call.call),
+                call.agent,
+                call.time_us,
+                &self.keys,
+                hints,
+            )
+            .expect(ONE_THREAD);
+        debug_assert_eq!(hit, call.hit, "{:?}", self.runtime.repairs());
     }
 
     fn evict(&mut self, n: usize, now_us: u64, pool: &mut Pool) {
@@ -162,7 +176,7 @@ impl CachePolicy for AgentRt {
         while left > 0 {
             self.victims.clear();
             let victims = &mut self.victims;
-            if self.core.evict(left, now_us, |key| victims.push(key as u32 - 1)) == 0 {
+            if self.runtime.evict(left, now_us, |key| victims.push(key as u32 - 1)).expect(ONE_THREAD) == 0 {
                 return;
             }
             // Refused only where the answer that is being stored extends over blocks that were free; the finish
@@ -173,21 +187,40 @@ impl CachePolicy for AgentRt {
 
     fn inserted(&mut self, call: &CallView<'_>, blocks: &[u32], _pool: &Pool) {
         if call.hit < call.prompt.len() && blocks.first() == Some(&call.prompt[call.hit]) {
-            self.stored(call.call, blocks, false, call.hit);
+            self.stored(call.call, call.time_us, blocks, call.hit);
         }
     }
 
     fn call_finish(&mut self, call: &CallView<'_>, output: &[u32], _released: &[u32], _pool: &Pool) {
-        self.stored(call.call, output, true, 0);
         self.foretell(call);
-        let tool = call.tool.map_or(0, |t| (t + 1).min(32));
-        self.core.call_finished(u64::from(call.call), call.time_us, tool, output.len() as u32);
+        let tool = call.tool.map_or(0, |t| t + 1);
+        self.ended(call, output, tool);
     }
 
     fn call_bypassed(&mut self, call: &CallView<'_>) {
         self.foretell(call);
-        let key = u64::from(call.call);
-        self.core.call_started(key, u64::from(call.session), call.agent, call.time_us, &[], &[]);
-        self.core.call_finished(key, call.time_us, 0, 0);
+        let (session, id) = (u64::from(call.session), u64::from(call.call));
+        self.runtime.call_started(self.workload, session, id, call.agent, call.time_us, &[], &[]).expect(ONE_THREAD);
+        self.ended(call, &[], 0);
+    }
+}
+
+impl AgentRt {
+    fn ended(&mut self, call: &CallView<'_>, output: &[u32], tool: u16) {
+        self.keys.clear();
+        self.keys.extend(output.iter().map(|&b| u64::from(b) + 1));
+        let hints = self.future.as_ref().map_or(&[][..], |f| {
+            let at = f.output_at[call.call as usize];
+            &f.hints[at..at + output.len()]
+        });
+        let (session, id) = (u64::from(call.session), u64::from(call.call));
+        self.runtime
+            .call_ended(self.workload, session, id, tool, call.time_us, &self.keys, hints)
+            .expect(ONE_THREAD);
+    }
+
+    /// The core behind the policy, for reports.
+    pub fn runtime(&self) -> &Runtime {
+        &self.runtime
     }
 }

@@ -1,156 +1,240 @@
-//! Which lane of a session calls when: first-passage probabilities over the next six calls.
-use super::index::NONE;
-use super::learned::Transitions;
-use super::{Config, Lane, Session};
+//! Which lane of a session calls when: first-passage probabilities over the next calls.
+//!
+//! A *lane* is one agent in one session. Rows of the chain are over the session's lanes and "another agent". A row backs
+//! off from the successors of (agent before last, last agent) over those of the last agent to the rank of the agent in
+//! the session's own recency list - not to the unigram: among many agents the next speaker is usually a recent one.
+//! P(b) = (n_b + kappa P'(b)) / (N + kappa), kappa 4 for order 1 and 3 for order 2.
 
+use crate::ids::AgentId;
+use crate::successors::{context_of, context_of_two};
+
+use super::workload::{Workload, NEW, RANKS};
+use super::Config;
+
+/// Calls looked ahead.
 pub(crate) const STEPS: usize = 6;
-pub(crate) const L: usize = 8;
+/// Lanes told apart, most recent first; others are "another agent".
+pub(crate) const LANES: usize = 7;
+/// Further calls of a lane that count.
+pub(crate) const FURTHER: usize = 3;
+const WIDTH: usize = LANES + 1;
+/// Paths less likely than this are dropped.
+const NEGLIGIBLE: f32 = 0.004;
 
-#[derive(Clone, Copy, Default, Debug)]
-pub(crate) struct LaneWeights {
-    pub(crate) lane: u32,
-    /// P(the lane's m-th further call is the session's i-th next call).
-    pub(crate) w: [[f32; STEPS]; 3],
+type Row = [f32; WIDTH];
+type States = [f32; WIDTH * WIDTH];
+
+/// P(the lane's m-th further call is the session's i-th next call), by lane.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Weights(pub(crate) [[f32; STEPS]; FURTHER]);
+
+/// The transition rows of one session.
+pub(crate) struct Chain<'a> {
+    workload: &'a Workload,
+    config: &'a Config,
+    agents: &'a [u16],
+    rows: [Row; WIDTH * WIDTH],
+    known: [bool; WIDTH * WIDTH],
+    rank_share: [f32; RANKS],
 }
 
-#[derive(Clone, Copy, Default, Debug)]
-pub(crate) struct Lanes {
-    pub(crate) n: usize,
-    pub(crate) ids: [u32; L],
-    pub(crate) agents: [u16; L],
-    pub(crate) weights: [LaneWeights; L],
-}
-
-impl Lanes {
-    pub(crate) fn of(lanes: &[Lane], session: &Session) -> Self {
-        let mut out = Self::default();
-        let mut lane = session.lanes;
-        while lane != NONE && out.n < L {
-            out.ids[out.n] = lane;
-            out.agents[out.n] = lanes[lane as usize].agent;
-            out.n += 1;
-            lane = lanes[lane as usize].next;
+impl<'a> Chain<'a> {
+    /// `agents` of the session's lanes, most recent first, at most [`LANES`].
+    pub(crate) fn new(workload: &'a Workload, config: &'a Config, agents: &'a [u16]) -> Self {
+        let mut counts = [0u16; RANKS + 1];
+        workload.ranks.snapshot(&mut counts);
+        let total: f32 = counts.iter().map(|&c| f32::from(c)).sum::<f32>() + 4.0;
+        let rank_share =
+            std::array::from_fn(|rank| (f32::from(counts[rank]) + 1.0 / (1.0 + rank as f32)) / total);
+        debug_assert_eq!(NEW, RANKS);
+        Self {
+            workload,
+            config,
+            agents,
+            rows: [[0.0; WIDTH]; WIDTH * WIDTH],
+            known: [false; WIDTH * WIDTH],
+            rank_share,
         }
-        out
     }
 
-    pub(crate) fn weights(mut self, t: &Transitions, session: &Session, cfg: &Config) -> Self {
-        let n = self.n;
-        if n == 0 {
-            return self;
+    /// Position of an agent among the lanes; their number stands for any other.
+    fn position(&self, agent: u16) -> usize {
+        self.agents.iter().position(|&a| a == agent).unwrap_or(self.agents.len())
+    }
+
+    /// Probabilities of the next lane after `prev` and `last` (positions); the last entry is "another agent".
+    fn row(&mut self, prev: usize, last: usize) -> Row {
+        let state = prev * WIDTH + last;
+        if !self.known[state] {
+            self.known[state] = true;
+            self.rows[state] = self.make_row(prev, last);
         }
-        let w = n + 1;
-        // rows[(prev, last)] over lanes 0..n and "another agent" n.
-        let mut rows = [[0.0f32; L + 1]; (L + 1) * (L + 1)];
-        let mut known = [false; (L + 1) * (L + 1)];
-        let position = |agent: u16| self.agents[..n].iter().position(|&a| a == agent).unwrap_or(n);
-        let start = position(session.prev) * w + 0;
-        let agents = self.agents;
-        let mut row = |state: usize, rows: &mut [[f32; L + 1]; (L + 1) * (L + 1)]| {
-            if known[state] {
-                return;
+        self.rows[state]
+    }
+
+    fn make_row(&self, prev: usize, last: usize) -> Row {
+        let n = self.agents.len();
+        let mut row = [0.0; WIDTH];
+        if !self.config.prediction {
+            let each = 1.0 / (n as f32 + 0.5);
+            row[..n].fill(each);
+            row[n] = 0.5 * each;
+            return row;
+        }
+        // Recency after `prev` and `last` have spoken: last, prev, then the others as they stand.
+        let mut rank = 0;
+        let order = [last, prev].into_iter().chain(0..n);
+        for lane in order {
+            if lane < n && row[lane] == 0.0 {
+                row[lane] = self.rank_share[rank.min(RANKS - 1)];
+                rank += 1;
             }
-            known[state] = true;
-            let (p, l) = (state / w, state % w);
-            let out = &mut rows[state];
-            if !cfg.prediction {
-                for x in out[..n].iter_mut() {
-                    *x = 1.0 / (n as f32 + 0.5);
-                }
-                out[n] = 0.5 / (n as f32 + 0.5);
-                return;
+        }
+        row[n] = (1.0 - row[..n].iter().sum::<f32>()).max(0.01);
+        if last < n {
+            let last_agent = AgentId(self.agents[last]);
+            self.refine(&mut row, context_of(last_agent), 4.0);
+            if self.config.order2 {
+                let prev_agent = self.agents.get(prev).map_or(AgentId::UNKNOWN, |&a| AgentId(a));
+                self.refine(&mut row, context_of_two(prev_agent, last_agent), 3.0);
             }
-            let total: f32 = t.rank.iter().sum::<f32>() + 4.0;
-            // Recency list after `p`, `l` have spoken: l, p, then the rest.
-            let mut order = [0usize; L + 1];
-            let mut m = 0;
-            for x in [l, p] {
-                if x < n && !order[..m].contains(&x) {
-                    order[m] = x;
-                    m += 1;
-                }
-            }
-            for x in 0..n {
-                if !order[..m].contains(&x) {
-                    order[m] = x;
-                    m += 1;
-                }
-            }
-            let mut sum = 0.0;
-            for (r, &x) in order[..n].iter().enumerate() {
-                out[x] = (t.rank[r] + 1.0 / (1.0 + r as f32)) / total;
-                sum += out[x];
-            }
-            out[n] = (1.0 - sum).max(0.01);
-            if l < n {
-                let mut apply = |counts: &[(u16, f32)], kappa: f32| {
-                    let total: f32 = counts.iter().map(|c| c.1).sum();
-                    let mut rest = total;
-                    let mut fresh = [0.0f32; L + 1];
-                    for &(a, c) in counts {
-                        if let Some(x) = agents[..n].iter().position(|&y| y == a) {
-                            fresh[x] = c;
-                            rest -= c;
-                        }
-                    }
-                    fresh[n] = rest;
-                    for x in 0..=n {
-                        out[x] = (fresh[x] + kappa * out[x]) / (total + kappa);
-                    }
-                };
-                if let Some(c) = t.order1.get(&agents[l]) {
-                    apply(c, 4.0);
-                }
-                if cfg.order2 {
-                    let prev = if p < n { agents[p] } else { super::NO_AGENT };
-                    if let Some(c) = t.order2.get(&(prev, agents[l])) {
-                        apply(c, 3.0);
-                    }
-                }
-            }
-        };
-        let passage = |from: usize, target: usize, rows: &mut [[f32; L + 1]; (L + 1) * (L + 1)], row: &mut dyn FnMut(usize, &mut [[f32; L + 1]; (L + 1) * (L + 1)])| {
-            let mut q = [0.0f32; STEPS];
-            let mut now = [0.0f32; (L + 1) * (L + 1)];
-            now[from] = 1.0;
-            for q in q.iter_mut() {
-                let mut next = [0.0f32; (L + 1) * (L + 1)];
-                for state in 0..w * w {
-                    let mass = now[state];
-                    if mass < 0.004 {
+        }
+        row
+    }
+
+    fn refine(&self, row: &mut Row, context: u64, kappa: f32) {
+        let n = self.agents.len();
+        let mut successors = [(0u16, 0u32); 8];
+        let found = self.workload.transitions.row(context, &mut successors);
+        let total: f32 = successors[..found].iter().map(|s| s.1 as f32).sum();
+        let mut counts = [0.0; WIDTH];
+        for &(agent, count) in &successors[..found] {
+            counts[self.position(agent)] += count as f32;
+        }
+        for lane in 0..=n {
+            row[lane] = (counts[lane] + kappa * row[lane]) / (total + kappa);
+        }
+    }
+
+    /// P(`target` is reached for the first time at the i-th next call), starting after (`prev`, `last`).
+    fn passage(&mut self, prev: usize, last: usize, target: usize) -> [f32; STEPS] {
+        let n = self.agents.len();
+        let mut passage = [0.0; STEPS];
+        let mut now: States = [0.0; WIDTH * WIDTH];
+        now[prev * WIDTH + last] = 1.0;
+        for reached in &mut passage {
+            let mut next: States = [0.0; WIDTH * WIDTH];
+            for before in 0..=n {
+                for at in 0..=n {
+                    let mass = now[before * WIDTH + at];
+                    if mass < NEGLIGIBLE {
                         continue;
                     }
-                    row(state, rows);
-                    let l = state % w;
-                    for b in 0..w {
-                        let x = mass * rows[state][b];
-                        if b == target {
-                            *q += x;
+                    let row = self.row(before, at);
+                    for (lane, p) in row.iter().enumerate().take(n + 1) {
+                        if lane == target {
+                            *reached += mass * p;
                         } else {
-                            next[l * w + b] += x;
+                            next[at * WIDTH + lane] += mass * p;
                         }
                     }
                 }
-                now = next;
             }
-            q
-        };
-        let conv = |a: &[f32; STEPS], b: &[f32; STEPS]| {
-            let mut out = [0.0; STEPS];
-            for i in 0..STEPS {
-                for j in 0..i {
-                    out[i] += a[j] * b[i - j - 1];
+            now = next;
+        }
+        passage
+    }
+
+    /// The weights of every lane of a session that stands after (`prev`, `last`).
+    pub(crate) fn weights(&mut self, prev: u16, last: u16) -> [Weights; LANES] {
+        let (prev, last) = (self.position(prev), self.position(last));
+        let mut weights = [Weights::default(); LANES];
+        for lane in 0..self.agents.len() {
+            let first = self.passage(prev, last, lane);
+            let again = if lane == last { first } else { self.passage(last, lane, lane) };
+            let second = convolve(&first, &again);
+            weights[lane] = Weights([first, second, convolve(&second, &again)]);
+        }
+        weights
+    }
+
+    /// P(the i-th next call is the lane's), by lane and "another agent", for i = 1..=`out.len()`.
+    pub(crate) fn marginals(&mut self, prev: u16, last: u16, out: &mut [Row]) {
+        let n = self.agents.len();
+        let mut now: States = [0.0; WIDTH * WIDTH];
+        now[self.position(prev) * WIDTH + self.position(last)] = 1.0;
+        for step in out {
+            let mut next: States = [0.0; WIDTH * WIDTH];
+            *step = [0.0; WIDTH];
+            for before in 0..=n {
+                for at in 0..=n {
+                    let mass = now[before * WIDTH + at];
+                    if mass < NEGLIGIBLE {
+                        continue;
+                    }
+                    let row = self.row(before, at);
+                    for lane in 0..=n {
+                        next[at * WIDTH + lane] += mass * row[lane];
+                        step[lane] += mass * row[lane];
+                    }
                 }
             }
-            out
-        };
-        for a in 0..n {
-            let q = passage(start, a, &mut rows, &mut row);
-            let back = if a == 0 { q } else { passage(a, a, &mut rows, &mut row) };
-            let w2 = conv(&q, &back);
-            let w3 = conv(&w2, &back);
-            self.weights[a] = LaneWeights { lane: self.ids[a], w: [q, w2, w3] };
+            now = next;
         }
-        self
+    }
+}
+
+fn convolve(a: &[f32; STEPS], b: &[f32; STEPS]) -> [f32; STEPS] {
+    let mut out = [0.0; STEPS];
+    for i in 1..STEPS {
+        out[i] = (0..i).map(|j| a[j] * b[i - j - 1]).sum();
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cycle(workload: &Workload, agents: &[u16], rounds: usize) {
+        let mut previous = AgentId::UNKNOWN;
+        let mut last = AgentId(agents[agents.len() - 1]);
+        for &agent in agents.iter().cycle().take(agents.len() * rounds) {
+            workload.transitions.add(context_of_two(previous, last), agent);
+            workload.transitions.add(context_of(last), agent);
+            previous = last;
+            last = AgentId(agent);
+        }
+    }
+
+    #[test]
+    fn a_cycle_is_walked_in_order() {
+        let workload = Workload::default();
+        cycle(&workload, &[0, 1, 2], 100);
+        let config = Config::default();
+        let agents = [2, 1, 0];
+        let mut chain = Chain::new(&workload, &config, &agents);
+        let weights = chain.weights(1, 2);
+        // After 2 comes 0 (position 2), then 1 (position 1), then 2 itself.
+        assert!(weights[2].0[0][0] > 0.9, "{:?}", weights[2]);
+        assert!(weights[1].0[0][1] > 0.85, "{:?}", weights[1]);
+        assert!(weights[0].0[0][2] > 0.8, "{:?}", weights[0]);
+        // And again three calls later.
+        assert!(weights[2].0[1][3] > 0.6, "{:?}", weights[2]);
+    }
+
+    #[test]
+    fn rows_are_distributions() {
+        let workload = Workload::default();
+        cycle(&workload, &[0, 1, 0, 2, 5], 20);
+        let config = Config::default();
+        let agents = [5, 0, 1];
+        let mut chain = Chain::new(&workload, &config, &agents);
+        for prev in 0..=3 {
+            for last in 0..=3 {
+                let sum: f32 = chain.row(prev, last).iter().sum();
+                assert!((sum - 1.0).abs() < 0.1, "{prev} {last} {sum}");
+            }
+        }
     }
 }

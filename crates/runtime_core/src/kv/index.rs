@@ -5,21 +5,81 @@
 //! of a segment only: a call that uses the first part of a segment splits it. A segment without children and pins is
 //! a *leaf*; victims are the last blocks of the leaf with the lowest score, so a parent never goes before its child.
 //!
-//! Memory: [`Block`] 16 bytes, hash table 4 bytes at a load of at most 1/2, [`Segment`] 80 bytes for every tenth
-//! block: 32 bytes per block of the pool. Single writer.
+//! One writer. Any thread may look a block up meanwhile through [`Published`]: it finds the block's segment and that
+//! segment's published score, or nothing while the writer is moving the entry.
+//!
+//! | part | bytes per pool block |
+//! |---|---|
+//! | key and segment ([`PublishedEntry`]) | 16 |
+//! | parent | 4 |
+//! | hash table, load 3/4 | 5.3 |
+//! | segments and their scores, one for every twelve blocks | 6.3 |
+//! | together | 31.7, plus at most 80 kB for small pools |
+
+use std::sync::Arc;
+
+use crate::ids::mix;
+use crate::protocol::PublishedEntry;
+use crate::sync::{AtomicU32, Ordering::Relaxed};
 
 /// Marks "none" in every index of this module.
-pub const NONE: u32 = u32::MAX;
+pub(crate) const NONE: u32 = u32::MAX;
 
-/// Number of score classes of the victim queue.
-pub const N_BUCKETS: usize = 256;
+/// Score classes of the victim queue.
+pub(crate) const CLASSES: usize = 256;
 
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Block {
-    pub(crate) key: u64,
-    /// Slot of the parent block; next free slot on the free list.
-    pub(crate) parent: u32,
-    pub(crate) segment: u32,
+/// Bytes of the victim queue's heads.
+pub(crate) const QUEUE_BYTES: usize = CLASSES * 4 + CLASSES / 8;
+
+/// The part of the index that any thread may read.
+#[derive(Debug)]
+pub(crate) struct Published {
+    /// Block slots by hash, [`NONE`] where empty; linear probing.
+    table: Box<[AtomicU32]>,
+    /// Key and segment of each slot.
+    entries: Box<[PublishedEntry]>,
+    /// Score of each segment, `f32` bits.
+    scores: Box<[AtomicU32]>,
+}
+
+impl Published {
+    #[inline]
+    fn home(&self, key: u64) -> usize {
+        ((u128::from(mix(key)) * self.table.len() as u128) >> 64) as usize
+    }
+
+    #[inline]
+    fn after(&self, at: usize) -> usize {
+        if at + 1 == self.table.len() {
+            0
+        } else {
+            at + 1
+        }
+    }
+
+    /// The published score of a block: `None` where it is not resident, or is being moved this moment. Wait-free.
+    pub(crate) fn score(&self, key: u64) -> Option<f32> {
+        let key = nonzero(key);
+        let mut at = self.home(key);
+        for _ in 0..self.table.len() {
+            let slot = self.table[at].load(Relaxed);
+            if slot == NONE {
+                return None;
+            }
+            if let Some(segment) = self.entries[slot as usize].get(key) {
+                let bits = self.scores.get(segment as usize)?.load(Relaxed);
+                return Some(f32::from_bits(bits));
+            }
+            at = self.after(at);
+        }
+        None
+    }
+}
+
+/// Key 0 marks a vacant entry; a block of that hash shares the entry of hash 1.
+#[inline]
+pub(crate) fn nonzero(key: u64) -> u64 {
+    key.max(1)
 }
 
 /// Attributes and links of a run of blocks.
@@ -55,152 +115,212 @@ pub(crate) struct Segment {
     pub(crate) touches: u8,
     /// Sessions that have used it, saturating.
     pub(crate) degree: u8,
-    pub(crate) flags: u8,
 }
 
 pub(crate) const NOT_QUEUED: u16 = u16::MAX;
 
+impl Segment {
+    const EMPTY: Self = Self {
+        last_use_us: 0,
+        top: NONE,
+        tail: NONE,
+        len: 0,
+        depth: 0,
+        lane: NONE,
+        lane_prev: NONE,
+        lane_next: NONE,
+        queue_prev: NONE,
+        queue_next: NONE,
+        older: NONE,
+        newer: NONE,
+        touch_call: 0,
+        children: 0,
+        pins: 0,
+        bucket: NOT_QUEUED,
+        class: 0,
+        touches: 0,
+        degree: 0,
+    };
+}
+
 /// Blocks, segments, recency list and victim queue.
+#[derive(Debug)]
 pub(crate) struct Index {
-    pub(crate) blocks: Vec<Block>,
+    pub(crate) published: Arc<Published>,
+    /// Slot of the parent block; next free slot on the free list.
+    parents: Vec<u32>,
     free_block: u32,
     pub(crate) resident: usize,
-    table: Vec<u32>,
-    mask: usize,
-    pub(crate) segments: Vec<Segment>,
+    segments: Vec<Segment>,
     free_segment: u32,
-    pub(crate) live_segments: usize,
-    heads: [u32; N_BUCKETS],
-    bitmap: [u64; N_BUCKETS / 64],
+    heads: [u32; CLASSES],
+    bitmap: [u64; CLASSES / 64],
     oldest: u32,
     newest: u32,
 }
 
-#[inline]
-fn mix(key: u64) -> u64 {
-    // Fibonacci hashing with a final fold: engine hashes are random already, replay ids are small integers.
-    let x = key.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    x ^ (x >> 32)
-}
-
 impl Index {
-    pub(crate) fn new(pool_blocks: usize) -> Self {
-        Self::with_segments(pool_blocks, (pool_blocks / 10).max(pool_blocks.min(1024)).max(16))
+    /// An index for `blocks` pool blocks.
+    pub(crate) fn new(blocks: usize) -> Self {
+        Self::with_segments(blocks, (blocks / 12).max(blocks.min(1024)).max(16))
     }
 
-    pub(crate) fn with_segments(pool_blocks: usize, n_segments: usize) -> Self {
-        let slots = (pool_blocks.max(8) * 2).next_power_of_two();
-        let blocks = (0..pool_blocks as u32)
-            .map(|i| Block { key: 0, parent: if i + 1 == pool_blocks as u32 { NONE } else { i + 1 }, segment: NONE })
-            .collect();
-        let empty = Segment {
-            last_use_us: 0,
-            top: NONE,
-            tail: NONE,
-            len: 0,
-            depth: 0,
-            lane: NONE,
-            lane_prev: NONE,
-            lane_next: NONE,
-            queue_prev: NONE,
-            queue_next: NONE,
-            older: NONE,
-            newer: NONE,
-            touch_call: 0,
-            children: 0,
-            pins: 0,
-            bucket: NOT_QUEUED,
-            class: 0,
-            touches: 0,
-            degree: 0,
-            flags: 0,
-        };
-        let segments = (0..n_segments as u32)
-            .map(|i| Segment { queue_next: if i + 1 == n_segments as u32 { NONE } else { i + 1 }, ..empty })
-            .collect();
+    /// An index with room for `segments` segments.
+    pub(crate) fn with_segments(blocks: usize, segments: usize) -> Self {
+        let table = (blocks + blocks / 3).max(16);
+        let list = |n: usize| (0..n as u32).map(move |i| if i as usize + 1 == n { NONE } else { i + 1 });
         Self {
-            blocks,
-            free_block: if pool_blocks == 0 { NONE } else { 0 },
+            published: Arc::new(Published {
+                table: (0..table).map(|_| AtomicU32::new(NONE)).collect(),
+                entries: (0..blocks).map(|_| PublishedEntry::default()).collect(),
+                scores: (0..segments).map(|_| AtomicU32::new(0)).collect(),
+            }),
+            parents: list(blocks).collect(),
+            free_block: if blocks == 0 { NONE } else { 0 },
             resident: 0,
-            table: vec![NONE; slots],
-            mask: slots - 1,
-            segments,
+            segments: list(segments).map(|next| Segment { queue_next: next, ..Segment::EMPTY }).collect(),
             free_segment: 0,
-            live_segments: 0,
-            heads: [NONE; N_BUCKETS],
-            bitmap: [0; N_BUCKETS / 64],
+            heads: [NONE; CLASSES],
+            bitmap: [0; CLASSES / 64],
             oldest: NONE,
             newest: NONE,
         }
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.blocks.len() * size_of::<Block>() + self.table.len() * 4 + self.segments.len() * size_of::<Segment>()
+        self.parents.len() * (4 + size_of::<PublishedEntry>())
+            + self.published.table.len() * 4
+            + self.segments.len() * (size_of::<Segment>() + 4)
+    }
+
+    pub(crate) fn n_segments(&self) -> usize {
+        self.segments.len()
+    }
+
+    /// Forgets everything.
+    pub(crate) fn clear(&mut self) {
+        let published = Arc::clone(&self.published);
+        for entry in &published.entries {
+            entry.retract();
+        }
+        for at in &published.table {
+            at.store(NONE, Relaxed);
+        }
+        let (blocks, segments) = (self.parents.len(), self.segments.len());
+        let list = |n: usize| (0..n as u32).map(move |i| if i as usize + 1 == n { NONE } else { i + 1 });
+        for (parent, next) in self.parents.iter_mut().zip(list(blocks)) {
+            *parent = next;
+        }
+        for (segment, next) in self.segments.iter_mut().zip(list(segments)) {
+            *segment = Segment { queue_next: next, ..Segment::EMPTY };
+        }
+        self.free_block = if blocks == 0 { NONE } else { 0 };
+        self.free_segment = 0;
+        self.resident = 0;
+        self.heads = [NONE; CLASSES];
+        self.bitmap = [0; CLASSES / 64];
+        (self.oldest, self.newest) = (NONE, NONE);
     }
 
     // ---- blocks ----
 
     #[inline]
+    pub(crate) fn key(&self, slot: u32) -> u64 {
+        self.published.entries[slot as usize].key()
+    }
+
+    #[inline]
+    pub(crate) fn parent(&self, slot: u32) -> u32 {
+        self.parents[slot as usize]
+    }
+
+    #[inline]
+    pub(crate) fn segment_of(&self, slot: u32) -> u32 {
+        self.published.entries[slot as usize].value()
+    }
+
+    #[inline]
     pub(crate) fn find(&self, key: u64) -> u32 {
-        let mut at = mix(key) as usize & self.mask;
+        let key = nonzero(key);
+        let mut at = self.published.home(key);
         loop {
-            let slot = self.table[at];
-            if slot == NONE || self.blocks[slot as usize].key == key {
+            let slot = self.published.table[at].load(Relaxed);
+            if slot == NONE || self.key(slot) == key {
                 return slot;
             }
-            at = (at + 1) & self.mask;
+            at = self.published.after(at);
         }
     }
 
     /// The slot of `key`, trying the slot after `hint` first: blocks stored together lie side by side.
     #[inline]
     pub(crate) fn find_after(&self, hint: u32, key: u64) -> u32 {
-        if let Some(block) = self.blocks.get(hint.wrapping_add(1) as usize) {
-            if block.key == key && block.segment != NONE {
-                return hint.wrapping_add(1);
+        let next = hint.wrapping_add(1);
+        if let Some(entry) = self.published.entries.get(next as usize) {
+            if entry.key() == nonzero(key) {
+                return next;
             }
         }
         self.find(key)
     }
 
-    /// Takes a free slot for `key`; `NONE` where the index is full.
+    /// Takes a free slot for `key`; [`NONE`] where the index is full.
     pub(crate) fn add_block(&mut self, key: u64, parent: u32, segment: u32) -> u32 {
+        let key = nonzero(key);
         let slot = self.free_block;
         if slot == NONE {
             return NONE;
         }
-        self.free_block = self.blocks[slot as usize].parent;
-        self.blocks[slot as usize] = Block { key, parent, segment };
-        let mut at = mix(key) as usize & self.mask;
-        while self.table[at] != NONE {
-            at = (at + 1) & self.mask;
+        self.free_block = self.parents[slot as usize];
+        self.parents[slot as usize] = parent;
+        self.published.entries[slot as usize].publish(key, segment);
+        let mut at = self.published.home(key);
+        while self.published.table[at].load(Relaxed) != NONE {
+            at = self.published.after(at);
         }
-        self.table[at] = slot;
+        self.published.table[at].store(slot, Relaxed);
         self.resident += 1;
         slot
     }
 
     pub(crate) fn remove_block(&mut self, slot: u32) {
-        let key = self.blocks[slot as usize].key;
-        let mut at = mix(key) as usize & self.mask;
-        while self.table[at] != slot {
-            at = (at + 1) & self.mask;
+        let published = &*self.published;
+        let len = published.table.len();
+        let distance = |from: usize, to: usize| if to >= from { to - from } else { to + len - from };
+        let mut at = published.home(self.key(slot));
+        while published.table[at].load(Relaxed) != slot {
+            at = published.after(at);
         }
         // Backward-shift deletion keeps probe sequences short without tombstones.
         let mut hole = at;
-        let mut next = (at + 1) & self.mask;
-        while self.table[next] != NONE {
-            let home = mix(self.blocks[self.table[next] as usize].key) as usize & self.mask;
-            if (next.wrapping_sub(home) & self.mask) >= (next.wrapping_sub(hole) & self.mask) {
-                self.table[hole] = self.table[next];
+        let mut next = published.after(at);
+        loop {
+            let moved = published.table[next].load(Relaxed);
+            if moved == NONE {
+                break;
+            }
+            let home = published.home(published.entries[moved as usize].key());
+            if distance(home, next) >= distance(hole, next) {
+                published.table[hole].store(moved, Relaxed);
                 hole = next;
             }
-            next = (next + 1) & self.mask;
+            next = published.after(next);
         }
-        self.table[hole] = NONE;
-        self.blocks[slot as usize] = Block { key: 0, parent: self.free_block, segment: NONE };
+        published.table[hole].store(NONE, Relaxed);
+        published.entries[slot as usize].retract();
+        self.parents[slot as usize] = self.free_block;
         self.free_block = slot;
         self.resident -= 1;
+    }
+
+    #[inline]
+    pub(crate) fn publish_score(&self, segment: u32, score: f32) {
+        self.published.scores[segment as usize].store(score.to_bits(), Relaxed);
+    }
+
+    #[inline]
+    pub(crate) fn published_score(&self, segment: u32) -> f32 {
+        f32::from_bits(self.published.scores[segment as usize].load(Relaxed))
     }
 
     // ---- segments ----
@@ -220,32 +340,14 @@ impl Index {
         let s = self.free_segment;
         if s != NONE {
             self.free_segment = self.segments[s as usize].queue_next;
-            let seg = &mut self.segments[s as usize];
-            *seg = Segment {
-                last_use_us: 0,
-                top: NONE,
-                tail: NONE,
-                len: 0,
-                depth: 0,
-                lane: NONE,
-                lane_prev: NONE,
-                lane_next: NONE,
-                queue_prev: NONE,
-                queue_next: NONE,
-                older: NONE,
-                newer: NONE,
-                touch_call: 0,
-                children: 0,
-                pins: 0,
-                bucket: NOT_QUEUED,
-                class: 0,
-                touches: 0,
-                degree: 0,
-                flags: 0,
-            };
-            self.live_segments += 1;
+            self.segments[s as usize] = Segment::EMPTY;
+            self.publish_score(s, 0.0);
         }
         s
+    }
+
+    pub(crate) fn has_free_segment(&self) -> bool {
+        self.free_segment != NONE
     }
 
     /// Returns a segment that is in no list any more.
@@ -253,16 +355,15 @@ impl Index {
         self.segments[s as usize].len = 0;
         self.segments[s as usize].queue_next = self.free_segment;
         self.free_segment = s;
-        self.live_segments -= 1;
     }
 
     /// The segment above, `NONE` at the root.
     pub(crate) fn parent_segment(&self, s: u32) -> u32 {
-        let parent = self.blocks[self.seg(s).top as usize].parent;
+        let parent = self.parent(self.seg(s).top);
         if parent == NONE {
             NONE
         } else {
-            self.blocks[parent as usize].segment
+            self.segment_of(parent)
         }
     }
 
@@ -280,12 +381,13 @@ impl Index {
         let mut block = old.tail;
         let mut top = block;
         while block != upper_tail {
-            self.blocks[block as usize].segment = lower;
+            self.published.entries[block as usize].set_value(lower);
             top = block;
-            block = self.blocks[block as usize].parent;
+            block = self.parent(block);
         }
         let queued = old.bucket;
         self.dequeue(s);
+        self.publish_score(lower, self.published_score(s));
         {
             let part = self.seg_mut(lower);
             *part = Segment {
@@ -319,14 +421,14 @@ impl Index {
     /// Appends the only child of `upper` to it: both become one segment with the attributes of `upper`.
     pub(crate) fn join(&mut self, upper: u32, lower: u32) {
         let low = *self.seg(lower);
-        debug_assert!(self.seg(upper).children == 1 && self.blocks[low.top as usize].parent == self.seg(upper).tail);
+        debug_assert!(self.seg(upper).children == 1 && self.parent(low.top) == self.seg(upper).tail);
         let mut block = low.tail;
         loop {
-            self.blocks[block as usize].segment = upper;
+            self.published.entries[block as usize].set_value(upper);
             if block == low.top {
                 break;
             }
-            block = self.blocks[block as usize].parent;
+            block = self.parent(block);
         }
         let up = self.seg_mut(upper);
         up.tail = low.tail;

@@ -1,303 +1,354 @@
-//! `kv_cache`: which blocks to keep.
-#![allow(missing_docs, clippy::pedantic)]
+//! `kv_cache` (CacheSage): which blocks to keep.
+//!
+//! | file | what it owns |
+//! |---|---|
+//! | `mod.rs` | the pool: what calls touch, and what goes |
+//! | `index.rs` | residency index, segments, victim queue |
+//! | `workload.rs` | learned state of one workload, and how identities teach it |
+//! | `content.rs` | will the owner's next call use a segment again? |
+//! | `chain.rs` | which agent of a session calls when? |
+//! | `gaps.rs`, `ends.rs` | when does a session call again, if at all? |
+//! | `sharing.rs` | when does another session use a segment? |
+//! | `density.rs` | the decision: hit density |
+//!
+//! The pool has one writer at a time. Scores are computed lazily: an event marks its session, the next eviction scores
+//! the leaves of marked sessions and of sessions whose silence has grown by a fifth. Without memory pressure nothing is
+//! ever scored.
 
 mod chain;
+mod content;
 mod density;
+mod ends;
+mod gaps;
 pub(crate) mod index;
-pub(crate) mod learned;
+mod sharing;
+pub(crate) mod workload;
 
-use chain::Lanes;
-use density::{SessionView, GRID};
-use index::{Index, NONE, NOT_QUEUED};
-use learned::*;
+use crate::sessions::SessionHandle;
 
-/// Switches of the mechanisms, for ablations.
-#[derive(Clone, Copy, Debug)]
+use chain::{Chain, Weights, LANES, STEPS};
+use content::{CLASSES, MISSES};
+use density::{CallTimes, Foreign, Silence, GRID};
+use index::{Index, Segment, NONE, NOT_QUEUED};
+use workload::{standing, Sessions, Standing};
+
+pub use workload::{Workload, STATE_BUDGET_BYTES};
+pub(crate) use workload::Workloads;
+
+/// Sessions visited per eviction in search of stale scores.
+const VISITS: usize = 64;
+/// Of these, scored again at most.
+const REFRESHES: usize = 16;
+/// Calls in flight that are tracked.
+const MAX_RUNNING: usize = 4096;
+/// Score class of a leaf that has not been scored yet: it goes last.
+const UNSCORED: u16 = (index::CLASSES - 1) as u16;
+
+/// Switches of the policy's mechanisms; all on by default. For ablations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
+    /// Predict the next agent; off: every agent of the session is equally likely.
     pub prediction: bool,
+    /// Transitions of order 2 over order 1.
     pub order2: bool,
+    /// Content by misses since the last use (superseded tails).
     pub superseded: bool,
-    pub classes: bool,
+    /// Content by class.
+    pub content_classes: bool,
+    /// Learn when sessions end.
     pub session_end: bool,
+    /// Gaps by pace and tool beside the agent.
     pub time_contexts: bool,
+    /// Hit density; off: P(reuse within the residence horizon).
     pub density: bool,
+    /// Sharing by degree and depth; off: private or shared.
     pub sharing_classes: bool,
-    pub followers: bool,
-    pub robust: bool,
-    /// Respects in which the future is known; offline studies only.
+    /// Remember anchors beyond their eviction.
+    pub anchors: bool,
+    /// Respects in which hints are believed; for offline studies.
     pub oracle: Oracle,
 }
 
-/// Which of the given [`Hint`]s are believed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Oracle {
-    pub content: bool,
-    pub time: bool,
-    pub sharing: bool,
-}
-
-/// The future of one block at the moment of its use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hint {
-    /// Number of the session's call that uses it next, `u32::MAX` for none.
-    pub next_step: u32,
-    /// When another session uses it, `u64::MAX` for never.
-    pub shared_us: u64,
-}
-
-/// The starts of the session's next calls, `u64::MAX` for none.
-pub type FutureStarts = [u64; chain::STEPS];
 impl Default for Config {
     fn default() -> Self {
         Self {
             prediction: true,
             order2: true,
             superseded: true,
-            classes: true,
+            content_classes: true,
             session_end: true,
             time_contexts: true,
             density: true,
             sharing_classes: true,
-            followers: true,
-            robust: true,
+            anchors: true,
             oracle: Oracle::default(),
         }
     }
 }
 
+/// Which [`Hint`]s and foretold starts are believed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Oracle {
+    /// In how many calls of its session a block is used again.
+    pub content: bool,
+    /// When a session calls next.
+    pub time: bool,
+    /// When another session uses a block.
+    pub sharing: bool,
+}
+
+impl Oracle {
+    fn any(self) -> bool {
+        self.content || self.time || self.sharing
+    }
+}
+
+/// The future of one block at the moment of its use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hint {
+    /// Number (from 0) of the session's call that uses it next, `u32::MAX` for none.
+    pub next_step: u32,
+    /// Time at which another session uses it, microseconds, `u64::MAX` for never.
+    pub shared_us: u64,
+}
+
+impl Hint {
+    const NONE: Self = Self { next_step: u32::MAX, shared_us: u64::MAX };
+}
+
+/// Starts of a session's next calls in microseconds, `u64::MAX` for none.
+pub type FutureStarts = [u64; STEPS];
+
+/// Repairs that were necessary, by kind; each leaves the pool consistent and sane.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Repairs {
+    /// Times that ran backwards and were taken as "now".
+    pub backward_clock: u64,
+    /// Calls not tracked because too many were in flight, or the session table was full of busy sessions.
+    pub untracked_calls: u64,
+    /// Blocks that were stored but not indexed: the index or its segments were full.
+    pub untracked_blocks: u64,
+    /// Blocks dropped from the index to free a segment.
+    pub forgotten_blocks: u64,
+    /// Events for calls that are not in flight.
+    pub unknown_calls: u64,
+}
+
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Lane {
-    pub(crate) session: u32,
-    pub(crate) agent: u16,
-    pub(crate) calls: u32,
-    pub(crate) head: u32,
+struct Lane {
+    /// Slot of the session, [`NONE`] once that is gone.
+    session: u32,
+    agent: u16,
+    calls: u32,
+    /// First segment it owns.
+    head: u32,
     /// Next lane of the session, most recent first; next free lane.
-    pub(crate) next: u32,
+    next: u32,
 }
 
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Session {
-    pub(crate) key: u64,
-    pub(crate) lanes: u32,
-    pub(crate) prev: u16,
-    pub(crate) last: u16,
-    pub(crate) steps: u32,
-    pub(crate) running: u32,
-    pub(crate) last_start_us: u64,
-    pub(crate) last_finish_us: u64,
-    pub(crate) gap: GapContext,
-    pub(crate) pace: f32,
-    pub(crate) size: u8,
-    pub(crate) ended: bool,
-    pub(crate) next_refresh_us: u64,
-    pub(crate) silent_prev: u32,
-    pub(crate) silent_next: u32,
-    pub(crate) in_silent: bool,
+struct Tenant {
+    next_refresh_us: u64,
+    lanes: u32,
+    generation: u16,
+    workload: u16,
+    dirty: bool,
+    /// In the list of sessions whose scores age.
+    active: bool,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Running {
     call: u64,
+    started_us: u64,
+    handle: SessionHandle,
+    workload: u32,
     lane: u32,
-    session: u32,
+    /// Last block of the call that is indexed, pinned; and how many there are.
     tail: u32,
     len: u32,
     prompt_len: u32,
-    start_us: u64,
+    /// Blocks that could not be indexed: nothing may be hung below.
+    cut: bool,
 }
 
-pub const NO_AGENT: u16 = u16::MAX;
+/// What is known of one session at one moment.
+#[derive(Debug)]
+struct View {
+    slot: u32,
+    now_us: u64,
+    times: CallTimes,
+    n: usize,
+    lanes: [u32; LANES],
+    weights: [Weights; LANES],
+}
 
-pub struct KvCache {
-    pub cfg: Config,
+/// The pool's index and the decisions about it. One writer.
+#[derive(Debug)]
+pub(crate) struct KvCache {
+    config: Config,
     pub(crate) index: Index,
-    pub(crate) lanes: Vec<Lane>,
+    lanes: Vec<Lane>,
     free_lane: u32,
-    pub(crate) sessions: Vec<Session>,
-    session_of: std::collections::HashMap<u64, u32>,
-    free_sessions: Vec<u32>,
-    silent_head: u32,
-    silent_tail: u32,
+    tenants: Vec<Tenant>,
+    dirty: Vec<u32>,
+    active: Vec<u32>,
     running: Vec<Running>,
     path: Vec<u32>,
-    pub(crate) transitions: Transitions,
-    pub(crate) content: Content,
-    pub(crate) gaps: Gaps,
-    pub(crate) ends: Ends,
-    pub(crate) sharing: Sharing,
-    service_s: f32,
-    end_after_us: u64,
-    learned_gaps: u32,
-    cursor: u32,
-    view: SessionView,
+    view: View,
+    hand: usize,
     now_us: u64,
-    lut: density::Lut,
-    evict_interval_us: f32,
-    last_evict_us: u64,
+    /// Moving mean of a call's duration.
+    pub(crate) service_s: f32,
+    /// Moving mean of the time between evictions of one block.
+    eviction_interval_s: f32,
+    last_eviction_us: u64,
     pool_blocks: usize,
+    pub(crate) repairs: Repairs,
     hints: Vec<Hint>,
     starts: Vec<FutureStarts>,
 }
 
 impl KvCache {
-    pub fn new(pool_blocks: usize, cfg: Config) -> Self {
-        let n_sessions = 8192;
-        let n_lanes = n_sessions * 4;
-        Self {
-            cfg,
-            index: Index::new(pool_blocks),
-            lanes: (0..n_lanes as u32)
-                .map(|i| Lane { session: NONE, agent: 0, calls: 0, head: NONE, next: if i + 1 == n_lanes as u32 { NONE } else { i + 1 } })
-                .collect(),
-            free_lane: 0,
-            sessions: Vec::new(),
-            session_of: Default::default(),
-            free_sessions: Vec::new(),
-            silent_head: NONE,
-            silent_tail: NONE,
-            running: Vec::with_capacity(1024),
-            path: Vec::with_capacity(pool_blocks),
-            transitions: Transitions::default(),
-            content: Content::new(16),
-            gaps: Gaps::new(16),
-            ends: Ends::new(16),
-            sharing: Sharing::new(),
-            service_s: 1.0,
-            end_after_us: 600_000_000,
-            learned_gaps: 0,
-            cursor: 0,
-            view: SessionView::default(),
-            now_us: 0,
-            lut: density::Lut::new(),
-            evict_interval_us: 1e4,
-            last_evict_us: 0,
-            pool_blocks,
-            hints: Vec::new(),
-            starts: Vec::new(),
-        }
-        .with_hints()
-    }
-
-    fn with_hints(mut self) -> Self {
-        if self.cfg.oracle != Oracle::default() {
-            self.index = Index::with_segments(self.pool_blocks, self.pool_blocks.max(1024));
-            self.hints = vec![Hint { next_step: u32::MAX, shared_us: u64::MAX }; self.pool_blocks.max(1024)];
-        }
-        self
-    }
-
-    /// Gives an oracle the starts of the session's next calls.
-    pub fn foretell(&mut self, session: u64, starts: FutureStarts) {
-        let s = self.session_slot(session) as usize;
-        if self.starts.len() <= s {
-            self.starts.resize(s + 1, [u64::MAX; chain::STEPS]);
-        }
-        self.starts[s] = starts;
-    }
-
-    fn silent_remove(&mut self, s: u32) {
-        let Session { silent_prev, silent_next, in_silent, .. } = self.sessions[s as usize];
-        if !in_silent {
-            return;
-        }
-        if silent_prev == NONE { self.silent_head = silent_next } else { self.sessions[silent_prev as usize].silent_next = silent_next }
-        if silent_next == NONE { self.silent_tail = silent_prev } else { self.sessions[silent_next as usize].silent_prev = silent_prev }
-        self.sessions[s as usize].in_silent = false;
-    }
-    fn silent_push(&mut self, s: u32) {
-        let tail = self.silent_tail;
-        let x = &mut self.sessions[s as usize];
-        x.silent_prev = tail;
-        x.silent_next = NONE;
-        x.in_silent = true;
-        if tail == NONE { self.silent_head = s } else { self.sessions[tail as usize].silent_next = s }
-        self.silent_tail = s;
-    }
-    fn label_silent(&mut self) {
-        while self.silent_head != NONE {
-            let s = self.silent_head;
-            let x = self.sessions[s as usize];
-            if self.now_us < x.last_finish_us + self.end_after_us {
-                break;
-            }
-            self.silent_remove(s);
-            self.ends.learn(x.last as usize, end_step(x.steps), x.size as usize, 0.0);
-            self.sessions[s as usize].ended = true;
-            self.refresh(s);
-        }
-    }
-
-    fn session_slot(&mut self, key: u64) -> u32 {
-        if let Some(&s) = self.session_of.get(&key) {
-            return s;
-        }
-        let fresh = Session {
-            key,
-            lanes: NONE,
-            prev: NO_AGENT,
-            last: NO_AGENT,
-            steps: 0,
-            running: 0,
-            last_start_us: 0,
-            last_finish_us: 0,
-            gap: GapContext::default(),
-            pace: -1.0,
-            size: 0,
-            ended: false,
-            next_refresh_us: u64::MAX,
-            silent_prev: NONE,
-            silent_next: NONE,
-            in_silent: false,
+    pub(crate) fn new(pool_blocks: usize, sessions: usize, config: Config) -> Self {
+        let oracle = config.oracle.any();
+        let index = if oracle {
+            Index::with_segments(pool_blocks, pool_blocks.max(1024))
+        } else {
+            Index::new(pool_blocks)
         };
-        let s = self.free_sessions.pop().unwrap_or_else(|| {
-            self.sessions.push(fresh);
-            self.sessions.len() as u32 - 1
-        });
-        self.sessions[s as usize] = fresh;
-        self.session_of.insert(key, s);
-        s
+        let n_lanes = sessions * 3;
+        let lane = |i: usize| Lane {
+            session: NONE,
+            agent: 0,
+            calls: 0,
+            head: NONE,
+            next: if i + 1 == n_lanes { NONE } else { i as u32 + 1 },
+        };
+        let vacant = Tenant { next_refresh_us: u64::MAX, lanes: NONE, generation: 0, workload: 0, dirty: false, active: false };
+        Self {
+            config,
+            lanes: (0..n_lanes).map(lane).collect(),
+            free_lane: 0,
+            tenants: vec![vacant; sessions],
+            dirty: Vec::with_capacity(sessions),
+            active: Vec::with_capacity(sessions),
+            running: Vec::with_capacity(MAX_RUNNING),
+            path: Vec::with_capacity(pool_blocks),
+            view: View {
+                slot: NONE,
+                now_us: 0,
+                times: [[0.0; GRID]; STEPS],
+                n: 0,
+                lanes: [NONE; LANES],
+                weights: [Weights::default(); LANES],
+            },
+            hand: 0,
+            now_us: 0,
+            service_s: 1.0,
+            eviction_interval_s: 0.01,
+            last_eviction_us: 0,
+            pool_blocks,
+            repairs: Repairs::default(),
+            hints: if oracle { vec![Hint::NONE; index.n_segments()] } else { Vec::new() },
+            starts: if oracle { vec![[u64::MAX; STEPS]; sessions] } else { Vec::new() },
+            index,
+        }
     }
 
-    /// The lane of `agent`, moved to the front; and its former rank.
-    fn lane_slot(&mut self, s: u32, agent: u16) -> (u32, usize) {
-        let (mut before, mut lane, mut rank) = (NONE, self.sessions[s as usize].lanes, 0);
+    /// Bytes of the index; of everything kept per session.
+    pub(crate) fn bytes(&self) -> (usize, usize) {
+        (
+            self.index.bytes(),
+            self.tenants.len() * (size_of::<Tenant>() + 4) + self.lanes.len() * size_of::<Lane>(),
+        )
+    }
+
+    fn clock(&mut self, now_us: u64) -> u64 {
+        if now_us < self.now_us {
+            self.repairs.backward_clock += 1;
+        } else {
+            self.now_us = now_us;
+        }
+        self.now_us
+    }
+
+    // ---- sessions and lanes ----
+
+    /// The tenant of a slot, made ready for this session.
+    fn tenant(&mut self, handle: SessionHandle, workload: u32) -> &mut Tenant {
+        let slot = handle.slot();
+        if self.tenants[slot].generation != handle.generation() {
+            // Another session has the slot now: the old one's blocks stay, known to be nobody's.
+            let mut lane = self.tenants[slot].lanes;
+            while lane != NONE {
+                let next = self.lanes[lane as usize].next;
+                self.lanes[lane as usize].session = NONE;
+                if self.lanes[lane as usize].head == NONE {
+                    self.release_lane(lane);
+                }
+                lane = next;
+            }
+            let Tenant { dirty, active, .. } = self.tenants[slot];
+            self.tenants[slot] = Tenant {
+                next_refresh_us: u64::MAX,
+                lanes: NONE,
+                generation: handle.generation(),
+                workload: workload as u16,
+                dirty,
+                active,
+            };
+            if let Some(starts) = self.starts.get_mut(slot) {
+                *starts = [u64::MAX; STEPS];
+            }
+        }
+        &mut self.tenants[slot]
+    }
+
+    fn release_lane(&mut self, lane: u32) {
+        self.lanes[lane as usize].next = self.free_lane;
+        self.free_lane = lane;
+    }
+
+    /// The lane of `agent`, moved to the front of its session's list; [`NONE`] where none is free.
+    fn lane(&mut self, slot: u32, agent: u16) -> u32 {
+        let (mut before, mut lane) = (NONE, self.tenants[slot as usize].lanes);
         while lane != NONE && self.lanes[lane as usize].agent != agent {
             before = lane;
             lane = self.lanes[lane as usize].next;
-            rank += 1;
         }
         if lane == NONE {
             lane = self.free_lane;
-            assert!(lane != NONE, "lanes exhausted");
+            if lane == NONE {
+                return NONE;
+            }
             self.free_lane = self.lanes[lane as usize].next;
-            self.lanes[lane as usize] =
-                Lane { session: s, agent, calls: 0, head: NONE, next: self.sessions[s as usize].lanes };
-            self.sessions[s as usize].lanes = lane;
-            return (lane, 9);
-        }
-        if before != NONE {
+            let next = self.tenants[slot as usize].lanes;
+            self.lanes[lane as usize] = Lane { session: slot, agent, calls: 0, head: NONE, next };
+        } else if before == NONE {
+            return lane;
+        } else {
             self.lanes[before as usize].next = self.lanes[lane as usize].next;
-            self.lanes[lane as usize].next = self.sessions[s as usize].lanes;
-            self.sessions[s as usize].lanes = lane;
+            self.lanes[lane as usize].next = self.tenants[slot as usize].lanes;
         }
-        (lane, rank)
+        self.tenants[slot as usize].lanes = lane;
+        lane
     }
 
-    fn lane_link(&mut self, seg: u32, lane: u32) {
+    fn lane_link(&mut self, segment: u32, lane: u32) {
         let head = self.lanes[lane as usize].head;
-        {
-            let x = self.index.seg_mut(seg);
-            x.lane = lane;
-            x.lane_prev = NONE;
-            x.lane_next = head;
-        }
+        let x = self.index.seg_mut(segment);
+        x.lane = lane;
+        x.lane_prev = NONE;
+        x.lane_next = head;
         if head != NONE {
-            self.index.seg_mut(head).lane_prev = seg;
+            self.index.seg_mut(head).lane_prev = segment;
         }
-        self.lanes[lane as usize].head = seg;
+        self.lanes[lane as usize].head = segment;
     }
-    fn lane_unlink(&mut self, seg: u32) {
-        let index::Segment { lane, lane_prev, lane_next, .. } = *self.index.seg(seg);
+
+    fn lane_unlink(&mut self, segment: u32) {
+        let Segment { lane, lane_prev, lane_next, .. } = *self.index.seg(segment);
         if lane_prev == NONE {
             self.lanes[lane as usize].head = lane_next;
         } else {
@@ -306,487 +357,852 @@ impl KvCache {
         if lane_next != NONE {
             self.index.seg_mut(lane_next).lane_prev = lane_prev;
         }
+        let owner = self.lanes[lane as usize];
+        if owner.head == NONE && owner.session == NONE {
+            self.release_lane(lane);
+        }
     }
 
-    /// A call starts. Returns the number of leading resident blocks.
-    pub fn call_started(&mut self, call: u64, session: u64, agent: u16, now_us: u64, keys: &[u64], hints: &[Hint]) -> usize {
-        self.now_us = self.now_us.max(now_us);
-        let now = self.now_us;
-        self.label_silent();
-        let s = self.session_slot(session);
-        self.silent_remove(s);
-        let was = self.sessions[s as usize];
-        if was.last != NO_AGENT {
-            self.ends.learn(was.last as usize, end_step(was.steps), was.size as usize, 1.0);
-            if was.running == 0 {
-                let gap = now - was.last_finish_us;
-                self.gaps.learn(was.gap, gap);
-                self.learned_gaps += 1;
-                if self.learned_gaps % 32 == 0 {
-                    self.update_end_after();
-                }
-                let x = &mut self.sessions[s as usize];
-                let octave = (gap_bucket(gap) / 2).min(14) as u8 + 1;
-                let old = x.gap.prev;
-                x.gap.pair = (octave / 2) * 8 + (old / 2).min(7);
-                x.gap.prev = octave;
-                let lg = (gap.max(1000) as f32 / 1000.0).log2();
-                x.pace = if x.pace < 0.0 { lg } else { 0.7 * x.pace + 0.3 * lg };
-                x.gap.pace = 1 + (x.pace * 1.5) as u8;
-            }
+    fn mark(&mut self, slot: u32) {
+        let tenant = &mut self.tenants[slot as usize];
+        if tenant.lanes == NONE {
+            return;
         }
-        let (lane, rank) = self.lane_slot(s, agent);
-        if was.last != NO_AGENT {
-            self.transitions.learn(was.prev, was.last, agent, rank);
+        if !tenant.dirty {
+            tenant.dirty = true;
+            self.dirty.push(slot);
         }
-        {
-            let x = &mut self.sessions[s as usize];
-            x.prev = was.last;
-            x.last = agent;
-            x.steps += 1;
-            x.running += 1;
-            x.last_start_us = now;
-            x.ended = false;
-            x.gap.agent = agent;
-            x.gap.tool = 0;
+        if !tenant.active {
+            tenant.active = true;
+            self.active.push(slot);
         }
-        // Walk the resident prefix.
+    }
+
+    // ---- events ----
+
+    /// A call starts with `keys` as its prompt's blocks, root first. Pins the resident prefix; returns its length.
+    pub(crate) fn call_started(
+        &mut self,
+        workload: (u32, &Workload),
+        handle: SessionHandle,
+        call: u64,
+        agent: u16,
+        now_us: u64,
+        keys: &[u64],
+        hints: &[Hint],
+    ) -> usize {
+        let now_us = self.clock(now_us);
+        let slot = handle.slot() as u32;
+        self.tenant(handle, workload.0);
+        // The resident prefix.
         self.path.clear();
         let (mut hint, mut parent) = (NONE, NONE);
-        for &key in keys {
-            let slot = self.index.find_after(hint, key);
-            if slot == NONE || self.index.blocks[slot as usize].parent != parent {
+        for &key in keys.iter().take(self.pool_blocks) {
+            let at = self.index.find_after(hint, key);
+            if at == NONE || self.index.parent(at) != parent {
                 break;
             }
-            self.path.push(slot);
-            hint = slot;
-            parent = slot;
+            self.path.push(at);
+            (hint, parent) = (at, at);
         }
         let hit = self.path.len();
-        self.touch(lane, s, now, keys.len(), hints);
+        if self.running.len() == MAX_RUNNING {
+            self.repairs.untracked_calls += 1;
+            return hit;
+        }
+        let lane = self.lane(slot, agent);
+        if lane == NONE {
+            self.repairs.untracked_calls += 1;
+            return hit;
+        }
+        let whole = self.touch(workload.1, lane, slot, now_us, keys.len() as u32, hints);
         self.lanes[lane as usize].calls += 1;
-        let tail = self.path.last().copied().unwrap_or(NONE);
+        let tail = if whole { self.path.last().copied().unwrap_or(NONE) } else { NONE };
         if tail != NONE {
             self.pin(tail);
         }
         self.running.push(Running {
             call,
+            started_us: now_us,
+            handle,
+            workload: workload.0,
             lane,
-            session: s,
             tail,
             len: hit as u32,
             prompt_len: keys.len() as u32,
-            start_us: now,
+            cut: !whole,
         });
-        self.refresh(s);
+        self.mark(slot);
         hit
     }
 
     fn pin(&mut self, tail: u32) {
-        let seg = self.index.blocks[tail as usize].segment;
-        self.index.dequeue(seg);
-        self.index.seg_mut(seg).pins += 1;
+        let segment = self.index.segment_of(tail);
+        self.index.dequeue(segment);
+        let x = self.index.seg_mut(segment);
+        x.pins = x.pins.saturating_add(1);
     }
+
     fn unpin(&mut self, tail: u32) {
-        let seg = self.index.blocks[tail as usize].segment;
-        self.index.seg_mut(seg).pins -= 1;
-        self.queue_if_leaf(seg);
+        let segment = self.index.segment_of(tail);
+        let x = self.index.seg_mut(segment);
+        x.pins = x.pins.saturating_sub(1);
+        self.queue_unscored(segment);
     }
 
-    fn touch(&mut self, lane: u32, s: u32, now: u64, prompt_len: usize, hints: &[Hint]) {
-        let lane_agent = self.lanes[lane as usize].agent as usize;
-        let calls = self.lanes[lane as usize].calls;
-        // Content votes: every segment of the lane, used or not.
-        let mut n = [[0u32; C]; K];
-        let mut m = [[0u32; C]; K];
-        let mut seg = self.lanes[lane as usize].head;
-        while seg != NONE {
-            let x = self.index.seg(seg);
-            let k = ((calls - x.touch_call) as usize).min(K - 1);
-            n[k][x.class as usize] += x.len;
-            seg = x.lane_next;
+    /// A segment may have become a leaf: it is queued last and its session is marked for scoring.
+    fn queue_unscored(&mut self, segment: u32) {
+        let x = *self.index.seg(segment);
+        if x.children == 0 && x.pins == 0 {
+            self.index.dequeue(segment);
+            self.index.enqueue(segment, UNSCORED);
+            let session = self.lanes[x.lane as usize].session;
+            if session == NONE {
+                self.score_leaf(segment, None);
+            } else {
+                self.mark(session);
+            }
         }
-        let mut at = 0usize;
-        let mut pieces: [u32; 1] = [0];
-        let _ = &mut pieces;
-        let mut previous = NONE;
+    }
+
+    /// Counts promises kept and broken, and makes the path the lane's. False where a segment could not be split.
+    fn touch(
+        &mut self,
+        workload: &Workload,
+        lane: u32,
+        slot: u32,
+        now_us: u64,
+        prompt_len: u32,
+        hints: &[Hint],
+    ) -> bool {
+        let Lane { agent, calls, .. } = self.lanes[lane as usize];
+        // One vote per (misses, class) cell: all blocks of the lane, used or not.
+        let mut expected = [[0u32; CLASSES]; MISSES];
+        let mut used = [[0u32; CLASSES]; MISSES];
+        let misses = |touch_call: u32| (calls.wrapping_sub(touch_call) as usize).min(MISSES - 1);
+        let mut segment = self.lanes[lane as usize].head;
+        while segment != NONE {
+            let x = self.index.seg(segment);
+            expected[misses(x.touch_call)][x.class as usize] += x.len;
+            segment = x.lane_next;
+        }
+        let (mut at, mut previous, mut whole) = (0, NONE, true);
         while at < self.path.len() {
-            let seg = self.index.blocks[self.path[at] as usize].segment;
-            let old = *self.index.seg(seg);
-            let mut used = (self.path.len() - at).min(old.len as usize);
+            let segment = self.index.segment_of(self.path[at]);
+            let old = *self.index.seg(segment);
+            let mut n = (self.path.len() - at).min(old.len as usize);
             if !hints.is_empty() {
-                used = hints[at..at + used].iter().take_while(|&h| *h == hints[at]).count();
-                self.hints[seg as usize] = hints[at];
+                n = hints[at..at + n].iter().take_while(|&h| *h == hints[at]).count();
+                self.hints[segment as usize] = hints[at];
             }
-            let own = old.lane == lane;
-            let same_session = self.lanes[old.lane as usize].session == s;
-            if own {
-                let k = ((calls - old.touch_call) as usize).min(K - 1);
-                m[k][old.class as usize] += used as u32;
+            let same_session = self.lanes[old.lane as usize].session == slot;
+            if old.lane == lane {
+                used[misses(old.touch_call)][old.class as usize] += n as u32;
             }
-            self.sharing.learn(
-                share_class(old.degree, old.depth, &self.cfg),
-                now.saturating_sub(old.last_use_us),
-                !same_session,
-            );
-            if used < old.len as usize {
-                let tail = self.path[at + used - 1];
-                let lower = self.index.split(seg, tail, used as u32);
-                assert!(lower != NONE, "segments exhausted");
-                self.lane_link(lower, old.lane);
-                if !hints.is_empty() {
-                    self.hints[lower as usize] = hints.get(at + used).copied().unwrap_or(Hint { next_step: u32::MAX, shared_us: u64::MAX });
+            let age_s = now_us.saturating_sub(old.last_use_us) as f32 / 1e6;
+            workload.sharing.learn(sharing::class(old.degree, old.depth), age_s, !same_session);
+            if n < old.len as usize {
+                let lower = self.split(segment, self.path[at + n - 1], n as u32);
+                if lower == NONE {
+                    // The call uses only a part of what now counts as used; nothing may be hung into the middle.
+                    whole = at + n != self.path.len();
+                } else if !hints.is_empty() {
+                    self.hints[lower as usize] = hints.get(at + n).copied().unwrap_or(Hint::NONE);
                 }
             }
-            if !own {
-                self.lane_unlink(seg);
-                self.lane_link(seg, lane);
+            if old.lane != lane {
+                self.lane_unlink(segment);
+                self.lane_link(segment, lane);
             }
-            {
-                let x = self.index.seg_mut(seg);
-                x.touch_call = calls + 1;
-                x.last_use_us = now;
-                if same_session {
-                    x.touches = x.touches.saturating_add(1);
-                    x.class = match x.touches {
-                        0..=2 => CLASS_SECOND,
-                        3..=4 => CLASS_THIRD,
-                        _ => CLASS_FIFTH,
-                    };
-                } else {
-                    x.touches = 1;
-                    x.degree = x.degree.saturating_add(1);
-                    let end = prompt_len - (at + used);
-                    x.class = first_class(end as u32);
-                }
+            let x = self.index.seg_mut(segment);
+            x.touch_call = calls + 1;
+            x.last_use_us = now_us;
+            if same_session {
+                x.touches = x.touches.saturating_add(1);
+                x.class = content::used_class(x.touches);
+            } else {
+                x.touches = 1;
+                x.degree = x.degree.saturating_add(1);
+                x.class = content::first_class(prompt_len - (at + n) as u32);
             }
-            at += used;
-            // Join with the piece above where nothing tells them apart any more.
-            if previous != NONE {
-                let (up, low) = (*self.index.seg(previous), *self.index.seg(seg));
-                let same = (hints.is_empty() || self.hints[previous as usize] == self.hints[seg as usize])
-                    && up.children == 1
-                    && up.pins == 0
-                    && up.class == low.class
-                    && up.touches.min(5) == low.touches.min(5)
-                    && up.degree == low.degree
-                    && low.bucket == NOT_QUEUED | low.bucket
-                    && share_class(up.degree, up.depth, &self.cfg) == share_class(low.degree, low.depth, &self.cfg);
-                if same {
-                    self.lane_unlink(seg);
-                    self.index.join(previous, seg);
-                    self.queue_if_leaf(previous);
-                    continue;
-                }
+            at += n;
+            if previous != NONE && self.indistinct(previous, segment) {
+                self.lane_unlink(segment);
+                self.index.join(previous, segment);
+            } else {
+                previous = segment;
             }
-            previous = seg;
         }
-        for k in 0..K {
-            for c in 0..C {
-                if n[k][c] > 0 {
-                    self.content.vote(lane_agent, k, c, m[k][c] as f32 / n[k][c] as f32);
+        for (misses, (expected, used)) in expected.iter().zip(&used).enumerate() {
+            for (class, (&n, &m)) in expected.iter().zip(used).enumerate() {
+                if n > 0 {
+                    workload.content.vote(agent, misses, class, n, m);
                 }
             }
         }
+        whole
     }
 
-    /// Blocks that follow what the call has so far entered the pool.
-    pub fn stored(&mut self, call: u64, keys: &[u64], hints: &[Hint], output: bool) {
-        let Some(r) = self.running.iter().position(|r| r.call == call) else { return };
-        let run = self.running[r];
-        let mut tail = run.tail;
-        let mut len = run.len;
-        let (mut keys, mut hints) = (keys, hints);
+    /// Nothing tells a segment from the only one below it any more. Both were just used by the same call.
+    fn indistinct(&self, upper: u32, lower: u32) -> bool {
+        let (up, low) = (self.index.seg(upper), self.index.seg(lower));
+        up.children == 1
+            && up.pins == 0
+            && up.class == low.class
+            && up.touches.min(5) == low.touches.min(5)
+            && sharing::class(up.degree, up.depth) == sharing::class(low.degree, low.depth)
+            && (self.hints.is_empty() || self.hints[upper as usize] == self.hints[lower as usize])
+    }
+
+    /// Cuts a segment; the lower part stays with its owner. [`NONE`] where no segment can be had.
+    fn split(&mut self, segment: u32, upper_tail: u32, upper_len: u32) -> u32 {
+        if !self.have_segment(segment) {
+            return NONE;
+        }
+        let lower = self.index.split(segment, upper_tail, upper_len);
+        let lane = self.index.seg(segment).lane;
+        self.lane_link(lower, lane);
+        lower
+    }
+
+    /// Frees a segment if none is free, by dropping the lowest leaf (never `keep`) from the index.
+    fn have_segment(&mut self, keep: u32) -> bool {
+        while !self.index.has_free_segment() {
+            let leaf = self.index.lowest();
+            if leaf == NONE || leaf == keep {
+                return false;
+            }
+            let len = self.index.seg(leaf).len as usize;
+            self.repairs.forgotten_blocks += len as u64;
+            self.take_from(leaf, len, &mut |_| {});
+        }
+        true
+    }
+
+    /// Blocks that follow what the call has so far have entered the pool: the rest of the prompt, or the answer.
+    pub(crate) fn stored(
+        &mut self,
+        workload: &Workload,
+        call: u64,
+        now_us: u64,
+        keys: &[u64],
+        hints: &[Hint],
+        output: bool,
+    ) {
+        let now_us = self.clock(now_us);
+        let Some(at) = self.running.iter().position(|r| r.call == call) else {
+            self.repairs.unknown_calls += u64::from(!keys.is_empty());
+            return;
+        };
+        let run = self.running[at];
+        if run.cut {
+            self.repairs.untracked_blocks += keys.len() as u64;
+            return;
+        }
+        let (mut tail, mut len, mut skip) = (run.tail, run.len, 0);
         // Blocks that another call stored meanwhile.
-        while let Some((&key, rest)) = keys.split_first() {
+        while let Some(&key) = keys.get(skip) {
             let slot = self.index.find_after(tail, key);
-            if slot == NONE {
+            if slot == NONE || self.index.parent(slot) != tail {
                 break;
             }
-            tail = slot;
-            len += 1;
-            keys = rest;
-            hints = hints.get(1..).unwrap_or(&[]);
+            (tail, len, skip) = (slot, len + 1, skip + 1);
         }
-        if tail != run.tail && tail != NONE {
-            // Children hang below the last block of a segment only.
-            let seg = self.index.blocks[tail as usize].segment;
-            if self.index.seg(seg).tail != tail {
-                let upper_len = len - self.index.seg(seg).depth;
-                let lower = self.index.split(seg, tail, upper_len);
-                assert!(lower != NONE);
-                let lane = self.index.seg(seg).lane;
-                self.lane_link(lower, lane);
+        if skip > 0 {
+            let segment = self.index.segment_of(tail);
+            let x = *self.index.seg(segment);
+            if x.tail != tail && self.split(segment, tail, len - x.depth) == NONE {
+                self.running[at].cut = true;
+                return;
+            }
+            self.pin(tail);
+            if run.tail != NONE {
+                self.unpin(run.tail);
             }
         }
-        if tail != NONE {
+        let first = tail;
+        let (keys, hints) = (&keys[skip..], hints.get(skip..).unwrap_or(&[]));
+        let cut = !self.append(workload, &run, now_us, keys, hints, output, &mut tail, &mut len);
+        if tail != first {
             self.pin(tail);
+            if first != NONE {
+                self.unpin(first);
+            }
         }
-        if run.tail != NONE {
-            self.unpin(run.tail);
+        let run = &mut self.running[at];
+        (run.tail, run.len, run.cut) = (tail, len, cut);
+        let slot = run.handle.slot() as u32;
+        self.mark(slot);
+    }
+
+    /// Hangs new blocks below `tail`. False where not all found room.
+    #[allow(clippy::too_many_arguments)]
+    fn append(
+        &mut self,
+        workload: &Workload,
+        run: &Running,
+        now_us: u64,
+        keys: &[u64],
+        hints: &[Hint],
+        output: bool,
+        tail: &mut u32,
+        len: &mut u32,
+    ) -> bool {
+        let (mut anchor_len, mut anchor_degree) = (0, 0);
+        if self.config.anchors && !output {
+            for (i, &key) in keys.iter().enumerate() {
+                let degree = workload.sharing.recall(key);
+                if degree > 0 {
+                    (anchor_len, anchor_degree) = (i + 1, degree);
+                }
+            }
         }
         let mut segment = NONE;
-        let (first_tail, mut class_now) = (tail, 255u8);
+        let mut class_now = 0;
         for (i, &key) in keys.iter().enumerate() {
-            let class = if output { CLASS_OUTPUT } else { first_class(run.prompt_len.saturating_sub(len + 1)) };
-            if segment == NONE || class != class_now || (!hints.is_empty() && hints[i] != hints[i - 1]) {
+            let class =
+                if output { content::OUTPUT } else { content::first_class(run.prompt_len.saturating_sub(*len + 1)) };
+            let boundary = segment == NONE
+                || class != class_now
+                || i == anchor_len
+                || (!hints.is_empty() && hints[i] != hints[i - 1]);
+            let above = if *tail == NONE { NONE } else { self.index.segment_of(*tail) };
+            if boundary && (self.have_segment(above) || segment == NONE) {
                 let fresh = self.index.new_segment();
-                assert!(fresh != NONE, "segments exhausted");
-                let calls = self.lanes[run.lane as usize].calls;
-                {
-                    let x = self.index.seg_mut(fresh);
-                    x.class = class;
-                    x.touches = 1;
-                    x.degree = 1;
-                    x.depth = len;
-                    x.touch_call = calls;
-                    x.last_use_us = self.now_us;
+                if fresh == NONE {
+                    self.repairs.untracked_blocks += (keys.len() - i) as u64;
+                    return false;
                 }
-                if !hints.is_empty() {
-                    self.hints[fresh as usize] = hints[i];
+                let touch_call = self.lanes[run.lane as usize].calls;
+                let x = self.index.seg_mut(fresh);
+                x.class = class;
+                x.touches = 1;
+                x.degree = if i < anchor_len { anchor_degree.saturating_add(1) } else { 1 };
+                x.depth = *len;
+                x.touch_call = touch_call;
+                x.last_use_us = now_us;
+                if let Some(&hint) = hints.get(i) {
+                    self.hints[fresh as usize] = hint;
                 }
                 self.lane_link(fresh, run.lane);
                 self.index.recency_push(fresh);
-                if tail != NONE {
-                    let above = self.index.blocks[tail as usize].segment;
+                if above != NONE {
                     self.index.dequeue(above);
                     self.index.seg_mut(above).children += 1;
                 }
-                segment = fresh;
-                class_now = class;
+                (segment, class_now) = (fresh, class);
             }
-            let slot = self.index.add_block(key, tail, segment);
-            assert!(slot != NONE, "index full");
+            let slot = self.index.add_block(key, *tail, segment);
+            if slot == NONE {
+                self.repairs.untracked_blocks += (keys.len() - i) as u64;
+                self.drop_empty(segment);
+                return false;
+            }
             let x = self.index.seg_mut(segment);
             if x.len == 0 {
                 x.top = slot;
             }
             x.tail = slot;
             x.len += 1;
-            tail = slot;
-            len += 1;
+            *tail = slot;
+            *len += 1;
         }
-        if tail != first_tail {
-            self.pin(tail);
-            if first_tail != NONE {
-                self.unpin(first_tail);
-            }
-        }
-        let r = &mut self.running[r];
-        r.tail = tail;
-        r.len = len;
+        true
     }
 
-    pub fn call_finished(&mut self, call: u64, now_us: u64, tool: u16, output_len: u32) {
-        self.now_us = self.now_us.max(now_us);
-        let now = self.now_us;
-        let Some(r) = self.running.iter().position(|r| r.call == call) else { return };
-        let run = self.running.swap_remove(r);
-        let took = (now - run.start_us) as f32 / 1e6;
-        self.service_s += 0.05 * (took - self.service_s);
-        let s = run.session;
+    /// Takes back a segment that got no block.
+    fn drop_empty(&mut self, segment: u32) {
+        let x = *self.index.seg(segment);
+        if x.len > 0 {
+            return;
+        }
+        self.lane_unlink(segment);
+        self.index.recency_remove(segment);
+        self.index.free_segment(segment);
+    }
+
+    /// A call has ended: its blocks may go.
+    pub(crate) fn call_finished(&mut self, call: u64, now_us: u64) {
+        let now_us = self.clock(now_us);
+        let Some(at) = self.running.iter().position(|r| r.call == call) else {
+            self.repairs.unknown_calls += 1;
+            return;
+        };
+        let run = self.running.swap_remove(at);
+        let took_s = now_us.saturating_sub(run.started_us) as f32 / 1e6;
+        self.service_s += 0.05 * (took_s - self.service_s);
         if run.tail != NONE {
-            let mut seg = self.index.blocks[run.tail as usize].segment;
-            while seg != NONE {
-                self.index.seg_mut(seg).last_use_us = now;
-                self.index.recency_remove(seg);
-                self.index.recency_push(seg);
-                seg = self.index.parent_segment(seg);
+            let mut segment = self.index.segment_of(run.tail);
+            while segment != NONE {
+                self.index.seg_mut(segment).last_use_us = now_us;
+                self.index.recency_remove(segment);
+                self.index.recency_push(segment);
+                segment = self.index.parent_segment(segment);
             }
             self.unpin(run.tail);
         }
-        {
-            let x = &mut self.sessions[s as usize];
-            x.running -= 1;
-            x.last_finish_us = now;
-            x.gap.tool = tool;
-            x.size = (32 - output_len.leading_zeros()).min(15) as u8;
-        }
-        self.silent_remove(s);
-        self.silent_push(s);
-        self.label_silent();
-        self.refresh(s);
-    }
-
-    fn update_end_after(&mut self) {
-        // Silence beyond four times the 99.5 % quantile of all gaps counts as an end.
-        let h = &self.gaps.root;
-        let mut left = h.n * 0.005;
-        let mut b = G - 1;
-        while b > 0 && left >= h.d[b] {
-            left -= h.d[b];
-            b -= 1;
-        }
-        self.end_after_us = (gap_edge_s(b as f32 + 1.0) * 4.0 * 1e6) as u64;
-    }
-
-    fn queue_if_leaf(&mut self, seg: u32) {
-        let x = self.index.seg(seg);
-        if x.children == 0 && x.pins == 0 {
-            let bucket = self.score_bucket(seg);
-            self.index.dequeue(seg);
-            self.index.enqueue(seg, bucket);
+        let slot = run.handle.slot() as u32;
+        if self.tenants[slot as usize].generation == run.handle.generation() {
+            self.mark(slot);
         }
     }
 
-    fn load_view(&mut self, s: u32) {
-        if self.view.session == s && self.view.now_us == self.now_us {
-            return;
-        }
-        let x = self.sessions[s as usize];
-        let lanes = Lanes::of(&self.lanes, &x);
-        let lanes = lanes.weights(&self.transitions, &x, &self.cfg);
-        let alive = self.ends.continues(x.last as usize, end_step(x.steps), x.size as usize, &self.cfg);
-        let later = (self.ends.all.h + 9.0) / (self.ends.all.e + 10.0);
-        let mut hazards = [0.0; G];
-        self.gaps.best(x.gap, &self.cfg, &mut hazards);
-        let (age_us, wait_s) = if x.running > 0 {
-            let elapsed = (self.now_us - x.last_start_us) as f32 / 1e6;
-            (0, (self.service_s - elapsed).max(0.2 * self.service_s))
-        } else {
-            (self.now_us - x.last_finish_us, 0.0)
-        };
-        self.view.fill(s, self.now_us, &hazards, age_us, wait_s, if x.ended { 0.0 } else { alive }, later, self.service_s, &self.lut);
-        self.view.lanes = lanes;
-        if self.cfg.oracle.time {
-            self.view.foretell(&self.starts[s as usize]);
+    /// The session and workload of a call in flight.
+    pub(crate) fn running(&self, call: u64) -> Option<(SessionHandle, u32)> {
+        self.running.iter().find(|r| r.call == call).map(|r| (r.handle, r.workload))
+    }
+
+    /// Something about the session has changed.
+    pub(crate) fn session_changed(&mut self, handle: SessionHandle) {
+        if self.tenants[handle.slot()].generation == handle.generation() {
+            self.mark(handle.slot() as u32);
         }
     }
 
-    fn score_bucket(&mut self, seg: u32) -> u16 {
-        let x = *self.index.seg(seg);
-        let s = self.lanes[x.lane as usize].session;
-        self.load_view(s);
-        let lane = self.lanes[x.lane as usize];
-        let k = lane.calls - x.touch_call;
-        let mut r = [0.0f32; 3];
-        for (j, r) in r.iter_mut().enumerate() {
-            *r = self.content.rate(lane.agent as usize, ((k as usize) + j).min(K - 1), x.class as usize, &self.cfg);
+    /// Gives an oracle the starts of the session's next calls.
+    pub(crate) fn foretell(&mut self, handle: SessionHandle, workload: u32, starts: FutureStarts) {
+        self.tenant(handle, workload);
+        if let Some(at) = self.starts.get_mut(handle.slot()) {
+            *at = starts;
         }
-        let mut c = self.view.reuse(x.lane, r);
-        let mut shared_at = None;
-        if self.cfg.oracle.content {
-            c = [0.0; chain::STEPS];
-            let steps = self.sessions[s as usize].steps;
-            let next = self.hints[seg as usize].next_step;
-            if next != u32::MAX && next + 1 > steps {
-                c[((next - (steps - 1)) as usize - 1).min(chain::STEPS - 1)] = 1.0;
+    }
+
+    /// The engine has dropped a block by itself, and with it everything below. Returns the blocks dropped.
+    pub(crate) fn removed(&mut self, key: u64) -> usize {
+        let slot = self.index.find(key);
+        if slot == NONE {
+            return 0;
+        }
+        let segment = self.index.segment_of(slot);
+        let mut dropped = 0;
+        // Leaves below go first; where a running call or an unreachable child keeps the block, it stays.
+        loop {
+            let x = *self.index.seg(segment);
+            if x.children > 0 || x.pins > 0 {
+                return dropped;
+            }
+            let last = x.tail == slot;
+            let gone = x.len == 1;
+            self.take_from(segment, 1, &mut |_| dropped += 1);
+            if last || gone {
+                return dropped;
             }
         }
-        if self.cfg.oracle.sharing {
-            let at = self.hints[seg as usize].shared_us;
-            shared_at = Some(if at == u64::MAX { f32::INFINITY } else { at.saturating_sub(self.now_us) as f32 / 1e6 });
-        }
-        let mut shared = [0.0; A];
-        self.sharing.hazards(share_class(x.degree, x.depth, &self.cfg), &self.cfg, &mut shared);
-        let age = self.now_us.saturating_sub(x.last_use_us);
-        let horizon = if self.cfg.density { None } else { Some(self.evict_interval_us * self.pool_blocks as f32 / 1e6) };
-        let score = self.view.score(&c, &shared, age, horizon, shared_at);
-        density::bucket(score)
     }
 
-    fn refresh(&mut self, s: u32) {
-        let mut lane = self.sessions[s as usize].lanes;
-        self.view.session = NONE;
-        while lane != NONE {
-            let mut seg = self.lanes[lane as usize].head;
-            while seg != NONE {
-                let bucket = self.index.seg(seg).bucket;
-                let next = self.index.seg(seg).lane_next;
-                if bucket != NOT_QUEUED {
-                    let new = self.score_bucket(seg);
-                    if new != bucket {
-                        self.index.dequeue(seg);
-                        self.index.enqueue(seg, new);
-                    }
+    /// Forgets all blocks (the engine has reset its cache); what was learned stays.
+    pub(crate) fn clear(&mut self) {
+        self.index.clear();
+        let n = self.lanes.len();
+        for (i, lane) in self.lanes.iter_mut().enumerate() {
+            *lane = Lane {
+                session: NONE,
+                agent: 0,
+                calls: 0,
+                head: NONE,
+                next: if i + 1 == n { NONE } else { i as u32 + 1 },
+            };
+        }
+        self.free_lane = 0;
+        for tenant in &mut self.tenants {
+            (tenant.lanes, tenant.generation) = (NONE, 0);
+            (tenant.dirty, tenant.active) = (false, false);
+        }
+        self.dirty.clear();
+        self.active.clear();
+        self.running.clear();
+        self.view.slot = NONE;
+    }
+
+    // ---- scores ----
+
+    fn look(&mut self, workload: &Workload, sessions: &Sessions, slot: u32) {
+        if self.view.slot == slot && self.view.now_us == self.now_us {
+            return;
+        }
+        self.view.slot = slot;
+        self.view.now_us = self.now_us;
+        self.view.n = 0;
+        self.view.times = [[0.0; GRID]; STEPS];
+        let tenant = self.tenants[slot as usize];
+        let Some(handle) = sessions.at(slot as usize).filter(|h| h.generation() == tenant.generation) else { return };
+        let Some(at) = standing(sessions, handle) else { return };
+        let mut agents = [0u16; LANES];
+        let mut lane = tenant.lanes;
+        while lane != NONE && self.view.n < LANES {
+            self.view.lanes[self.view.n] = lane;
+            agents[self.view.n] = self.lanes[lane as usize].agent;
+            self.view.n += 1;
+            lane = self.lanes[lane as usize].next;
+        }
+        self.view.weights = Chain::new(workload, &self.config, &agents[..self.view.n]).weights(at.prev, at.last);
+        self.view.times = if self.config.oracle.time {
+            let now_us = self.now_us;
+            density::known_call_times(self.starts[slot as usize].map(|start| match start {
+                u64::MAX => f32::INFINITY,
+                start => start.saturating_sub(now_us) as f32 / 1e6,
+            }))
+        } else {
+            call_times(workload, &at, self.now_us, self.service_s, &self.config)
+        };
+    }
+
+    /// Scores a leaf whose session's view is loaded (`None`: it has no session any more) and queues it accordingly.
+    fn score_leaf(&mut self, segment: u32, workload: Option<&Workload>) {
+        let x = *self.index.seg(segment);
+        let score = workload.map_or(0.0, |workload| self.score(segment, &x, workload));
+        let bucket = density::bucket(score);
+        if x.bucket != bucket {
+            self.index.dequeue(segment);
+            self.index.enqueue(segment, bucket);
+        }
+        // What keeps a leaf keeps everything above it.
+        self.index.publish_score(segment, score);
+        let mut above = self.index.parent_segment(segment);
+        while above != NONE && self.index.published_score(above) < score {
+            self.index.publish_score(above, score);
+            above = self.index.parent_segment(above);
+        }
+    }
+
+    fn score(&self, segment: u32, x: &Segment, workload: &Workload) -> f32 {
+        let lane = &self.lanes[x.lane as usize];
+        let mut first_use = [0.0; STEPS];
+        if let Some(i) = self.view.lanes[..self.view.n].iter().position(|&l| l == x.lane) {
+            let r = workload.content.rates(lane.agent, lane.calls.wrapping_sub(x.touch_call), x.class, &self.config);
+            let [first, second, third] = self.view.weights[i].0;
+            let (a, b, c) = (r[0], (1.0 - r[0]) * r[1], (1.0 - r[0]) * (1.0 - r[1]) * r[2]);
+            for i in 0..STEPS {
+                first_use[i] = a * first[i] + b * second[i] + c * third[i];
+            }
+        }
+        let mut foreign = Foreign::Learned {
+            hazards: workload.sharing.hazards(sharing::class(x.degree, x.depth), &self.config),
+            age_s: self.now_us.saturating_sub(x.last_use_us) as f32 / 1e6,
+        };
+        if self.config.oracle.any() {
+            self.foretold(segment, lane, &mut first_use, &mut foreign);
+        }
+        let horizon_s = (!self.config.density).then(|| self.eviction_interval_s * self.pool_blocks as f32);
+        density::score(&self.view.times, &first_use, &foreign, horizon_s)
+    }
+
+    fn foretold(&self, segment: u32, lane: &Lane, first_use: &mut [f32; STEPS], foreign: &mut Foreign) {
+        let hint = self.hints[segment as usize];
+        if self.config.oracle.content {
+            *first_use = [0.0; STEPS];
+            // All lanes of the session together have made as many calls as the session.
+            let mut steps = 0;
+            let mut other = if lane.session == NONE { NONE } else { self.tenants[lane.session as usize].lanes };
+            while other != NONE {
+                steps += self.lanes[other as usize].calls;
+                other = self.lanes[other as usize].next;
+            }
+            if hint.next_step != u32::MAX && hint.next_step >= steps {
+                first_use[((hint.next_step - steps) as usize).min(STEPS - 1)] = 1.0;
+            }
+        }
+        if self.config.oracle.sharing {
+            *foreign = Foreign::At(if hint.shared_us == u64::MAX {
+                f32::INFINITY
+            } else {
+                hint.shared_us.saturating_sub(self.now_us) as f32 / 1e6
+            });
+        }
+    }
+
+    /// Scores all leaves of a session, and counts its end if it has been silent for long. False where nothing of it is
+    /// left to score or to count.
+    fn refresh(&mut self, workloads: &Workloads, sessions: &Sessions, slot: u32) -> bool {
+        let tenant = self.tenants[slot as usize];
+        let Some(workload) = workloads.get(tenant.workload as usize) else { return false };
+        let (mut idle_us, mut left) = (4_000, false);
+        if let Some(handle) = sessions.at(slot as usize).filter(|h| h.generation() == tenant.generation) {
+            if let Some(at) = standing(sessions, handle) {
+                let since = if at.in_flight { at.last_start_us } else { at.last_finish_us };
+                idle_us = self.now_us.saturating_sub(since).max(idle_us);
+                left = !at.doubted;
+                if !at.in_flight && !at.doubted && idle_us as f32 / 1e6 > workload.gaps.long_silence_s() {
+                    workload.session_ended(sessions, handle, &at);
                 }
-                seg = next;
+            }
+        }
+        self.view.slot = NONE;
+        self.look(workload, sessions, slot);
+        let mut lane = tenant.lanes;
+        while lane != NONE {
+            let mut segment = self.lanes[lane as usize].head;
+            left |= segment != NONE;
+            while segment != NONE {
+                let x = self.index.seg(segment);
+                let next = x.lane_next;
+                if x.bucket == NOT_QUEUED {
+                    self.index.publish_score(segment, 0.0);
+                }
+                segment = next;
+            }
+            let mut segment = self.lanes[lane as usize].head;
+            while segment != NONE {
+                let x = self.index.seg(segment);
+                let next = x.lane_next;
+                if x.bucket != NOT_QUEUED {
+                    self.score_leaf(segment, Some(workload));
+                }
+                segment = next;
             }
             lane = self.lanes[lane as usize].next;
         }
-        let x = &mut self.sessions[s as usize];
-        let age = (self.now_us - if x.running > 0 { x.last_start_us } else { x.last_finish_us }).max(4000);
-        x.next_refresh_us = self.now_us + age / 5;
+        self.tenants[slot as usize].next_refresh_us = self.now_us + idle_us / 5;
+        left
     }
 
-    /// Takes the `n` least valuable blocks out of the index, in order.
-    pub fn evict(&mut self, n: usize, now_us: u64, mut victim: impl FnMut(u64)) -> usize {
-        self.now_us = self.now_us.max(now_us);
-        self.label_silent();
-        let mut refreshed = 0;
-        for _ in 0..self.sessions.len().min(256) {
-            self.cursor = (self.cursor + 1) % self.sessions.len() as u32;
-            if self.sessions[self.cursor as usize].next_refresh_us <= self.now_us {
-                self.refresh(self.cursor);
-                refreshed += 1;
-                if refreshed >= 32 {
-                    break;
-                }
-            }
+    // ---- decisions ----
+
+    /// Takes the `n` least valuable blocks out of the index, lowest first; returns how many there were.
+    pub(crate) fn evict(
+        &mut self,
+        workloads: &Workloads,
+        sessions: &Sessions,
+        n: usize,
+        now_us: u64,
+        mut victim: impl FnMut(u64),
+    ) -> usize {
+        self.clock(now_us);
+        while let Some(slot) = self.dirty.pop() {
+            self.tenants[slot as usize].dirty = false;
+            self.refresh(workloads, sessions, slot);
         }
+        self.age(workloads, sessions);
         let mut done = 0;
         while done < n {
-            let seg = self.index.lowest();
-            if seg == NONE {
+            let segment = self.index.lowest();
+            if segment == NONE {
                 break;
             }
-            let x = *self.index.seg(seg);
-            if done == 0 || x.len > 0 {
-                self.sharing.learn(
-                    share_class(x.degree, x.depth, &self.cfg),
-                    self.now_us.saturating_sub(x.last_use_us),
-                    false,
-                );
+            let x = *self.index.seg(segment);
+            let session = self.lanes[x.lane as usize].session;
+            let workload = workloads.get(if session == NONE { 0 } else { self.tenants[session as usize].workload as usize });
+            if let Some(workload) = workload {
+                let age_s = self.now_us.saturating_sub(x.last_use_us) as f32 / 1e6;
+                workload.sharing.learn(sharing::class(x.degree, x.depth), age_s, false);
+                if x.degree > 1 {
+                    workload.sharing.remember(self.index.key(x.tail), x.degree);
+                }
             }
             let take = (n - done).min(x.len as usize);
-            let mut block = x.tail;
-            for _ in 0..take {
-                let b = self.index.blocks[block as usize];
-                victim(b.key);
-                self.index.remove_block(block);
-                block = b.parent;
-            }
+            let exposed = self.take_from(segment, take, &mut victim);
             done += take;
-            if take == x.len as usize {
-                self.index.dequeue(seg);
-                self.lane_unlink(seg);
-                self.index.recency_remove(seg);
-                self.index.free_segment(seg);
-                if block != NONE {
-                    let above = self.index.blocks[block as usize].segment;
-                    self.index.seg_mut(above).children -= 1;
-                    self.queue_if_leaf(above);
-                }
-            } else {
-                let y = self.index.seg_mut(seg);
-                y.tail = block;
-                y.len -= take as u32;
+            if exposed != NONE {
+                self.score_exposed(workloads, sessions, exposed);
             }
         }
         if done > 0 {
-            let dt = (self.now_us - self.last_evict_us) as f32 / done as f32;
-            self.evict_interval_us += 0.02 * (dt - self.evict_interval_us);
-            self.last_evict_us = self.now_us;
+            let interval = self.now_us.saturating_sub(self.last_eviction_us) as f32 / 1e6 / done as f32;
+            self.eviction_interval_s += 0.02 * (interval - self.eviction_interval_s);
+            self.last_eviction_us = self.now_us;
         }
         done
     }
 
-    pub fn resident(&self) -> usize {
-        self.index.resident
+    /// Scores sessions again whose silence has grown by a fifth: visits some, round robin.
+    fn age(&mut self, workloads: &Workloads, sessions: &Sessions) {
+        let mut refreshed = 0;
+        for _ in 0..VISITS.min(self.active.len()) {
+            if self.hand >= self.active.len() {
+                self.hand = 0;
+            }
+            let Some(&slot) = self.active.get(self.hand) else { return };
+            self.hand += 1;
+            if self.tenants[slot as usize].next_refresh_us > self.now_us {
+                continue;
+            }
+            if !self.refresh(workloads, sessions, slot) {
+                self.hand -= 1;
+                self.active.swap_remove(self.hand);
+                self.tenants[slot as usize].active = false;
+            }
+            refreshed += 1;
+            if refreshed == REFRESHES {
+                return;
+            }
+        }
+    }
+
+    fn score_exposed(&mut self, workloads: &Workloads, sessions: &Sessions, segment: u32) {
+        let session = self.lanes[self.index.seg(segment).lane as usize].session;
+        if session == NONE {
+            self.score_leaf(segment, None);
+            return;
+        }
+        if let Some(workload) = workloads.get(self.tenants[session as usize].workload as usize) {
+            self.look(workload, sessions, session);
+            self.score_leaf(segment, Some(workload));
+        }
+    }
+
+    /// Takes the last `n` blocks of a leaf; returns the segment above if that has become a leaf (queued, unscored).
+    fn take_from(&mut self, segment: u32, n: usize, victim: &mut dyn FnMut(u64)) -> u32 {
+        let x = *self.index.seg(segment);
+        let mut block = x.tail;
+        for _ in 0..n {
+            victim(self.index.key(block));
+            let parent = self.index.parent(block);
+            self.index.remove_block(block);
+            block = parent;
+        }
+        if n < x.len as usize {
+            let left = self.index.seg_mut(segment);
+            left.tail = block;
+            left.len -= n as u32;
+            return NONE;
+        }
+        self.index.dequeue(segment);
+        self.lane_unlink(segment);
+        self.index.recency_remove(segment);
+        self.index.free_segment(segment);
+        if block == NONE {
+            return NONE;
+        }
+        let above = self.index.segment_of(block);
+        let y = self.index.seg_mut(above);
+        y.children -= 1;
+        if y.children == 0 && y.pins == 0 {
+            self.index.enqueue(above, UNSCORED);
+            above
+        } else {
+            NONE
+        }
     }
 }
 
-/// Exact up to eight calls, then half octaves.
-fn end_step(steps: u32) -> usize {
-    if steps <= 8 {
-        steps as usize
+/// One guess about a session's future.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Prediction {
+    /// The agent.
+    pub agent: u16,
+    /// Which of the session's next calls, from 1.
+    pub step: u8,
+    /// P(that call is made, and by this agent).
+    pub probability: f32,
+    /// Median seconds from now until that call, given that it is made.
+    pub median_s: f32,
+}
+
+/// The agents that may speak next in a session: recent ones and successors of the last ones.
+fn candidates(workload: &Workload, recent: workload::Recent, at: &Standing) -> ([u16; LANES], usize) {
+    use crate::ids::AgentId;
+    use crate::successors::{context_of, context_of_two};
+    let (mut agents, mut n) = ([0u16; LANES], 0);
+    let mut add = |agent: u16| {
+        if n < LANES && agent != AgentId::UNKNOWN.0 && !agents[..n].contains(&agent) {
+            agents[n] = agent;
+            n += 1;
+        }
+    };
+    recent.0[..3].iter().for_each(|&agent| add(agent));
+    for context in [context_of_two(AgentId(at.prev), AgentId(at.last)), context_of(AgentId(at.last))] {
+        let mut row = [(0u16, 0u32); 8];
+        let found = workload.transitions.row(context, &mut row);
+        row[..found].sort_unstable_by_key(|&(_, count)| std::cmp::Reverse(count));
+        row[..found].iter().for_each(|&(agent, _)| add(agent));
+    }
+    recent.0[3..].iter().for_each(|&agent| add(agent));
+    (agents, n)
+}
+
+fn call_times(workload: &Workload, at: &Standing, now_us: u64, service_s: f32, config: &Config) -> CallTimes {
+    let since_s = |from_us: u64| now_us.saturating_sub(from_us) as f32 / 1e6;
+    let (age_s, wait_s) = if at.in_flight {
+        (0.0, (service_s - since_s(at.last_start_us)).max(0.2 * service_s))
     } else {
-        (((steps as f32).log2() - 3.0) * 2.0) as usize + 9
+        (since_s(at.last_finish_us), 0.0)
+    };
+    density::call_times(&Silence {
+        hazards: &workload.gaps.hazards(at.context, config),
+        age_s,
+        wait_s,
+        continues: workload.ends.continues(at.features, config),
+        continues_later: workload.ends.overall(),
+        service_s,
+    })
+}
+
+/// Fills `out` with the likeliest agents of the session's next `steps` calls, by step, likeliest first. Wait-free.
+pub(crate) fn predict(
+    workload: &Workload,
+    sessions: &Sessions,
+    handle: SessionHandle,
+    config: &Config,
+    steps: usize,
+    out: &mut [Prediction],
+) -> usize {
+    let Some(at) = standing(sessions, handle) else { return 0 };
+    let recent = workload::Recent::load(sessions, handle);
+    let (agents, n) = candidates(workload, recent, &at);
+    let mut chain = Chain::new(workload, config, &agents[..n]);
+    let steps = steps.min(STEPS);
+    let mut marginals = [[0.0; LANES + 1]; STEPS];
+    chain.marginals(at.prev, at.last, &mut marginals[..steps]);
+    let mut filled = 0;
+    let mut alive = workload.ends.continues(at.features, config);
+    for (step, row) in marginals[..steps].iter().enumerate() {
+        let from = filled;
+        for (agent, &p) in agents[..n].iter().zip(row) {
+            if filled < out.len() && p > 0.001 {
+                out[filled] =
+                    Prediction { agent: *agent, step: step as u8 + 1, probability: p * alive, median_s: f32::NAN };
+                filled += 1;
+            }
+        }
+        out[from..filled].sort_unstable_by(|a, b| b.probability.total_cmp(&a.probability));
+        alive *= workload.ends.overall();
+    }
+    filled
+}
+
+/// Adds the median times to predictions of one session.
+pub(crate) fn time_predictions(
+    workload: &Workload,
+    sessions: &Sessions,
+    handle: SessionHandle,
+    config: &Config,
+    now_us: u64,
+    service_s: f32,
+    out: &mut [Prediction],
+) {
+    let Some(at) = standing(sessions, handle) else { return };
+    let times = call_times(workload, &at, now_us, service_s, config);
+    for prediction in out {
+        let row = &times[prediction.step as usize - 1];
+        prediction.median_s = density::quantile_s(row, 0.5);
     }
 }
 
-fn first_class(distance: u32) -> u8 {
-    CLASS_FIRST + (31 - (distance + 1).leading_zeros()).min(7) as u8
+/// P(the session calls `agent` within `horizon_s`), for each of `agents`. Wait-free.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn score_agents(
+    workload: &Workload,
+    sessions: &Sessions,
+    handle: SessionHandle,
+    config: &Config,
+    now_us: u64,
+    service_s: f32,
+    horizon_s: f32,
+    agents: &[u16],
+    out: &mut [f32],
+) {
+    let Some(at) = standing(sessions, handle) else {
+        out.fill(0.0);
+        return;
+    };
+    let recent = workload::Recent::load(sessions, handle);
+    let (known, n) = candidates(workload, recent, &at);
+    let weights = Chain::new(workload, config, &known[..n]).weights(at.prev, at.last);
+    let times = call_times(workload, &at, now_us, service_s, config);
+    for (agent, out) in agents.iter().zip(out) {
+        *out = known[..n].iter().position(|a| a == agent).map_or(0.0, |i| {
+            let first = &weights[i].0[0];
+            (0..STEPS).map(|step| first[step] * density::within(&times[step], horizon_s)).sum::<f32>().min(1.0)
+        });
+    }
 }
-
-const _: usize = GRID;

@@ -1,0 +1,191 @@
+//! Time: when does a session call again?
+//!
+//! A gap runs from the end of a call to the start of the session's next one. Half-octave buckets from 1 ms to 70
+//! minutes; an observed gap is split between the two nearest. Hazard of bucket b with a parent context as prior:
+//! h_b = (d_b + kappa h'_b) / (n_b + kappa), n_b the gaps that lasted at least until b, kappa 2.
+//!
+//! Chains of contexts compete: agent; the session's *pace* (moving mean of the log of its gaps); tool, then agent;
+//! tool, then pace. The one with the best decayed log-likelihood (0.999 per gap) speaks. Whether the session calls
+//! again at all is `ends.rs`'s question: gaps are conditional on a next call, so the two form a mixture cure model
+//! (Boag 1949): P(alive | silent for t) = p S(t) / (p S(t) + 1 - p).
+
+use crate::histogram::{Counters, UNIT};
+use crate::sync::{AtomicU32, Ordering::Relaxed};
+
+use super::content::ROWS;
+use super::Config;
+
+/// Buckets of a gap histogram.
+pub(crate) const BUCKETS: usize = 44;
+/// Pace classes; 0: no gap yet.
+pub(crate) const PACES: usize = 20;
+/// Tools with counts of their own; 0: no tool.
+pub(crate) const TOOLS: usize = 12;
+const CHAINS: usize = 4;
+const KAPPA: f32 = 2.0;
+
+type Histogram = Counters<{ BUCKETS / 4 }>;
+
+/// What is known of a session when it falls silent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Context {
+    pub(crate) agent: u16,
+    /// Index below [`TOOLS`]; 0 for none.
+    pub(crate) tool: u8,
+    /// Index below [`PACES`].
+    pub(crate) pace: u8,
+}
+
+/// Position of a gap on the bucket axis, fractional.
+pub(crate) fn position(seconds: f32) -> f32 {
+    (2.0 * (seconds * 1000.0).max(1.0).log2()).min((BUCKETS - 1) as f32)
+}
+
+/// Seconds at a bucket's lower edge.
+pub(crate) fn edge_s(bucket: usize) -> f32 {
+    0.001 * (bucket as f32 * 0.5).exp2()
+}
+
+/// Pace class of a mean log2 of gaps in milliseconds.
+pub(crate) fn pace_class(mean_log2_ms: f32) -> u8 {
+    1 + mean_log2_ms.max(0.0).min((PACES - 2) as f32) as u8
+}
+
+/// Gap histograms by context.
+#[derive(Debug, Default)]
+#[repr(C)]
+pub(crate) struct Gaps {
+    all: Histogram,
+    agents: [Histogram; ROWS],
+    paces: [Histogram; PACES],
+    tools: [Histogram; TOOLS],
+    /// Decayed log-likelihood of each chain, `f32` bits.
+    skill: [AtomicU32; CHAINS],
+}
+
+impl Gaps {
+    fn chain(&self, which: usize, context: Context) -> [Option<&Histogram>; 2] {
+        let agent = self.agents.get(context.agent as usize);
+        let pace = self.paces.get(context.pace as usize);
+        let tool = self.tools.get(context.tool as usize);
+        match which {
+            0 => [agent, None],
+            1 => [pace, None],
+            2 => [tool, agent],
+            _ => [tool, pace],
+        }
+    }
+
+    fn chain_hazards(&self, which: usize, context: Context) -> [f32; BUCKETS] {
+        let mut hazards = [0.0; BUCKETS];
+        let mut counts = [0u16; BUCKETS];
+        self.all.snapshot(&mut counts);
+        refine(&mut hazards, &counts, 1.0, 0.05);
+        for histogram in self.chain(which, context).into_iter().flatten() {
+            histogram.snapshot(&mut counts);
+            refine(&mut hazards, &counts, KAPPA, 0.0);
+        }
+        hazards
+    }
+
+    /// Hazard per bucket, by the chain that has predicted best.
+    pub(crate) fn hazards(&self, context: Context, config: &Config) -> [f32; BUCKETS] {
+        let skill = |which: usize| f32::from_bits(self.skill[which].load(Relaxed));
+        let best = if config.time_contexts {
+            (1..CHAINS).fold(0, |best, which| if skill(which) > skill(best) { which } else { best })
+        } else {
+            0
+        };
+        self.chain_hazards(best, context)
+    }
+
+    /// Counts a gap, and how well each chain foresaw it.
+    pub(crate) fn learn(&self, context: Context, seconds: f32) {
+        let at = (position(seconds) - 0.5).max(0.0);
+        let (bucket, reached) = ((at as usize).min(BUCKETS - 2), position(seconds) as usize);
+        for which in 0..CHAINS {
+            let hazards = self.chain_hazards(which, context);
+            let survived: f32 = hazards[..reached].iter().map(|h| (1.0 - h).ln()).sum();
+            let gained = hazards[reached].max(1e-6).ln() + survived;
+            // Two gaps learned at once may lose one of the two gains: the ranking of chains does not hang on one.
+            let old = f32::from_bits(self.skill[which].load(Relaxed));
+            self.skill[which].store((0.999 * old + gained).to_bits(), Relaxed);
+        }
+        self.count(context, bucket, at - bucket as f32);
+    }
+
+    fn count(&self, context: Context, bucket: usize, above: f32) {
+        let high = (above.clamp(0.0, 1.0) * UNIT as f32) as u32;
+        let of = [
+            Some(&self.all),
+            self.agents.get(context.agent as usize),
+            self.paces.get(context.pace as usize),
+            self.tools.get(context.tool as usize),
+        ];
+        for histogram in of.into_iter().flatten() {
+            histogram.add_step(bucket, UNIT - high);
+            if high > 0 {
+                histogram.add_step(bucket + 1, high);
+            }
+        }
+    }
+
+    /// Seconds of silence that only 2 % of all gaps exceed; infinite before 32 gaps.
+    pub(crate) fn long_silence_s(&self) -> f32 {
+        let mut counts = [0u16; BUCKETS];
+        self.all.snapshot(&mut counts);
+        let total: f32 = counts.iter().map(|&c| f32::from(c)).sum();
+        if total < 32.0 * UNIT as f32 {
+            return f32::INFINITY;
+        }
+        let mut left = 0.02 * total;
+        let mut bucket = BUCKETS - 1;
+        while bucket > 0 && left >= f32::from(counts[bucket]) {
+            left -= f32::from(counts[bucket]);
+            bucket -= 1;
+        }
+        edge_s(bucket + 1)
+    }
+}
+
+/// One step of the back-off: `hazards` is the prior and becomes the posterior.
+fn refine(hazards: &mut [f32; BUCKETS], counts: &[u16; BUCKETS], kappa: f32, floor: f32) {
+    let mut at_risk: f32 = counts.iter().map(|&c| f32::from(c)).sum::<f32>() / UNIT as f32;
+    for (hazard, &count) in hazards.iter_mut().zip(counts) {
+        let events = f32::from(count) / UNIT as f32;
+        *hazard = ((events + floor + kappa * *hazard) / (at_risk + kappa)).min(0.98);
+        at_risk = (at_risk - events).max(0.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hazards_give_back_the_distribution_they_learned() {
+        let gaps = Gaps::default();
+        let context = Context { agent: 1, tool: 0, pace: 5 };
+        for i in 0..400 {
+            gaps.learn(context, if i % 4 == 0 { 8.0 } else { 0.5 });
+        }
+        let hazards = gaps.hazards(context, &Config::default());
+        let surviving: f32 = (0..position(2.0) as usize).map(|b| 1.0 - hazards[b]).product();
+        assert!((surviving - 0.25).abs() < 0.05, "{surviving}");
+        assert!((gaps.long_silence_s() - 8.0).abs() < 6.0, "{}", gaps.long_silence_s());
+    }
+
+    #[test]
+    fn a_chain_that_foresees_gaps_takes_over() {
+        let gaps = Gaps::default();
+        for i in 0..600u32 {
+            // The pace tells, the agent does not.
+            let pace = (i % 2) as u8 * 8 + 1;
+            let context = Context { agent: 0, tool: 0, pace };
+            gaps.learn(context, if pace == 1 { 0.1 } else { 30.0 });
+        }
+        let quick = gaps.hazards(Context { agent: 0, tool: 0, pace: 1 }, &Config::default());
+        let surviving: f32 = (0..position(5.0) as usize).map(|b| 1.0 - quick[b]).product();
+        assert!(surviving < 0.05, "{surviving}");
+    }
+}

@@ -1,0 +1,273 @@
+//! The learned state of one workload, and how identities teach it.
+//!
+//! | field | what | bytes |
+//! |---|---|---|
+//! | `transitions` | successors of (agent before last, last agent) and of (last agent), 80 sets of 8 | 5,200 |
+//! | `ranks` | rank of the next agent in the session's recency list | 24 |
+//! | `content` | promises by agent, misses, class | 6,144 |
+//! | `gaps` | gap histograms by agent, pace, tool; skill of four chains | 3,888 |
+//! | `ends` | trials and successes by agent, step, size | 208 |
+//! | `sharing` | uses by other sessions by degree, depth and age; remembered anchors | 3,040 |
+//! | | padding to a cache line | |
+//! | victim queue | heads of 256 score classes (kept beside the index, counted here) | 1,056 |
+//!
+//! Everything is atomic and `Relaxed`: counts are facts of their own, a reader that sees one a moment early or late moves
+//! a probability by one observation. Any number of threads may teach and ask at once.
+
+use std::sync::OnceLock;
+
+use crate::histogram::Counters;
+use crate::ids::{AgentId, SessionKey};
+use crate::sessions::{SessionHandle, SessionTable, Word};
+use crate::successors::{context_of, context_of_two, SuccessorTable};
+
+use super::content::Content;
+use super::ends::{Ends, Features};
+use super::gaps::{self, Context, Gaps};
+use super::index::QUEUE_BYTES;
+use super::sharing::Sharing;
+
+/// Recent agents whose ranks are told apart.
+pub(crate) const RANKS: usize = 7;
+/// The rank of an agent that is not among them.
+pub(crate) const NEW: usize = RANKS;
+
+/// Bytes of learned state that one workload may have.
+pub const STATE_BUDGET_BYTES: usize = 20_000;
+
+const _: () = assert!(size_of::<Workload>() + QUEUE_BYTES <= STATE_BUDGET_BYTES);
+
+/// What one workload has taught; fixed size, no pointers.
+#[derive(Debug, Default)]
+#[repr(C, align(64))]
+pub struct Workload {
+    pub(crate) transitions: SuccessorTable<80, 8>,
+    pub(crate) ranks: Counters<2>,
+    pub(crate) content: Content,
+    pub(crate) gaps: Gaps,
+    pub(crate) ends: Ends,
+    pub(crate) sharing: Sharing,
+}
+
+impl Workload {
+    /// Bytes of learned state, the victim queue's heads included.
+    pub const STATE_BYTES: usize = size_of::<Self>() + QUEUE_BYTES;
+}
+
+/// Workloads that one runtime serves at most.
+pub const MAX_WORKLOADS: usize = 64;
+
+/// The registered workloads: appended to, never removed, read without a lock.
+#[derive(Debug)]
+pub(crate) struct Workloads {
+    slots: Box<[OnceLock<(String, Box<Workload>)>]>,
+}
+
+impl Workloads {
+    pub(crate) fn new() -> Self {
+        Self { slots: (0..MAX_WORKLOADS).map(|_| OnceLock::new()).collect() }
+    }
+
+    #[inline]
+    pub(crate) fn get(&self, id: usize) -> Option<&Workload> {
+        self.slots.get(id)?.get().map(|(_, workload)| &**workload)
+    }
+
+    pub(crate) fn name(&self, id: usize) -> Option<&str> {
+        self.slots.get(id)?.get().map(|(name, _)| name.as_str())
+    }
+
+    /// The id of `name`, registered if it is new; `None` where all are taken.
+    pub(crate) fn register(&self, name: &str) -> Option<usize> {
+        for (id, slot) in self.slots.iter().enumerate() {
+            let (known, _) = slot.get_or_init(|| (name.to_owned(), Box::default()));
+            if known == name {
+                return Some(id);
+            }
+        }
+        None
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.slots.iter().take_while(|slot| slot.get().is_some()).count()
+    }
+}
+
+/// The words of a session that the policy keeps.
+pub(crate) type Sessions = SessionTable<3>;
+
+/// Most recent four agents, then the next three, 16 bits each: unknown ones are `u16::MAX`.
+const RECENT: Word = Word::Extra(0);
+const RECENT_MORE: Word = Word::Extra(1);
+/// Pace (fixed point, 8 fraction bits, 0 for none) 16 | tool 8 | size 8 | doubted 1.
+const STATUS: Word = Word::Extra(2);
+
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Status {
+    /// Moving mean of log2 of the gaps in milliseconds, plus one, in 1/256; 0 before the first gap.
+    pace: u16,
+    tool: u8,
+    size: u8,
+    doubted: bool,
+}
+
+impl Status {
+    fn unpack(word: Option<u64>) -> Self {
+        let word = word.unwrap_or(0);
+        Self { pace: word as u16, tool: (word >> 16) as u8, size: (word >> 24) as u8, doubted: word >> 32 & 1 == 1 }
+    }
+
+    fn pack(self) -> u64 {
+        u64::from(self.pace)
+            | u64::from(self.tool) << 16
+            | u64::from(self.size) << 24
+            | u64::from(self.doubted) << 32
+    }
+
+    fn pace_class(self) -> u8 {
+        if self.pace == 0 {
+            0
+        } else {
+            gaps::pace_class(f32::from(self.pace - 1) / 256.0)
+        }
+    }
+
+    fn with_gap(mut self, seconds: f32) -> Self {
+        let log = (seconds * 1000.0).max(1.0).log2();
+        let mean = if self.pace == 0 { log } else { 0.7 * f32::from(self.pace - 1) / 256.0 + 0.3 * log };
+        self.pace = 1 + (mean * 256.0).min(60_000.0) as u16;
+        self
+    }
+}
+
+/// The agents that a session called last, most recent first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Recent(pub(crate) [u16; RANKS]);
+
+impl Recent {
+    pub(crate) fn load(sessions: &Sessions, handle: SessionHandle) -> Self {
+        let mut agents = [AgentId::UNKNOWN.0; RANKS];
+        for (word, start, n) in [(RECENT, 0, 3), (RECENT_MORE, 3, 3)] {
+            if let Some(packed) = sessions.load(handle, word) {
+                for i in 0..n {
+                    agents[start + i] = (packed >> (16 * i)) as u16;
+                }
+            }
+        }
+        Self(agents)
+    }
+
+    fn store(self, sessions: &Sessions, handle: SessionHandle) {
+        let pack = |part: &[u16]| part.iter().rev().fold(0u64, |word, &agent| word << 16 | u64::from(agent));
+        sessions.store(handle, RECENT, pack(&self.0[..3]));
+        sessions.store(handle, RECENT_MORE, pack(&self.0[3..6]));
+    }
+
+    fn rank(&self, agent: u16) -> usize {
+        self.0.iter().position(|&a| a == agent).unwrap_or(NEW)
+    }
+
+    fn front(mut self, agent: u16) -> Self {
+        let rank = self.rank(agent).min(RANKS - 1);
+        self.0.copy_within(0..rank, 1);
+        self.0[0] = agent;
+        self
+    }
+}
+
+/// Where a session stands, for predictions.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Standing {
+    pub(crate) prev: u16,
+    pub(crate) last: u16,
+    pub(crate) context: Context,
+    pub(crate) features: Features,
+    pub(crate) in_flight: bool,
+    pub(crate) last_start_us: u64,
+    pub(crate) last_finish_us: u64,
+    pub(crate) doubted: bool,
+}
+
+/// Reads where a session stands; `None` if it is gone or has made no call.
+pub(crate) fn standing(sessions: &Sessions, handle: SessionHandle) -> Option<Standing> {
+    let at = sessions.position(handle)?;
+    if !at.last.is_known() {
+        return None;
+    }
+    let status = Status::unpack(sessions.load(handle, STATUS));
+    Some(Standing {
+        prev: at.prev.0,
+        last: at.last.0,
+        context: Context { agent: at.last.0, tool: status.tool, pace: status.pace_class() },
+        features: Features { agent: at.last.0, steps: at.steps, size: status.size },
+        in_flight: sessions.in_flight(handle) > 0,
+        last_start_us: sessions.load(handle, Word::LastStart).unwrap_or(0),
+        last_finish_us: sessions.load(handle, Word::LastFinish).unwrap_or(0),
+        doubted: status.doubted,
+    })
+}
+
+impl Workload {
+    /// A session calls `agent`. Lock-free, from any thread; every transition is counted exactly once.
+    pub(crate) fn call_started(&self, sessions: &Sessions, key: SessionKey, agent: u16, now_us: u64) -> SessionHandle {
+        let (handle, before) = sessions.transition(key, AgentId(agent));
+        if before.last.is_known() {
+            let status = Status::unpack(sessions.load(handle, STATUS));
+            let features = Features { agent: before.last.0, steps: before.steps, size: status.size };
+            self.ends.went_on(features, status.doubted);
+            let mut after = Status { tool: 0, doubted: false, ..status };
+            if sessions.in_flight(handle) == 0 {
+                if let Some(finish_us) = sessions.load(handle, Word::LastFinish) {
+                    let gap_s = now_us.saturating_sub(finish_us) as f32 / 1e6;
+                    let context =
+                        Context { agent: before.last.0, tool: status.tool, pace: status.pace_class() };
+                    self.gaps.learn(context, gap_s);
+                    after = after.with_gap(gap_s);
+                }
+            }
+            sessions.store(handle, STATUS, after.pack());
+            self.transitions.add(context_of_two(before.prev, before.last), agent);
+            self.transitions.add(context_of(before.last), agent);
+        }
+        let recent = Recent::load(sessions, handle);
+        if before.last.is_known() {
+            self.ranks.add(recent.rank(agent));
+        }
+        recent.front(agent).store(sessions, handle);
+        sessions.store(handle, Word::LastStart, now_us);
+        sessions.begin(handle);
+        handle
+    }
+
+    /// A call of the session has ended; `tool` runs next (0: none), the answer filled `output_blocks`.
+    pub(crate) fn call_finished(
+        sessions: &Sessions,
+        handle: SessionHandle,
+        now_us: u64,
+        tool: u8,
+        output_blocks: u32,
+    ) {
+        sessions.end(handle);
+        sessions.store(handle, Word::LastFinish, now_us);
+        let size = (32 - output_blocks.leading_zeros()) as u8;
+        sessions.update(handle, STATUS, |word| Status { tool, size, ..Status::unpack(word) }.pack());
+    }
+
+    /// A tool of the session has started: what follows is its gap.
+    pub(crate) fn tool_started(sessions: &Sessions, handle: SessionHandle, tool: u8) {
+        sessions.update(handle, STATUS, |word| Status { tool, ..Status::unpack(word) }.pack());
+    }
+
+    /// The session has been silent for too long, or said that it is over.
+    pub(crate) fn session_ended(&self, sessions: &Sessions, handle: SessionHandle, standing: &Standing) {
+        let mut was_doubted = false;
+        sessions.update(handle, STATUS, |word| {
+            let status = Status::unpack(word);
+            was_doubted = status.doubted;
+            Status { doubted: true, ..status }.pack()
+        });
+        if !was_doubted {
+            self.ends.ended(standing.features);
+        }
+    }
+}

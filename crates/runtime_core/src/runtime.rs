@@ -1,0 +1,531 @@
+//! The four calls: observe, score, predict, act.
+//!
+//! [`Runtime`] joins three parts: the session table (lock-free, any thread), the learned state of each workload
+//! (lock-free, any thread), and the pool (one writer at a time). What only identities teach is learned before the pool
+//! is asked for, so no count is lost when two threads report at once.
+//!
+//! | operation | progress | allocates | worst case |
+//! |---|---|---|---|
+//! | [`Runtime::observe`], events without blocks | lock-free | no | 5 exchanges and 8 additions an event, per retry |
+//! | [`Runtime::observe`], events with blocks | one writer; a second one gets [`Error::Busy`], nothing applied | no | one hash probe a block, one visit a segment of the lane |
+//! | [`Runtime::score_blocks`] | wait-free | no | one hash probe a block |
+//! | [`Runtime::score_agents`], [`Runtime::predict`] | wait-free | no | 64 rows of 8 |
+//! | [`Runtime::evict`] | one writer, as above | no | one scoring per session that changed since the last call, 16 for age, one list step a block |
+//! | [`Runtime::workload`], [`Runtime::new`] | blocking, cold | yes | |
+//!
+//! Times are microseconds of any monotone clock. A time that runs backwards counts as "now", see [`Repairs`].
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+
+use crate::error::{Error, Result};
+use crate::ids::{mix, SessionKey, WorkloadId};
+use crate::kv::index::Published;
+use crate::kv::workload::{self, Sessions, MAX_WORKLOADS};
+use crate::kv::{self, Config, FutureStarts, Hint, KvCache, Prediction, Repairs, Workload, Workloads};
+use crate::sessions::SessionHandle;
+
+/// What happened; the codes of [`Events::kinds`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum EventKind {
+    /// A session calls an agent; `blocks`: the prompt's full blocks, root first (may be empty).
+    CallStart = 0,
+    /// Further blocks of a call in flight have entered the pool.
+    Stored = 1,
+    /// A call has ended; `blocks`: the answer's full blocks, following the prompt's.
+    CallEnd = 2,
+    /// A tool of the session has started; `agent`: number of the tool, from 1.
+    ToolStart = 3,
+    /// It has ended.
+    ToolEnd = 4,
+    /// The engine has dropped `blocks` by itself.
+    Removed = 5,
+    /// The session is over.
+    SessionEnd = 6,
+    /// The engine has reset its cache: no block is resident any more.
+    Reset = 7,
+}
+
+impl EventKind {
+    /// The kind of a code.
+    pub const fn from_code(code: u8) -> Option<Self> {
+        Some(match code {
+            0 => Self::CallStart,
+            1 => Self::Stored,
+            2 => Self::CallEnd,
+            3 => Self::ToolStart,
+            4 => Self::ToolEnd,
+            5 => Self::Removed,
+            6 => Self::SessionEnd,
+            7 => Self::Reset,
+            _ => return None,
+        })
+    }
+}
+
+/// A batch of events, one slice per field. All slices but the last two have one entry per event.
+#[derive(Clone, Copy, Debug)]
+pub struct Events<'a> {
+    /// Codes of [`EventKind`].
+    pub kinds: &'a [u8],
+    /// Sessions (any 64-bit name).
+    pub sessions: &'a [u64],
+    /// Agents, as interned by the caller; for tool events the tool's number.
+    pub agents: &'a [u16],
+    /// Calls (any 64-bit name, unique among calls in flight).
+    pub calls: &'a [u64],
+    /// Microseconds.
+    pub times_us: &'a [u64],
+    /// Where each event's blocks start in `blocks`, and one entry more for the end. Empty: no event has blocks.
+    pub offsets: &'a [u32],
+    /// Block keys: hashes of the whole prefix up to the block's end.
+    pub blocks: &'a [u64],
+}
+
+/// What a batch did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// Events applied.
+    pub events: usize,
+    /// Prompt blocks of the calls that started.
+    pub prompt_blocks: u64,
+    /// Of these, leading ones that were resident.
+    pub hit_blocks: u64,
+}
+
+/// Sizes of a [`Runtime`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Blocks of the engine's pool, 1 to 2^31.
+    pub pool_blocks: usize,
+    /// Sessions remembered, 8 to 2^24; the least recently used is forgotten first.
+    pub sessions: usize,
+    /// Mechanisms of the `kv_cache` policy.
+    pub config: Config,
+}
+
+impl Options {
+    /// Defaults for a pool: 4,096 sessions, everything on.
+    pub fn for_pool(pool_blocks: usize) -> Self {
+        Self { pool_blocks, sessions: 4096, config: Config::default() }
+    }
+}
+
+/// Bytes in use, by part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// Learned state per workload.
+    pub state_bytes: usize,
+    /// The residency index.
+    pub index_bytes: usize,
+    /// The session table and what the pool keeps beside it.
+    pub session_bytes: usize,
+}
+
+/// Learned state, sessions and pool of one engine.
+#[derive(Debug)]
+pub struct Runtime {
+    options: Options,
+    workloads: Workloads,
+    sessions: Sessions,
+    published: Arc<Published>,
+    // Never waited for: `try_lock` is the owner flag of the one writer.
+    pool: Mutex<KvCache>,
+    now_us: AtomicU64,
+    /// Moving mean of a call's duration, microseconds.
+    service_us: AtomicU64,
+}
+
+fn out_of_range(what: &'static str, min: u64, max: u64, requested: u64) -> Error {
+    Error::OutOfRange { what, min, max, requested }
+}
+
+impl Runtime {
+    /// A runtime for one pool. Allocates everything it will ever use.
+    pub fn new(options: Options) -> Result<Self> {
+        if options.pool_blocks == 0 || options.pool_blocks > 1 << 31 {
+            return Err(out_of_range("pool_blocks", 1, 1 << 31, options.pool_blocks as u64));
+        }
+        let sessions = Sessions::new(options.sessions)?;
+        let pool = KvCache::new(options.pool_blocks, sessions.capacity(), options.config);
+        Ok(Self {
+            options,
+            workloads: Workloads::new(),
+            published: Arc::clone(&pool.index.published),
+            sessions,
+            pool: Mutex::new(pool),
+            now_us: AtomicU64::new(0),
+            service_us: AtomicU64::new(1_000_000),
+        })
+    }
+
+    /// The options it was made with.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// The workload called `name`, registered if it is new.
+    pub fn workload(&self, name: &str) -> Result<WorkloadId> {
+        let id = self.workloads.register(name);
+        let id = id.ok_or(out_of_range("workloads", 1, MAX_WORKLOADS as u64, MAX_WORKLOADS as u64 + 1))?;
+        Ok(WorkloadId(id as u32))
+    }
+
+    /// The name of a workload.
+    pub fn workload_name(&self, id: WorkloadId) -> Option<&str> {
+        self.workloads.name(id.0 as usize)
+    }
+
+    fn learned(&self, id: WorkloadId) -> Result<&Workload> {
+        let known = self.workloads.len() as u64;
+        self.workloads
+            .get(id.0 as usize)
+            .ok_or_else(|| out_of_range("workload", 0, known.saturating_sub(1), u64::from(id.0)))
+    }
+
+    /// Bytes in use.
+    pub fn memory(&self) -> Result<Memory> {
+        let (index_bytes, beside) = self.writer()?.bytes();
+        Ok(Memory { state_bytes: Workload::STATE_BYTES, index_bytes, session_bytes: self.sessions.bytes() + beside })
+    }
+
+    fn writer(&self) -> Result<MutexGuard<'_, KvCache>> {
+        match self.pool.try_lock() {
+            Ok(guard) => Ok(guard),
+            Err(TryLockError::WouldBlock) => Err(Error::Busy { what: "the pool" }),
+            // A panic inside the pool must not take the engine down with it: start again from an empty index.
+            Err(TryLockError::Poisoned(poisoned)) => {
+                let mut guard = poisoned.into_inner();
+                guard.clear();
+                self.pool.clear_poison();
+                Ok(guard)
+            }
+        }
+    }
+
+    #[inline]
+    fn key(workload: WorkloadId, session: u64) -> SessionKey {
+        SessionKey(session ^ mix(u64::from(workload.0)))
+    }
+
+    fn check(events: &Events<'_>) -> Result<bool> {
+        let n = events.kinds.len();
+        let same = |what: &'static str, len: usize| {
+            if len == n {
+                Ok(())
+            } else {
+                Err(out_of_range(what, n as u64, n as u64, len as u64))
+            }
+        };
+        same("length of sessions", events.sessions.len())?;
+        same("length of agents", events.agents.len())?;
+        same("length of calls", events.calls.len())?;
+        same("length of times", events.times_us.len())?;
+        if !events.offsets.is_empty() {
+            if events.offsets.len() != n + 1 {
+                return Err(out_of_range("length of offsets", n as u64 + 1, n as u64 + 1, events.offsets.len() as u64));
+            }
+            let mut last = 0;
+            for &offset in events.offsets {
+                if offset < last || offset as usize > events.blocks.len() {
+                    return Err(out_of_range("offset", u64::from(last), events.blocks.len() as u64, u64::from(offset)));
+                }
+                last = offset;
+            }
+        }
+        let mut blocks = false;
+        for (i, &code) in events.kinds.iter().enumerate() {
+            let kind = EventKind::from_code(code).ok_or(out_of_range("event kind", 0, 7, u64::from(code)))?;
+            blocks |= kind == EventKind::Reset || !Self::blocks_of(events, i).is_empty();
+        }
+        Ok(blocks)
+    }
+
+    #[inline]
+    fn blocks_of<'a>(events: &Events<'a>, i: usize) -> &'a [u64] {
+        if events.offsets.is_empty() {
+            &[]
+        } else {
+            &events.blocks[events.offsets[i] as usize..events.offsets[i + 1] as usize]
+        }
+    }
+
+    /// Applies a batch of events in order.
+    ///
+    /// A batch that is malformed, or that has blocks while another thread is in the pool, is refused as a whole.
+    pub fn observe(&self, workload: WorkloadId, events: &Events<'_>) -> Result<Observed> {
+        let has_blocks = Self::check(events)?;
+        let learned = self.learned(workload)?;
+        let mut pool = match self.writer() {
+            Ok(pool) => Some(pool),
+            Err(busy) if has_blocks => return Err(busy),
+            // Identities are learned all the same; the pool catches up at the session's next event.
+            Err(_) => None,
+        };
+        let mut observed = Observed { events: events.kinds.len(), ..Observed::default() };
+        for (i, &code) in events.kinds.iter().enumerate() {
+            let Some(kind) = EventKind::from_code(code) else { continue };
+            let blocks = Self::blocks_of(events, i);
+            let one = One {
+                session: Self::key(workload, events.sessions[i]),
+                agent: events.agents[i],
+                call: events.calls[i],
+                time_us: events.times_us[i],
+                blocks,
+                hints: &[],
+            };
+            let hit = self.apply((workload, learned), kind, &one, pool.as_deref_mut());
+            if kind == EventKind::CallStart {
+                observed.prompt_blocks += blocks.len() as u64;
+                observed.hit_blocks += hit as u64;
+            }
+        }
+        if let Some(pool) = pool {
+            self.service_us.store((pool.service_s * 1e6) as u64, Relaxed);
+        }
+        Ok(observed)
+    }
+
+    fn apply(
+        &self,
+        (id, learned): (WorkloadId, &Workload),
+        kind: EventKind,
+        event: &One<'_>,
+        pool: Option<&mut KvCache>,
+    ) -> usize {
+        self.now_us.fetch_max(event.time_us, Relaxed);
+        match kind {
+            EventKind::CallStart => {
+                let handle = learned.call_started(&self.sessions, event.session, event.agent, event.time_us);
+                if let Some(pool) = pool {
+                    return pool.call_started(
+                        (id.0, learned),
+                        handle,
+                        event.call,
+                        event.agent,
+                        event.time_us,
+                        event.blocks,
+                        event.hints,
+                    );
+                }
+            }
+            EventKind::Stored => {
+                if let Some(pool) = pool {
+                    pool.stored(learned, event.call, event.time_us, event.blocks, event.hints, false);
+                }
+            }
+            EventKind::CallEnd => {
+                if let Some(handle) = self.sessions.find(event.session) {
+                    Workload::call_finished(&self.sessions, handle, event.time_us, 0, event.blocks.len() as u32);
+                }
+                if let Some(pool) = pool {
+                    pool.stored(learned, event.call, event.time_us, event.blocks, event.hints, true);
+                    pool.call_finished(event.call, event.time_us);
+                }
+            }
+            EventKind::ToolStart => {
+                if let Some(handle) = self.sessions.find(event.session) {
+                    let tool = 1 + (event.agent.saturating_sub(1) % 11) as u8;
+                    Workload::tool_started(&self.sessions, handle, tool);
+                    if let Some(pool) = pool {
+                        pool.session_changed(handle);
+                    }
+                }
+            }
+            EventKind::ToolEnd => {}
+            EventKind::Removed => {
+                if let Some(pool) = pool {
+                    for &key in event.blocks {
+                        pool.removed(key);
+                    }
+                }
+            }
+            EventKind::SessionEnd => {
+                if let Some(handle) = self.sessions.find(event.session) {
+                    if let Some(at) = workload::standing(&self.sessions, handle) {
+                        learned.session_ended(&self.sessions, handle, &at);
+                    }
+                    self.sessions.retire(handle);
+                    if let Some(pool) = pool {
+                        pool.session_changed(handle);
+                    }
+                }
+            }
+            EventKind::Reset => {
+                if let Some(pool) = pool {
+                    pool.clear();
+                }
+            }
+        }
+        0
+    }
+
+    /// One call starts, with hints for oracles. As [`Runtime::observe`] with one event.
+    #[allow(clippy::too_many_arguments)]
+    pub fn call_started(
+        &self,
+        workload: WorkloadId,
+        session: u64,
+        call: u64,
+        agent: u16,
+        time_us: u64,
+        blocks: &[u64],
+        hints: &[Hint],
+    ) -> Result<usize> {
+        let learned = self.learned(workload)?;
+        let mut pool = self.writer()?;
+        let one = One { session: Self::key(workload, session), agent, call, time_us, blocks, hints };
+        Ok(self.apply((workload, learned), EventKind::CallStart, &one, Some(&mut pool)))
+    }
+
+    /// Further blocks of a call have entered the pool.
+    pub fn stored(&self, workload: WorkloadId, call: u64, time_us: u64, blocks: &[u64], hints: &[Hint]) -> Result<()> {
+        self.writer()?.stored(self.learned(workload)?, call, time_us, blocks, hints, false);
+        Ok(())
+    }
+
+    /// One call ends; `tool` (from 1, 0 for none) runs next.
+    #[allow(clippy::too_many_arguments)]
+    pub fn call_ended(
+        &self,
+        workload: WorkloadId,
+        session: u64,
+        call: u64,
+        tool: u16,
+        time_us: u64,
+        output: &[u64],
+        hints: &[Hint],
+    ) -> Result<()> {
+        let learned = self.learned(workload)?;
+        let mut pool = self.writer()?;
+        let session = Self::key(workload, session);
+        let one = One { session, agent: 0, call, time_us, blocks: output, hints };
+        self.apply((workload, learned), EventKind::CallEnd, &one, Some(&mut pool));
+        if tool > 0 {
+            let one = One { agent: tool, blocks: &[], hints: &[], ..one };
+            self.apply((workload, learned), EventKind::ToolStart, &one, Some(&mut pool));
+        }
+        Ok(())
+    }
+
+    /// Gives an oracle the starts of the session's next calls.
+    pub fn foretell(&self, workload: WorkloadId, session: u64, starts: FutureStarts) -> Result<()> {
+        let (handle, _) = self.sessions.enter(Self::key(workload, session));
+        self.writer()?.foretell(handle, workload.0, starts);
+        Ok(())
+    }
+
+    /// Scores blocks: hits per second that holding each promises, as last published; 0 for blocks that are not resident.
+    ///
+    /// A block is never worth less than what hangs below it. Scores are brought up to date by [`Runtime::evict`].
+    pub fn score_blocks(&self, keys: &[u64], out: &mut [f32]) {
+        for (key, out) in keys.iter().zip(out) {
+            *out = self.published.score(*key).unwrap_or(0.0);
+        }
+    }
+
+    /// P(the session calls the agent within `horizon_s` seconds from `now_us`), for each agent.
+    pub fn score_agents(
+        &self,
+        workload: WorkloadId,
+        session: u64,
+        now_us: u64,
+        horizon_s: f32,
+        agents: &[u16],
+        out: &mut [f32],
+    ) -> Result<()> {
+        let learned = self.learned(workload)?;
+        let Some(handle) = self.sessions.find(Self::key(workload, session)) else {
+            out.fill(0.0);
+            return Ok(());
+        };
+        let config = &self.options.config;
+        kv::score_agents(learned, &self.sessions, handle, config, now_us, self.service_s(), horizon_s, agents, out);
+        Ok(())
+    }
+
+    fn service_s(&self) -> f32 {
+        self.service_us.load(Relaxed) as f32 / 1e6
+    }
+
+    /// The likeliest agents of the session's next `steps` calls (at most 6), by step, likeliest first; returns how many
+    /// entries of `out` were filled. An unknown session gives none. Times are NaN: see [`Runtime::predict_times`].
+    pub fn predict(
+        &self,
+        workload: WorkloadId,
+        session: u64,
+        steps: usize,
+        out: &mut [Prediction],
+    ) -> Result<usize> {
+        let learned = self.learned(workload)?;
+        let Some(handle) = self.sessions.find(Self::key(workload, session)) else { return Ok(0) };
+        Ok(kv::predict(learned, &self.sessions, handle, &self.options.config, steps, out))
+    }
+
+    /// Adds median times to what [`Runtime::predict`] gave.
+    pub fn predict_times(
+        &self,
+        workload: WorkloadId,
+        session: u64,
+        now_us: u64,
+        predictions: &mut [Prediction],
+    ) -> Result<()> {
+        let learned = self.learned(workload)?;
+        if let Some(handle) = self.sessions.find(Self::key(workload, session)) {
+            let config = &self.options.config;
+            kv::time_predictions(learned, &self.sessions, handle, config, now_us, self.service_s(), predictions);
+        }
+        Ok(())
+    }
+
+    /// Names the `n` least valuable blocks, lowest first, and takes them out of the index: the caller evicts them.
+    ///
+    /// Never names a block of a call in flight, nor one before all blocks below it. Returns how many there were.
+    pub fn evict(&self, n: usize, now_us: u64, victim: impl FnMut(u64)) -> Result<usize> {
+        let mut pool = self.writer()?;
+        Ok(pool.evict(&self.workloads, &self.sessions, n, now_us, victim))
+    }
+
+    /// Blocks resident, as far as the index knows.
+    pub fn resident_blocks(&self) -> Result<usize> {
+        Ok(self.writer()?.index.resident)
+    }
+
+    /// Sessions in the table.
+    pub fn known_sessions(&self) -> usize {
+        self.sessions.occupied()
+    }
+
+    /// Repairs made so far.
+    pub fn repairs(&self) -> Result<Repairs> {
+        Ok(self.writer()?.repairs)
+    }
+
+    /// Latest time seen, microseconds.
+    pub fn now_us(&self) -> u64 {
+        self.now_us.load(Relaxed)
+    }
+
+    /// Whether a session is in the table.
+    pub fn knows(&self, workload: WorkloadId, session: u64) -> bool {
+        self.sessions.find(Self::key(workload, session)).is_some()
+    }
+}
+
+/// One event.
+#[derive(Clone, Copy)]
+struct One<'a> {
+    session: SessionKey,
+    agent: u16,
+    call: u64,
+    time_us: u64,
+    blocks: &'a [u64],
+    hints: &'a [Hint],
+}
+
+const _: fn() = || {
+    fn shared<T: Send + Sync>() {}
+    shared::<Runtime>();
+    shared::<SessionHandle>();
+};
