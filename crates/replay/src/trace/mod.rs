@@ -16,6 +16,7 @@
 mod agentrt;
 mod builder;
 mod mooncake;
+pub mod profile;
 mod read;
 mod write;
 

@@ -1,8 +1,9 @@
 //! One line of the Mooncake format, or of Dynamo's agentic variant of it.
 //!
-//! Mooncake names neither session nor agent. A request joins the session of the latest request whose full blocks,
-//! two at least, its own prompt extends; among several the longest. Dynamo's rows name trajectories (`session_id`)
-//! and what they wait for; trajectories connected by `wait_for` or `branches` form one session here.
+//! Mooncake names neither session nor agent. A request joins the session of the latest request whose hash list but
+//! for the last entry, two hashes at least, begins its own; among several the longest. Dynamo's rows name
+//! trajectories (`session_id`) and what they wait for; trajectories connected by `wait_for` or `branches` form one
+//! session here.
 
 use std::path::Path;
 
@@ -23,7 +24,7 @@ pub(super) struct Parser {
     workload: String,
     block_size: Option<u32>,
     builder: Option<TraceBuilder>,
-    /// Mooncake: last full block of a request to its session.
+    /// Mooncake: last hash but one of a request to its session.
     by_last_block: FxHashMap<u64, u32>,
     /// Latest call and arrival of each session (Mooncake) or trajectory (Dynamo).
     latest: FxHashMap<String, (u32, f64)>,
@@ -36,7 +37,9 @@ pub(super) struct Parser {
     trajectory: Vec<String>,
     waited_for: Vec<Option<u32>>,
     has_time: bool,
+    /// The prompt's full blocks, and how many hashes the row has.
     keys: Vec<u64>,
+    hashes: usize,
 }
 
 impl Parser {
@@ -69,6 +72,7 @@ impl Parser {
             waited_for: Vec::new(),
             has_time: false,
             keys: Vec::new(),
+            hashes: 0,
         }
     }
 }
@@ -185,6 +189,7 @@ impl Parser {
             }
         }
         self.keys.truncate((input / size) as usize);
+        self.hashes = list.len();
         self.block_size = Some(size);
         Ok(())
     }
@@ -244,9 +249,11 @@ impl Parser {
             session_name,
             (index, arrival_s.or(before.map(|b| b.1)).unwrap_or(0.0)),
         );
-        if self.keys.len() >= MIN_SHARED_BLOCKS {
+        // The last hash may be of a partial block, so it is not what a longer prompt repeats.
+        let stem = &self.keys[..self.keys.len().min(self.hashes.saturating_sub(1))];
+        if stem.len() >= MIN_SHARED_BLOCKS {
             self.by_last_block
-                .extend(self.keys.last().map(|&key| (key, session)));
+                .extend(stem.last().map(|&key| (key, session)));
         }
         Ok(())
     }
