@@ -31,7 +31,16 @@ fn with(mut row: Value, field: &str, value: Value) -> Value {
 }
 
 fn text(rows: &[Value]) -> String {
-    rows.iter().map(|row| format!("{row}\n")).collect()
+    rows.iter()
+        .flat_map(|row| {
+            [
+                row.to_string(),
+                "
+"
+                .into(),
+            ]
+        })
+        .collect()
 }
 
 fn gzip(data: &[u8]) -> Vec<u8> {
@@ -239,7 +248,7 @@ fn bad_fields_are_named_with_line_and_remedy() {
         (
             "tool_latency_s",
             with(next(), "tool_latency_s", json!(-0.5)),
-            "at least 0",
+            "-0.5",
         ),
         ("line", json!([1, 2]), "object"),
     ];
@@ -466,7 +475,7 @@ fn mooncake_sessions_of_the_recorded_trace_are_found_again() {
 fn mooncake_block_sizes_are_inferred_stated_or_refused() {
     let row = mooncake(0, 100, &[0, 1, 2, 3, 4, 5, 6]);
     assert_eq!(
-        parse(text(&[row.clone()]), &ReadOptions::default())
+        parse(text(std::slice::from_ref(&row)), &ReadOptions::default())
             .unwrap()
             .block_size,
         16

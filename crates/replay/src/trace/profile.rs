@@ -211,7 +211,7 @@ fn session_blocks(trace: &Trace) -> Vec<u64> {
 #[derive(Default)]
 struct Counts {
     /// Count and rank of first appearance.
-    counts: FxHashMap<u16, (u64, usize)>,
+    seen: FxHashMap<u16, (u64, usize)>,
     best: Option<Leader>,
     /// Commonest successor other than the context's own agent.
     best_other: Option<Leader>,
@@ -226,8 +226,8 @@ struct Leader {
 
 impl Counts {
     fn add(&mut self, agent: u16, own: Option<u16>) {
-        let rank = self.counts.len();
-        let entry = self.counts.entry(agent).or_insert((0, rank));
+        let rank = self.seen.len();
+        let entry = self.seen.entry(agent).or_insert((0, rank));
         entry.0 += 1;
         let new = Leader {
             agent,
@@ -250,11 +250,11 @@ impl Counts {
     }
 
     fn entropy_bits(&self) -> f64 {
-        entropy_bits(self.counts.values().map(|&(count, _)| count))
+        entropy_bits(self.seen.values().map(|&(count, _)| count))
     }
 
     fn total(&self) -> u64 {
-        self.counts.values().map(|&(count, _)| count).sum()
+        self.seen.values().map(|&(count, _)| count).sum()
     }
 }
 
