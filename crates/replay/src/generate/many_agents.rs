@@ -3,7 +3,7 @@
 use super::prompt::Text;
 use super::stage::{Size, Stage};
 
-/// Of a team, so many walk through all agents in turn: 2,000 sessions meet all 10,000.
+/// Of a team, so many walk through all agents in turn: the teams of 2,000 sessions hold all 10,000.
 const WALKING: usize = 5;
 /// So many are drawn with popularity 1 / rank.
 const POPULAR: usize = 3;
