@@ -10,9 +10,9 @@ const ANSWER: Size = Size(180, 420);
 /// The moderator asks for another round with this probability, six at most.
 const AGAIN: f64 = 0.68;
 /// After a statement the next debater in turn is passed over for the one after.
-const OUT_OF_TURN: f64 = 0.06;
+const OUT_OF_TURN: f64 = 0.11;
 /// The moderator is called before the round is complete.
-const CUT_SHORT: f64 = 0.05;
+const CUT_SHORT: f64 = 0.08;
 /// From the third round on a debater sees only the last two rounds and the moderator's summary.
 const VISIBLE_ROUNDS: usize = 2;
 

@@ -1,19 +1,21 @@
-//! Capacity test: thousands of agents; each session is a team of six drawn from them.
+//! Capacity test: thousands of agents; each session is a team of up to eight drawn from them.
 
 use super::prompt::Text;
 use super::stage::{Size, Stage};
 
-const TEAM: usize = 6;
+/// Of a team, so many walk through all agents in turn: the teams of 2,000 sessions hold all 10,000.
+const WALKING: usize = 5;
+/// So many are drawn with popularity 1 / rank.
+const POPULAR: usize = 3;
 const TASK: Size = Size(120, 300);
 const ANSWER: Size = Size(90, 240);
 /// The next speaker is the next in the team's order, else anyone of the team.
 const IN_ORDER: f64 = 0.7;
 
 pub(super) fn play(stage: &mut Stage, agents: usize) {
-    // Half of a team walks through all agents, so that all appear; half is drawn with popularity 1 / rank.
-    let first = stage.session_number() * (TEAM / 2);
-    let mut team: Vec<usize> = (0..TEAM / 2).map(|i| (first + i) % agents).collect();
-    for _ in 0..TEAM - TEAM / 2 {
+    let first = stage.session_number() * WALKING;
+    let mut team: Vec<usize> = (0..WALKING).map(|i| (first + i) % agents).collect();
+    for _ in 0..POPULAR {
         // Inverse transform of the density 1 / x between 1 and n + 1.
         let rank = ((agents as f64 + 1.0).ln() * stage.uniform()).exp();
         team.push((rank as usize - 1).min(agents - 1));
@@ -22,7 +24,7 @@ pub(super) fn play(stage: &mut Stage, agents: usize) {
     team.dedup();
     let task = stage.fresh(TASK);
     let mut thread: Vec<Text> = Vec::new();
-    let turns = stage.between(TEAM, 3 * TEAM);
+    let turns = stage.between(team.len(), 3 * team.len());
     let mut at = 0;
     for _ in 0..turns {
         let agent = team[at];

@@ -11,20 +11,20 @@ const ROLES: [&str; 6] = [
     "reviewer",
     "documenter",
 ];
-const SYSTEM: [u32; 6] = [1250, 1400, 1500, 1200, 1150, 1000];
+const SYSTEM: [u32; 6] = [1450, 1600, 1700, 1400, 1350, 1200];
 const TASK: Size = Size(220, 600);
-const ANSWER: Size = Size(180, 560);
+const ANSWER: Size = Size(180, 480);
 /// Rows: who spoke; columns: who speaks next.
 const NEXT: [[f64; 6]; 6] = [
-    [0.00, 0.58, 0.34, 0.03, 0.03, 0.02],
-    [0.74, 0.00, 0.21, 0.02, 0.02, 0.01],
-    [0.03, 0.03, 0.00, 0.26, 0.62, 0.06],
-    [0.02, 0.02, 0.74, 0.00, 0.19, 0.03],
-    [0.05, 0.03, 0.48, 0.16, 0.00, 0.28],
-    [0.30, 0.04, 0.10, 0.04, 0.52, 0.00],
+    [0.00, 0.81, 0.15, 0.02, 0.01, 0.01],
+    [0.60, 0.00, 0.37, 0.01, 0.01, 0.01],
+    [0.02, 0.02, 0.00, 0.22, 0.71, 0.03],
+    [0.01, 0.01, 0.86, 0.00, 0.10, 0.02],
+    [0.05, 0.02, 0.15, 0.03, 0.00, 0.75],
+    [0.82, 0.02, 0.04, 0.02, 0.10, 0.00],
 ];
 /// The chat ends after a turn with this probability, once four turns are over.
-const END: f64 = 0.065;
+const END: f64 = 0.1;
 /// Tester and documenter keep a buffered context: the task and the last messages only.
 const BUFFERED: [bool; 6] = [false, false, false, true, false, true];
 const BUFFER_MESSAGES: usize = 6;

@@ -5,7 +5,9 @@ use std::path::Path;
 use rustc_hash::FxHashMap;
 
 use super::builder::SharedPrefix;
-use super::read::{Fields, LineParser, ReadOptions, MAX_CALL_BLOCKS};
+use super::read::{
+    Fields, LineParser, ReadOptions, MAX_ARRIVAL_S, MAX_CALL_BLOCKS, MAX_DURATION_S,
+};
 use super::{Call, Clock, Trace, TraceBuilder, SCHEMA_VERSION};
 use crate::error::{Error, Result};
 
@@ -69,9 +71,9 @@ impl LineParser for Parser {
         let call = Call {
             prompt_tokens: fields.u32("prompt_tokens")?,
             output_tokens: fields.u32("output_tokens")?,
-            arrival_s: fields.opt_time("t_arrival")?,
-            llm_latency_s: fields.opt_time("llm_latency_s")?,
-            tool_latency_s: fields.opt_time("tool_latency_s")?,
+            arrival_s: fields.opt_time("t_arrival", MAX_ARRIVAL_S)?,
+            llm_latency_s: fields.opt_time("llm_latency_s", MAX_DURATION_S)?,
+            tool_latency_s: fields.opt_time("tool_latency_s", MAX_DURATION_S)?,
             ..Call::default()
         };
         if clock == Clock::None && call.arrival_s.is_some() {

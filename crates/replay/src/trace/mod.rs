@@ -7,15 +7,16 @@
 //! | file | what it owns |
 //! |---|---|
 //! | `builder.rs` | [`TraceBuilder`]: interns names, numbers blocks densely, keeps one parent per block |
-//! | `read.rs` | [`read`]: lines of bounded length out of plain or gzip files, format detection, field access |
+//! | `read.rs` | [`read()`]: lines of bounded length out of plain or gzip files, format detection, field access |
 //! | `agentrt.rs` | one line of the agentrt format |
 //! | `mooncake.rs` | one line of the Mooncake format and of Dynamo's agentic variant |
-//! | `write.rs` | [`write`]: the agentrt format, written to a temporary file and renamed |
-//! | `profile.rs` | [`profile::profile`]: what a workload looks like |
+//! | `write.rs` | [`write()`]: the agentrt format, written to a temporary file and renamed |
+//! | `profile.rs` | [`profile::profile()`]: what a workload looks like |
 
 mod agentrt;
 mod builder;
 mod mooncake;
+pub mod profile;
 mod read;
 mod write;
 

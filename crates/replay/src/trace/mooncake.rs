@@ -1,16 +1,19 @@
 //! One line of the Mooncake format, or of Dynamo's agentic variant of it.
 //!
-//! Mooncake names neither session nor agent. A request joins the session of the latest request whose full blocks,
-//! two at least, its own prompt extends; among several the longest. Dynamo's rows name trajectories (`session_id`)
-//! and what they wait for; trajectories connected by `wait_for` or `branches` form one session here.
+//! Mooncake names neither session nor agent. A request joins the session of the latest request whose hash list but
+//! for the last entry, two hashes at least, begins its own; among several the longest. Dynamo's rows name
+//! trajectories (`session_id`) and what they wait for; trajectories connected by `wait_for` or `branches` form one
+//! session here.
 
 use std::path::Path;
 
 use rustc_hash::FxHashMap;
 
-use super::read::{At, Fields, LineParser, ReadOptions, MAX_CALL_BLOCKS};
+use super::read::{
+    At, Fields, LineParser, ReadOptions, MAX_ARRIVAL_S, MAX_CALL_BLOCKS, MAX_DURATION_S,
+};
 use super::{Call, Clock, Session, Trace, TraceBuilder};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Mooncake's published traces hash blocks of 512 tokens.
 const MOONCAKE_BLOCK: u32 = 512;
@@ -23,7 +26,7 @@ pub(super) struct Parser {
     workload: String,
     block_size: Option<u32>,
     builder: Option<TraceBuilder>,
-    /// Mooncake: last full block of a request to its session.
+    /// Mooncake: last hash but one of a request to its session.
     by_last_block: FxHashMap<u64, u32>,
     /// Latest call and arrival of each session (Mooncake) or trajectory (Dynamo).
     latest: FxHashMap<String, (u32, f64)>,
@@ -36,7 +39,11 @@ pub(super) struct Parser {
     trajectory: Vec<String>,
     waited_for: Vec<Option<u32>>,
     has_time: bool,
+    /// Latest arrival in the file.
+    latest_s: f64,
+    /// The prompt's full blocks, and how many hashes the row has.
     keys: Vec<u64>,
+    hashes: usize,
 }
 
 impl Parser {
@@ -68,7 +75,9 @@ impl Parser {
             trajectory: Vec::new(),
             waited_for: Vec::new(),
             has_time: false,
+            latest_s: 0.0,
             keys: Vec::new(),
+            hashes: 0,
         }
     }
 }
@@ -83,8 +92,8 @@ impl LineParser for Parser {
             Some(tokens) => tokens,
             None => fields.u32("output_length")?,
         };
-        let timestamp = either_time(fields, "timestamp", "created_time")?;
-        let delay = either_time(fields, "delay", "delay_ms")?;
+        let timestamp = either_time(fields, "timestamp", "created_time", MAX_ARRIVAL_S)?;
+        let delay = either_time(fields, "delay", "delay_ms", MAX_DURATION_S)?;
         self.hash_ids(fields, input)?;
         let call = Call {
             prompt_tokens: input,
@@ -103,7 +112,7 @@ impl LineParser for Parser {
     fn finish(self: Box<Self>, path: &Path) -> Result<Trace> {
         let parser = *self;
         let Some(mut builder) = parser.builder else {
-            return Err(crate::Error::BadTrace {
+            return Err(Error::BadTrace {
                 path: path.into(),
                 problem: "no line could be read".into(),
                 remedy: "read it without --skip-bad to see the first problem".into(),
@@ -185,6 +194,7 @@ impl Parser {
             }
         }
         self.keys.truncate((input / size) as usize);
+        self.hashes = list.len();
         self.block_size = Some(size);
         Ok(())
     }
@@ -201,24 +211,27 @@ impl Parser {
         mut call: Call,
         delay_s: Option<f64>,
     ) -> Result<()> {
-        let session_name = match fields.opt_str("session_id")? {
-            Some(name) => name.to_owned(),
-            None => {
-                let extended = self
-                    .keys
-                    .iter()
-                    .skip(MIN_SHARED_BLOCKS - 1)
-                    .rev()
-                    .find_map(|key| self.by_last_block.get(key));
-                let next = self
-                    .builder
-                    .as_ref()
-                    .map_or(0, |b| b.trace().sessions.len() as u32);
-                format!("s{}", extended.copied().unwrap_or(next))
+        let session_name = if let Some(name) = fields.opt_str("session_id")? {
+            name.to_owned()
+        } else {
+            let mut own = self.keys.iter().skip(MIN_SHARED_BLOCKS - 1).rev();
+            let extended = own.find_map(|key| self.by_last_block.get(key));
+            let sessions = self
+                .builder
+                .as_ref()
+                .map_or(&[][..], |b| &b.trace().sessions);
+            match extended {
+                Some(&session) => sessions[session as usize].name.clone(),
+                None => format!("s{}", sessions.len()),
             }
         };
         let before = self.latest.get(&session_name).copied();
-        backwards(fields, call.arrival_s, before, &session_name)?;
+        if let (Some(now), Some((_, then))) = (call.arrival_s, before) {
+            if now < then {
+                let earlier = format!("the request before it in session `{session_name}`");
+                return Err(too_early(fields, now, then, &earlier));
+            }
+        }
         let keys = std::mem::take(&mut self.keys);
         let builder = self.builder();
         call.agent = builder.agent("chat").unwrap_or_default();
@@ -244,9 +257,11 @@ impl Parser {
             session_name,
             (index, arrival_s.or(before.map(|b| b.1)).unwrap_or(0.0)),
         );
-        if self.keys.len() >= MIN_SHARED_BLOCKS {
+        // The last hash may be of a partial block, so it is not what a longer prompt repeats.
+        let stem = &self.keys[..self.keys.len().min(self.hashes.saturating_sub(1))];
+        if stem.len() >= MIN_SHARED_BLOCKS {
             self.by_last_block
-                .extend(self.keys.last().map(|&key| (key, session)));
+                .extend(stem.last().map(|&key| (key, session)));
         }
         Ok(())
     }
@@ -266,7 +281,9 @@ impl Parser {
             ));
         }
         let trajectory = fields.opt_str("session_id")?.unwrap_or(request).to_owned();
-        let tool_wait_s = fields.opt_time("tool_wait_ms")?.map(|ms| ms / 1e3);
+        let tool_wait_s = fields
+            .opt_time("tool_wait_ms", MAX_DURATION_S * 1e3)?
+            .map(|ms| ms / 1e3);
         let tool = match fields
             .opt_array("tool_events")?
             .and_then(|events| events.last())
@@ -312,7 +329,10 @@ impl Parser {
             }
         }
         let before = self.latest.get(&trajectory).copied();
-        backwards(fields, call.arrival_s, before, &trajectory)?;
+        // Sessions join trajectories, so the order of time must hold across all of them.
+        if let Some(now) = call.arrival_s.filter(|&now| now < self.latest_s) {
+            return Err(too_early(fields, now, self.latest_s, "the rows before it"));
+        }
         // Sessions are formed at the end; until then every call is its own.
         call.session = 0;
         let arrival_s = call.arrival_s;
@@ -341,18 +361,22 @@ impl Parser {
             .or(before.map(|(previous, _)| previous));
         let gap_s = match (delay_s, tool_wait_s) {
             (None, None) => None,
-            (delay, wait) => Some(delay.unwrap_or(0.0) + wait.unwrap_or(0.0)),
+            (delay, wait) => Some((delay.unwrap_or(0.0) + wait.unwrap_or(0.0)).min(MAX_DURATION_S)),
         };
         if let Some(previous) = waited_for {
             let builder = self.builder();
-            let tool = tool.and_then(|name| builder.tool(&name));
-            let previous = &mut builder.trace_mut().calls[previous as usize];
-            if previous.tool_latency_s.is_none() {
+            if builder.trace().calls[previous as usize]
+                .tool_latency_s
+                .is_none()
+            {
+                let tool = tool.and_then(|name| builder.tool(&name));
+                let previous = &mut builder.trace_mut().calls[previous as usize];
                 previous.tool_latency_s = gap_s;
                 previous.tool = tool;
             }
         }
         self.waited_for.push(waited_for);
+        self.latest_s = arrival_s.unwrap_or(self.latest_s);
         self.has_time |= arrival_s.is_some();
         self.latest.insert(
             trajectory.clone(),
@@ -364,28 +388,20 @@ impl Parser {
     }
 }
 
-fn either_time(fields: &Fields<'_>, name: &str, alias: &str) -> Result<Option<f64>> {
-    Ok(fields.opt_time(name)?.or(fields.opt_time(alias)?))
+fn either_time(fields: &Fields<'_>, name: &str, alias: &str, max_s: f64) -> Result<Option<f64>> {
+    let max_ms = max_s * 1e3;
+    Ok(fields
+        .opt_time(name, max_ms)?
+        .or(fields.opt_time(alias, max_ms)?))
 }
 
-fn backwards(
-    fields: &Fields<'_>,
-    arrival_s: Option<f64>,
-    before: Option<(u32, f64)>,
-    session: &str,
-) -> Result<()> {
-    match (arrival_s, before) {
-        (Some(now), Some((_, then))) if now < then => Err(fields.bad(
-            "timestamp",
-            format!(
-                "{} ms is earlier than {} ms, the request before it in session `{session}`",
-                now * 1e3,
-                then * 1e3
-            ),
-            "sort the file by timestamp",
-        )),
-        _ => Ok(()),
-    }
+fn too_early(fields: &Fields<'_>, now_s: f64, then_s: f64, before: &str) -> Error {
+    let problem = format!(
+        "{} ms is earlier than {} ms, {before}",
+        now_s * 1e3,
+        then_s * 1e3
+    );
+    fields.bad("timestamp", problem, "sort the file by timestamp")
 }
 
 fn root(group: &mut [u32], of: u32) -> u32 {
@@ -433,4 +449,20 @@ fn form_sessions(
         call.agent = u16::from(trajectory[index as usize] != trace.sessions[session as usize].name);
         length[session as usize] += 1;
     }
+    number_tools(trace);
+}
+
+/// A tool is learnt from the row after it, so names arrive out of the order of the calls.
+fn number_tools(trace: &mut Trace) {
+    let mut renumbered: FxHashMap<u16, u16> = FxHashMap::default();
+    let mut names = Vec::new();
+    for call in &mut trace.calls {
+        if let Some(tool) = call.tool {
+            call.tool = Some(*renumbered.entry(tool).or_insert_with(|| {
+                names.push(trace.tools[tool as usize].clone());
+                names.len() as u16 - 1
+            }));
+        }
+    }
+    trace.tools = names;
 }

@@ -17,6 +17,11 @@ use crate::error::{Error, Result};
 /// Blocks one call may have: more than any model's context.
 pub const MAX_CALL_BLOCKS: u64 = 1 << 22;
 
+/// Longest duration accepted: 115 days, in seconds.
+pub(super) const MAX_DURATION_S: f64 = 1e7;
+/// Latest arrival accepted, in seconds: far beyond any epoch.
+pub(super) const MAX_ARRIVAL_S: f64 = 1e11;
+
 /// The formats that [`read`] understands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Format {
@@ -361,15 +366,14 @@ impl Fields<'_> {
             .ok_or_else(|| self.wrong(name, "a whole number from 0 to 4294967295"))
     }
 
-    /// A time in the field's own unit; negative ones are refused.
-    pub(super) fn opt_time(&self, name: &str) -> Result<Option<f64>> {
+    /// A time in the field's own unit, at most `max`: so bounded, sums of times stay meaningful.
+    pub(super) fn opt_time(&self, name: &str, max: f64) -> Result<Option<f64>> {
         match self.get(name) {
             None => Ok(None),
             Some(value) => {
-                let number = value.as_f64().filter(|n| n.is_finite() && *n >= 0.0);
-                number
-                    .map(Some)
-                    .ok_or_else(|| self.wrong(name, "a number of at least 0"))
+                let number = value.as_f64().filter(|n| (0.0..=max).contains(n));
+                let expected = format!("a number from 0 to {max}");
+                number.map(Some).ok_or_else(|| self.wrong(name, &expected))
             }
         }
     }
