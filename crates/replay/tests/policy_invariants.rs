@@ -83,7 +83,9 @@ fn runs_repeat_exactly() {
             let mut policy = policies::build(name, &trace, &schedule).unwrap();
             sim::run(&trace, &schedule, policy.as_mut(), &mut |_| {})
         };
-        assert_eq!(run(), run(), "{name}");
+        let outcome = run();
+        assert_eq!(outcome, run(), "{name}");
+        assert!(outcome.evictions > 1000 && outcome.hit_blocks > 0, "{name}: {outcome:?}");
     }
 }
 

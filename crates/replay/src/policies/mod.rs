@@ -5,27 +5,37 @@
 //! | `lru` | `lru`: vLLM's order |
 //! | `lru_session_end` | `lru-session-end`: LRU that is told when a session ends |
 //! | `lfu` | `lfu` |
+//! | `s3fifo`, `sieve`, `arc` | policies of flat caches |
 //! | `depth` | `depth`: deepest block first |
 //! | `min` | `min`: the offline optimum |
+//! | `flat` | replays a stream of single keys, for comparison with other libraries |
 //! | `queue`, `leaves` | shared structures: a linked queue, evictable blocks by rank |
 //!
 //! Sources, parameters and deviations of each are in `docs/baselines.md`.
 
 pub mod agentrt;
+mod arc;
 mod depth;
+mod flat;
 mod leaves;
 mod lfu;
 mod lru;
 mod lru_session_end;
 mod min;
 mod queue;
+mod s3fifo;
+mod sieve;
 
 pub use agentrt::AgentRt;
+pub use arc::Arc;
 pub use depth::Depth;
+pub use flat::replay_flat;
 pub use lfu::Lfu;
 pub use lru::Lru;
 pub use lru_session_end::LruSessionEnd;
 pub use min::Min;
+pub use s3fifo::S3Fifo;
+pub use sieve::Sieve;
 
 use std::sync::LazyLock;
 
@@ -34,7 +44,7 @@ use crate::policy::CachePolicy;
 use crate::schedule::Schedule;
 use crate::trace::Trace;
 
-const BASELINES: &[&str] = &["lru", "lru-session-end", "lfu", "depth", "min"];
+const BASELINES: &[&str] = &["lru", "lru-session-end", "lfu", "s3fifo", "sieve", "arc", "depth", "min"];
 
 /// The names that [`build`] knows, in the order of reports.
 pub fn names() -> &'static [&'static str] {
@@ -52,6 +62,9 @@ pub fn build(name: &str, trace: &Trace, schedule: &Schedule) -> Result<Box<dyn C
         "lru" => Box::new(Lru::new(trace)),
         "lru-session-end" => Box::new(LruSessionEnd::new(trace)),
         "lfu" => Box::new(Lfu::new(trace)),
+        "s3fifo" => Box::new(S3Fifo::new(trace, schedule.options.capacity_blocks)),
+        "sieve" => Box::new(Sieve::new(trace)),
+        "arc" => Box::new(Arc::new(trace, schedule.options.capacity_blocks)),
         "depth" => Box::new(Depth::new(trace)),
         "min" => Box::new(Min::new(trace, schedule)),
         // agentrt's own policy, its ablations, and the oracles that know one respect of the future.
