@@ -49,7 +49,7 @@ impl CachePolicy for Checked {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
 
     #[test]
     fn evictions_are_prefix_closed_complete_and_spare_blocks_in_use(

@@ -11,8 +11,9 @@
 //! counted between successive calls of the *same* session, and only anchors - blocks that two sessions or more have
 //! used - carry an agent, the others count as p = 0. Left out: warm-up calls and the CPU tier.
 //!
-//! Does badly, as published, where sessions interleave (see `cachesage`); repaired, where sessions share little
-//! (`hyperagent`, `autokaggle`), because then it is LRU with a few protected blocks.
+//! Does badly, as published, where sessions interleave (see `cachesage`; `whowhen_ag2` at 25 %: 1.9 points below
+//! `lru`); repaired, where prefixes are shared by sessions that have ended: they are protected for ever
+//! (`marble_research` at 25 %: 5 points below `lru`).
 
 use std::cmp::Reverse;
 
@@ -36,7 +37,6 @@ pub struct CacheScout {
     uses: LastUses,
     chain: Transitions,
     current: Option<u16>,
-    n_agents: usize,
     leaves: LeafSet,
     repairs: Option<Repairs>,
 }
@@ -56,7 +56,6 @@ impl CacheScout {
             uses: LastUses::new(trace),
             chain: Transitions::default(),
             current: None,
-            n_agents: trace.agents.len(),
             leaves: LeafSet::new(trace.n_blocks as usize),
             repairs: None,
         }
@@ -95,12 +94,11 @@ impl CachePolicy for CacheScout {
 
     fn evict(&mut self, n: usize, _now_us: u64, pool: &mut Pool) {
         let Some(current) = self.current else { return };
-        let hops = self.chain.hops(current, self.n_agents, EPSILON, THRESHOLD, MAX_HOPS);
-        let survival: Vec<f64> = hops.iter().map(|&h| 1.0 - f64::from(h) / f64::from(MAX_HOPS)).collect();
+        let hops = self.chain.hops(current, EPSILON, THRESHOLD);
         self.leaves.evict_lowest(n, pool, |pool, b| {
             let last = self.uses.of(b);
             let labelled = self.repairs.as_ref().is_none_or(|r| r.owner[b as usize] == SHARED);
-            let p = if labelled { survival[usize::from(last.agent)] } else { 0.0 };
+            let p = if labelled { hops.survival(last.agent, MAX_HOPS) } else { 0.0 };
             let age = f64::from(self.uses.dispatch() - last.dispatch);
             let score = (p + DELTA) * ((-DECAY_PER_DISPATCH * age).exp() + DELTA);
             // Scores are positive, so their bits sort like their values.

@@ -12,7 +12,7 @@
 //! back to those of all tools, none to no retention.
 //!
 //! Does badly where gaps are alike for sessions that return and sessions that have ended, or longer than what memory
-//! affords: then no time to live pays and it is LRU (`mooncake_conversation`, `claude_code_main`).
+//! affords: then no time to live pays and it is LRU (`whowhen_magentic`, `mooncake_conversation`).
 
 use std::cmp::Reverse;
 use std::collections::VecDeque;

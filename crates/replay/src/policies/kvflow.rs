@@ -10,28 +10,34 @@
 //! last call for every block its agents used, histories included (the paper ranks fixed prompts alone and evicts
 //! dynamic suffixes first; recorded sessions share almost no fixed prompt); no prefetch from the host.
 //!
-//! Does badly where a static graph says little: selector chats in which anyone may follow anyone (`whowhen_ag2`), and
-//! sessions that have ended, whose blocks still have a next step (`whowhen_magentic`).
+//! Does badly where sessions end, because their blocks still have a next step (`whowhen_magentic` at 25 %: 9 points
+//! below `lru`), and where anyone may follow anyone, because all steps are then equal (`whowhen_ag2` at 10 %).
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
-use super::agents::{breadth_first, LastUses};
+use super::agents::{Hops, LastUses};
 use super::leaves::LeafSet;
 use crate::policy::{CachePolicy, CallView};
 use crate::pool::Pool;
 use crate::trace::Trace;
 
 const EDGE_SHARE: f64 = 0.05;
-const UNREACHABLE: u32 = u32::MAX;
+/// An agent that no path leads to.
+const NEVER: u32 = u32::MAX;
+
+/// The declared graph.
+struct Plan {
+    /// Successors of each agent.
+    graph: Vec<Vec<u16>>,
+    /// Steps from an agent to the others, and back to itself; filled on demand.
+    steps: Vec<Option<(Hops, u32)>>,
+}
 
 /// Steps to execution on the declared graph.
 pub struct KvFlow {
     uses: LastUses,
-    /// Successors of each agent.
-    graph: Vec<Vec<u16>>,
-    /// Steps from an agent to every agent, at least one; filled on demand.
-    steps: Vec<Option<Vec<u32>>>,
+    plan: Plan,
     /// Agent of each session's last call.
     current: Vec<u16>,
     leaves: LeafSet,
@@ -54,23 +60,32 @@ impl KvFlow {
         };
         Self {
             uses: LastUses::new(trace),
-            graph: counts.iter().map(edges).collect(),
-            steps: vec![None; n_agents],
+            plan: Plan { graph: counts.iter().map(edges).collect(), steps: (0..n_agents).map(|_| None).collect() },
             current: vec![0; trace.sessions.len()],
             leaves: LeafSet::new(trace.n_blocks as usize),
         }
     }
+}
 
+impl Plan {
     fn learn_steps_from(&mut self, agent: u16) {
         if self.steps[usize::from(agent)].is_some() {
             return;
         }
-        let n_agents = self.graph.len();
-        let mut steps = breadth_first(agent, n_agents, UNREACHABLE, |from| self.graph[usize::from(from)].clone());
-        // The agent itself runs again after the shortest way back to it.
-        let back = (0..n_agents).filter(|&a| self.graph[a].contains(&agent)).map(|a| steps[a].saturating_add(1)).min();
-        steps[usize::from(agent)] = back.unwrap_or(UNREACHABLE);
-        self.steps[usize::from(agent)] = Some(steps);
+        let hops = Hops::new(agent, |from| self.graph[usize::from(from)].clone());
+        let predecessors = (0..self.graph.len() as u16).filter(|&a| self.graph[usize::from(a)].contains(&agent));
+        let back = predecessors.map(|a| hops.to(a, NEVER).saturating_add(1)).min().unwrap_or(NEVER);
+        self.steps[usize::from(agent)] = Some((hops, back));
+    }
+
+    /// Steps until `agent` runs after `current`, at least one.
+    fn steps(&self, current: u16, agent: u16) -> u32 {
+        let Some((hops, back)) = &self.steps[usize::from(current)] else { return NEVER };
+        if agent == current {
+            *back
+        } else {
+            hops.to(agent, NEVER)
+        }
     }
 }
 
@@ -78,14 +93,13 @@ impl CachePolicy for KvFlow {
     fn call_start(&mut self, call: &CallView<'_>, _pool: &Pool) {
         self.uses.start(call);
         self.current[call.session as usize] = call.agent;
-        self.learn_steps_from(call.agent);
+        self.plan.learn_steps_from(call.agent);
     }
 
     fn evict(&mut self, n: usize, _now_us: u64, pool: &mut Pool) {
         self.leaves.evict_lowest(n, pool, |pool, b| {
             let last = self.uses.of(b);
-            let current = self.current[last.session as usize];
-            let steps = self.steps[usize::from(current)].as_ref().map_or(UNREACHABLE, |s| s[usize::from(last.agent)]);
+            let steps = self.plan.steps(self.current[last.session as usize], last.agent);
             (Reverse(steps), last.dispatch, Reverse(pool.depth(b)))
         });
     }

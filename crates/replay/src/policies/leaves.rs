@@ -72,6 +72,11 @@ impl LeafSet {
         }
     }
 
+    /// The blocks that can go now.
+    pub(super) fn candidates<'a>(&'a self, pool: &'a Pool) -> impl Iterator<Item = u32> + 'a {
+        self.blocks.iter().copied().filter(|&b| pool.is_evictable(b))
+    }
+
     /// Evicts the `n` lowest-ranked blocks, leaf by leaf: one pass over the set, then a heap.
     pub(super) fn evict_lowest<K: Ord>(&mut self, n: usize, pool: &mut Pool, rank: impl Fn(&Pool, u32) -> K) {
         let listed = &mut self.listed;

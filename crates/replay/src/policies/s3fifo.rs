@@ -10,7 +10,7 @@
 //! is set aside, still counted in its queue, and returns to that queue's head as soon as it can go.
 //!
 //! Does badly where a session's history is written once and read for many turns: it is demoted before its second use
-//! whenever more sessions are live than the small queue holds (`whowhen_magentic`, `claude_code_main`).
+//! whenever more sessions are live than the small queue holds (`whowhen_magentic` at 25 %: 28 points below `lru`).
 
 use super::queue::Queue;
 use crate::policy::{CachePolicy, CallView};

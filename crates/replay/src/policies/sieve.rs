@@ -7,8 +7,8 @@
 //! Deviation from the flat original: a block that the hand would evict but that cannot go - in use, or with resident
 //! children - is set aside, and comes back under the hand as soon as it can go. Nothing is inspected twice meanwhile.
 //!
-//! Does badly where recency matters more than a single reuse: old blocks that were used once stay while the live
-//! sessions' new ones are swept (`taubench_airline`, conversational workloads in general).
+//! Does badly where recency matters more than a single reuse: blocks of ended sessions that were used once stay while
+//! the live sessions' new ones are swept (`whowhen_magentic` at 25 %: 40 points below `lru`).
 
 use super::queue::Queue;
 use crate::policy::{CachePolicy, CallView};
