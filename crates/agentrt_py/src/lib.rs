@@ -3,6 +3,8 @@
 //! One file per room: each registers its classes and functions in the module below.
 #![deny(unsafe_code)]
 
+mod flat;
+
 use pyo3::prelude::*;
 
 /// Version, build profile and compiler options of the extension, for benchmarks and bug reports.
@@ -20,6 +22,8 @@ fn is_debug_build() -> bool {
 /// The extension module.
 #[pymodule(gil_used = false)]
 mod _core {
+    #[pymodule_export]
+    use super::flat::replay_flat;
     #[pymodule_export]
     use super::{build_info, is_debug_build};
 }

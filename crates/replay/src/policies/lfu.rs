@@ -5,7 +5,7 @@
 //! Within one chain the counts already fall with depth.
 //!
 //! Does badly where popularity moves on: the prefix of a finished session that was called often outlives every block
-//! of the sessions that run now (`whowhen_magentic`, any workload of many short sessions).
+//! of the sessions that run now (`whowhen_magentic` at 25 %: 46 points below `lru`).
 
 use super::leaves::RankedLeaves;
 use crate::policy::{CachePolicy, CallView};

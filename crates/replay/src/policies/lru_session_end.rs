@@ -2,8 +2,8 @@
 //!
 //! The finished session's blocks that no other session ever used move to the head of the free queue, deepest first.
 //! This is the hint of SGLang's `close_session` and of vLLM's proposals for session-aware retention; it knows nothing
-//! of agents. It needs a framework that reports the end, and does badly where sessions are long and few end during the
-//! run (`claude_code_main`) or the pressure comes from live sessions: there it is `lru`.
+//! of agents. It needs a framework that reports the end, and gains nothing where sessions are long and few end during
+//! the run or the pressure comes from live sessions (`claude_code_main`, `hyperagent`): there it is `lru`.
 
 use super::lru::Lru;
 use crate::policy::{CachePolicy, CallView};

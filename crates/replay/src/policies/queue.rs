@@ -11,11 +11,16 @@ pub(super) struct Queue {
     previous: Vec<u32>,
     front: u32,
     back: u32,
+    len: usize,
 }
 
 impl Queue {
     pub(super) fn new(n_blocks: usize) -> Self {
-        Self { next: vec![ABSENT; n_blocks], previous: vec![ABSENT; n_blocks], front: NO_BLOCK, back: NO_BLOCK }
+        Self { next: vec![ABSENT; n_blocks], previous: vec![ABSENT; n_blocks], front: NO_BLOCK, back: NO_BLOCK, len: 0 }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
     }
 
     pub(super) fn contains(&self, block: u32) -> bool {
@@ -24,6 +29,12 @@ impl Queue {
 
     pub(super) fn front(&self) -> Option<u32> {
         (self.front != NO_BLOCK).then_some(self.front)
+    }
+
+    /// The block behind `block`, which is in the queue.
+    pub(super) fn after(&self, block: u32) -> Option<u32> {
+        let next = self.next[block as usize];
+        (next != NO_BLOCK).then_some(next)
     }
 
     /// Appends a block that is not in the queue.
@@ -38,6 +49,7 @@ impl Queue {
             self.next[self.back as usize] = block;
         }
         self.back = block;
+        self.len += 1;
     }
 
     /// Puts a block that is not in the queue at its front.
@@ -60,6 +72,7 @@ impl Queue {
         } else {
             self.next[previous as usize] = block;
         }
+        self.len += 1;
     }
 
     pub(super) fn pop_front(&mut self) -> Option<u32> {
@@ -86,6 +99,7 @@ impl Queue {
             self.previous[next as usize] = previous;
         }
         self.next[block as usize] = ABSENT;
+        self.len -= 1;
         true
     }
 }

@@ -1,0 +1,81 @@
+//! One scene for each agent policy that shows what it knows.
+
+mod policy_support;
+
+use policy_support::{schedule, TraceBuilder};
+use replay::policies;
+use replay::schedule::Order;
+use replay::sim;
+use replay::trace::Trace;
+
+fn hits(policy: &str, trace: &Trace, capacity: usize) -> Vec<u32> {
+    let schedule = schedule(trace, Order::File, 1, capacity, 0);
+    let mut policy = policies::build(policy, trace, &schedule).unwrap();
+    sim::run(trace, &schedule, policy.as_mut(), &mut |_| {}).call_hits
+}
+
+/// Agents 0 -> 1 -> 2 -> 0 in turn, each with a prompt of its own, and no room for all three.
+fn cycle(rounds: usize) -> Trace {
+    let mut builder = TraceBuilder::new(1, 3);
+    for call in 0..3 * rounds {
+        let agent = call as u32 % 3;
+        builder.call(0, agent as u16, &[10 * agent + 1, 10 * agent + 2], &[]);
+    }
+    builder.build()
+}
+
+#[test]
+fn lru_never_hits_in_a_cycle_and_policies_that_know_the_order_do() {
+    let trace = cycle(20);
+    let total = |policy| hits(policy, &trace, 4).iter().sum::<u32>();
+    assert_eq!(total("lru"), 0);
+    // The agent that ran last is the farthest from running again.
+    for policy in ["kvflow", "min"] {
+        assert!(total(policy) >= 50, "{policy}: {}", total(policy));
+    }
+}
+
+#[test]
+fn the_published_scores_protect_the_agent_that_ran_last_which_a_cycle_needs_last() {
+    let trace = cycle(20);
+    let total = |policy| hits(policy, &trace, 4).iter().sum::<u32>();
+    for policy in ["cachesage", "cachescout"] {
+        assert!(total(policy) < total("kvflow"), "{policy}: {}, kvflow: {}", total(policy), total("kvflow"));
+    }
+}
+
+#[test]
+fn anchors_shared_by_two_sessions_outlive_later_session_tails_once_repaired() {
+    // Both sessions start with [1, 2]; tails follow that are more recent and never return.
+    let mut builder = TraceBuilder::new(6, 2);
+    builder.call(0, 0, &[1, 2], &[]);
+    builder.call(1, 0, &[1, 2], &[]);
+    for session in 2..5 {
+        builder.call(session, 1, &[100 * session as u32, 100 * session as u32 + 1], &[]);
+        builder.call(session, 0, &[100 * session as u32, 100 * session as u32 + 1], &[]);
+    }
+    builder.call(5, 0, &[1, 2], &[]);
+    let trace = builder.build();
+    assert_eq!(hits("lru", &trace, 4).last(), Some(&0));
+    assert_eq!(hits("cachescout-fixed", &trace, 4).last(), Some(&2));
+}
+
+#[test]
+fn continuum_keeps_a_session_that_returns_soon_and_is_costly_to_recompute() {
+    let mut builder = TraceBuilder::new(61, 2);
+    for round in 0..30 {
+        builder.call(0, 1, &[1, 2, 3], &[]);
+        for session in [1 + 2 * round, 2 + 2 * round] {
+            builder.call(session, 0, &[100 + session as u32, 1, 2, 3], &[]);
+        }
+    }
+    let mut trace = builder.build();
+    for call in &mut trace.calls {
+        call.llm_latency_s = Some(0.01);
+        // Seconds of prefill against a pool share of 3/7 for about as long.
+        call.prompt_tokens = if call.session == 0 { 100_000 } else { 64 };
+    }
+    assert_eq!(hits("lru", &trace, 7).iter().sum::<u32>(), 0);
+    // Until a few returns were seen, no time to live is known.
+    assert!(hits("continuum", &trace, 7).iter().sum::<u32>() > 3 * 20);
+}
