@@ -42,12 +42,13 @@ const MISSES_PER_HALVING: u8 = 32;
 /// thread inside this call.
 #[inline]
 pub(crate) fn set_add(ways: &[AtomicU64], misses: &AtomicU8, key: u64, limit: u64) -> bool {
-    set_add_with::<true>(ways, misses, key, limit)
+    set_add_with::<true, true>(ways, misses, key, limit)
 }
 
-/// [`set_add`]; without `REEXAMINE` a lost claim goes on to the next way and splits a key in two.
+/// [`set_add`]; without `REEXAMINE` a lost claim goes on to the next way and splits a key in two,
+/// without `ONCE` every thread that saw the limit halves, not the first.
 #[inline]
-pub(crate) fn set_add_with<const REEXAMINE: bool>(
+pub(crate) fn set_add_with<const REEXAMINE: bool, const ONCE: bool>(
     ways: &[AtomicU64],
     misses: &AtomicU8,
     key: u64,
@@ -67,7 +68,7 @@ pub(crate) fn set_add_with<const REEXAMINE: bool>(
                 match way.compare_exchange(from, to, Relaxed, Relaxed) {
                     Ok(_) => {
                         if to & COUNT_MASK >= limit {
-                            set_settle(ways, index, limit);
+                            set_settle::<ONCE>(ways, index, limit);
                         }
                         return true;
                     }
@@ -113,9 +114,9 @@ pub(crate) fn set_add_with<const REEXAMINE: bool>(
 
 /// Halve a set whose way `index` reached `limit`: whoever brings that way below halves the rest.
 /// Everyone who saw the limit helps, so a preempted thread lets no count run away.
-fn set_settle(ways: &[AtomicU64], index: usize, limit: u64) {
+fn set_settle<const ONCE: bool>(ways: &[AtomicU64], index: usize, limit: u64) {
     let mut seen = ways[index].load(Relaxed);
-    while seen & COUNT_MASK >= limit {
+    while !ONCE || seen & COUNT_MASK >= limit {
         match ways[index].compare_exchange(seen, way_halved(seen), Relaxed, Relaxed) {
             Ok(_) => {
                 for (other, way) in ways.iter().enumerate() {
@@ -175,17 +176,28 @@ pub(crate) const fn lane(word: u64, shift: u32) -> u64 {
 /// `limit + threads * step <= 0xFFFF`.
 #[inline]
 pub(crate) fn lane_add(words: &[AtomicU64], index: usize, step: u64, limit: u64) {
+    lane_add_with::<true>(words, index, step, limit);
+}
+
+/// [`lane_add`]; without `ONCE` every thread that saw the limit halves, not the first.
+#[inline]
+pub(crate) fn lane_add_with<const ONCE: bool>(
+    words: &[AtomicU64],
+    index: usize,
+    step: u64,
+    limit: u64,
+) {
     let (word, shift) = (index / LANES, (index % LANES * 16) as u32);
     let before = words[word].fetch_add(step << shift, Relaxed);
     if lane(before, shift) + step >= limit {
-        lanes_settle(words, word, shift, limit);
+        lanes_settle::<ONCE>(words, word, shift, limit);
     }
 }
 
 #[cold]
-fn lanes_settle(words: &[AtomicU64], word: usize, shift: u32, limit: u64) {
+fn lanes_settle<const ONCE: bool>(words: &[AtomicU64], word: usize, shift: u32, limit: u64) {
     let mut seen = words[word].load(Relaxed);
-    while lane(seen, shift) >= limit {
+    while !ONCE || lane(seen, shift) >= limit {
         match words[word].compare_exchange(seen, lanes_halved(seen), Relaxed, Relaxed) {
             Ok(_) => {
                 for (other, word_) in words.iter().enumerate() {
@@ -320,7 +332,8 @@ enum Naming {
 }
 
 /// Whether tenancy `generation` of a slot belongs to `rest`, naming it so if nobody has yet.
-fn name_slot(identity: &AtomicU64, generation: u16, rest: u64) -> Naming {
+/// Without `EXCHANGE` a key with the same tag can name it too.
+fn name_slot<const EXCHANGE: bool>(identity: &AtomicU64, generation: u16, rest: u64) -> Naming {
     let mut seen = identity.load(Relaxed);
     loop {
         let stamp = seen as u16;
@@ -335,6 +348,10 @@ fn name_slot(identity: &AtomicU64, generation: u16, rest: u64) -> Naming {
             return Naming::Gone;
         }
         let mine = rest << 16 | generation as u64;
+        if !EXCHANGE {
+            identity.store(mine, Relaxed);
+            return Naming::Mine;
+        }
         match identity.compare_exchange(seen, mine, Relaxed, Relaxed) {
             Ok(_) => return Naming::Mine,
             Err(now) => seen = now,
@@ -383,12 +400,13 @@ pub(crate) fn session_enter(
     tag: u64,
     rest: u64,
 ) -> Tenancy {
-    session_enter_with::<true>(heads, identities, tag, rest)
+    session_enter_with::<true, true>(heads, identities, tag, rest)
 }
 
-/// [`session_enter`]; without `IN_ORDER` busy slots are skipped, and a key can get two slots.
+/// [`session_enter`]; without `IN_ORDER` busy slots are skipped, and a key can get two slots;
+/// without `NAMED` two keys can get one.
 #[inline]
-pub(crate) fn session_enter_with<const IN_ORDER: bool>(
+pub(crate) fn session_enter_with<const IN_ORDER: bool, const NAMED: bool>(
     heads: &[AtomicU64],
     identities: &[AtomicU64],
     tag: u64,
@@ -401,7 +419,7 @@ pub(crate) fn session_enter_with<const IN_ORDER: bool>(
             let seen = head.load(Relaxed);
             let generation = head_generation(seen);
             if generation != 0 && seen >> TAG_SHIFT == tag {
-                match name_slot(&identities[way], generation, rest) {
+                match name_slot::<NAMED>(&identities[way], generation, rest) {
                     Naming::Mine => {
                         if seen & USED == 0 {
                             head.fetch_or(USED, Relaxed);
@@ -444,7 +462,10 @@ pub(crate) fn session_enter_with<const IN_ORDER: bool>(
             .is_ok()
         {
             // A different key with the same tag may have named the slot first: then it has it.
-            if matches!(name_slot(&identities[way], generation, rest), Naming::Mine) {
+            if matches!(
+                name_slot::<NAMED>(&identities[way], generation, rest),
+                Naming::Mine
+            ) {
                 return Tenancy {
                     way,
                     generation,
@@ -520,16 +541,17 @@ pub(crate) fn stamped_update(
     generation: u16,
     next: impl FnMut(Option<u64>) -> u64,
 ) -> Result<Option<u64>, Recycled> {
-    stamped_update_with::<true>(word, generation, next)
+    stamped_update_with::<true, true>(word, generation, next)
 }
 
 /// The slot belongs to a later tenancy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Recycled;
 
-/// [`stamped_update`]; without `EXCHANGE` two updates can start from the same value.
+/// [`stamped_update`]; without `EXCHANGE` two updates can start from the same value, without `OWNED`
+/// an ended tenancy writes over its successor.
 #[inline]
-pub(crate) fn stamped_update_with<const EXCHANGE: bool>(
+pub(crate) fn stamped_update_with<const EXCHANGE: bool, const OWNED: bool>(
     word: &AtomicU64,
     generation: u16,
     mut next: impl FnMut(Option<u64>) -> u64,
@@ -537,7 +559,7 @@ pub(crate) fn stamped_update_with<const EXCHANGE: bool>(
     let mut seen = word.load(Relaxed);
     loop {
         let stamp = seen as u16;
-        if is_newer(stamp, generation) {
+        if OWNED && is_newer(stamp, generation) {
             return Err(Recycled);
         }
         let previous = (stamp == generation).then_some(seen >> 16);
@@ -684,14 +706,21 @@ impl PublishedEntry {
     /// Replace whatever is here by `key` (not 0) and `value`. One writer at a time; wait-free.
     #[inline]
     pub fn publish(&self, key: u64, value: u32) {
-        self.publish_with::<true>(key, value);
+        self.publish_with::<true, true>(key, value);
     }
 
-    /// [`PublishedEntry::publish`]; without `RETRACT` the old key still stands beside the new value.
+    /// [`PublishedEntry::publish`]; without `RETRACT` the old key still stands beside the new value,
+    /// without `FENCE` it may seem to.
     #[inline]
-    pub(crate) fn publish_with<const RETRACT: bool>(&self, key: u64, value: u32) {
+    pub(crate) fn publish_with<const RETRACT: bool, const FENCE: bool>(
+        &self,
+        key: u64,
+        value: u32,
+    ) {
         if RETRACT {
             self.key.store(0, Relaxed);
+        }
+        if FENCE {
             // Pairs with the Acquire fence in `get`.
             fence(Release);
         }
