@@ -391,8 +391,9 @@ pub(crate) fn session_find(
 /// set and finds the slot under the hand unchanged knows that no other slot was claimed since: the
 /// exchange on that one word orders all claims of a set, and two threads cannot both miss a key and
 /// claim different slots for it. (Skipping a protected slot instead of moving it on would break
-/// this.) A slot that is used or busy gets its second chance; when two rounds find nothing else,
-/// busy slots are taken too, so that calls which never finish cannot fill the table.
+/// this.) A slot that is used or busy gets its second chance; after two rounds only busy slots
+/// do, and after a third, in which every slot was busy, the next is taken all the same: calls that
+/// never finish cannot fill the table.
 #[inline]
 pub(crate) fn session_enter(
     heads: &[AtomicU64],
@@ -412,7 +413,8 @@ pub(crate) fn session_enter_with<const IN_ORDER: bool, const NAMED: bool>(
     tag: u64,
     rest: u64,
 ) -> Tenancy {
-    let mut chances = 2 * heads.len();
+    let rounds = heads.len();
+    let mut chances = 3 * rounds;
     'scan: loop {
         let mut hand: Option<(usize, u64)> = None;
         for (way, head) in heads.iter().enumerate() {
@@ -448,11 +450,16 @@ pub(crate) fn session_enter_with<const IN_ORDER: bool, const NAMED: bool>(
             continue 'scan;
         };
         let lap = ((head_lap(seen) + 1) & LAP_MASK) << LAP_SHIFT;
-        let protected = seen & USED != 0 || (chances > 0 && head_busy(seen) > 0);
-        if protected && chances > 0 {
-            chances -= 1;
+        let used = seen & USED != 0 && chances > rounds;
+        let busy = head_busy(seen) > 0 && chances > 0;
+        if used || busy {
             let spared = seen & !(LAP_MASK << LAP_SHIFT | USED) | lap;
-            let _ = heads[way].compare_exchange(seen, spared, Relaxed, Relaxed);
+            if heads[way]
+                .compare_exchange(seen, spared, Relaxed, Relaxed)
+                .is_ok()
+            {
+                chances -= 1;
+            }
             continue 'scan;
         }
         let generation = next_generation(head_generation(seen));
@@ -772,8 +779,9 @@ impl SingleWriter {
     pub(crate) fn try_enter_with<const ACQUIRE: bool>(&self) -> Option<WriterGuard<'_>> {
         // Pairs with the Release store in the guard's drop.
         let order = if ACQUIRE { Acquire } else { Relaxed };
-        let entered = self.taken.compare_exchange(0, 1, order, Relaxed).is_ok();
-        entered.then_some(WriterGuard { owner: self })
+        let entered = self.taken.compare_exchange(0, 1, order, Relaxed);
+        // Made only on success: dropping a guard that was refused would let a third writer in.
+        entered.is_ok().then(|| WriterGuard { owner: self })
     }
 }
 

@@ -27,7 +27,7 @@
 //! | operation | progress | allocates | worst case |
 //! |---|---|---|---|
 //! | `new` | | the whole table, once | |
-//! | `enter`, `transition` | lock-free | no | 8 heads (one cache line); a claim moves the hand at most 17 times |
+//! | `enter`, `transition` | lock-free | no | 8 heads (one cache line); a claim moves the hand at most 25 times |
 //! | `find`, reads | wait-free | no | 8 heads |
 //! | `advance`, `begin`, `end`, `store`, `update` | lock-free | no | one exchange, per retry |
 //!

@@ -312,7 +312,7 @@ model! {
 fn two_threads_advance<const EXCHANGE: bool>() {
     let word = Arc::new(zeros(1));
     let step = |word: &AtomicU64, agent: u64| {
-        let next = |before: Option<u64>| agent << 16 | (before.unwrap_or(0) & 0xFFFF) + 1;
+        let next = |before: Option<u64>| agent << 16 | ((before.unwrap_or(0) & 0xFFFF) + 1);
         stamped_update_with::<EXCHANGE, true>(word, 1, next)
             .unwrap()
             .map_or(0, |at| at >> 16)
@@ -462,8 +462,9 @@ fn hand_over<const ACQUIRE: bool>() {
         }
         u32::from(guard.is_some())
     };
+    // Two attempts: a refused one must not open the door for the next.
     let other = guarded.clone();
-    let thread = thread::spawn(move || write(&other));
+    let thread = thread::spawn(move || write(&other) + write(&other));
     let mine = write(&guarded);
     let written = mine + thread.join().unwrap();
     // SAFETY: the other thread has ended.
