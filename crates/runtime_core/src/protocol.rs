@@ -205,7 +205,11 @@ fn lanes_settle<const ONCE: bool>(words: &[AtomicU64], word: usize, shift: u32, 
                         lanes_halve(word_);
                     }
                 }
-                return;
+                if !ONCE {
+                    return;
+                }
+                // A step can be larger than the limit: once more, then.
+                seen = lanes_halved(seen);
             }
             Err(now) => seen = now,
         }
@@ -264,7 +268,7 @@ pub(crate) fn ratio_add_with<const TOGETHER: bool>(
     let mut seen = cell.fetch_add(expected << 16 | hits, Relaxed) + (expected << 16 | hits);
     while seen >> 16 >= limit {
         match cell.compare_exchange(seen, ratio_halved(seen), Relaxed, Relaxed) {
-            Ok(_) => return,
+            Ok(_) => seen = ratio_halved(seen),
             Err(now) => seen = now,
         }
     }

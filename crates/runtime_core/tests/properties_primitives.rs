@@ -10,6 +10,9 @@ use runtime_core::sessions::{Previous, SessionTable, Word};
 use runtime_core::successors::SuccessorTable;
 use std::collections::HashMap;
 
+#[path = "support/events.rs"]
+mod events;
+
 proptest! {
     #[test]
     fn an_unfilled_table_counts_exactly(
@@ -269,5 +272,12 @@ proptest! {
     #[test]
     fn arbitrary_bytes_are_an_error(bytes in vec(any::<u8>(), 0..200)) {
         prop_assert!(Publication::decode(&bytes).is_err());
+    }
+}
+
+proptest! {
+    #[test]
+    fn arbitrary_events_keep_every_invariant(bytes in vec(any::<u8>(), 0..4000)) {
+        events::run(&bytes);
     }
 }

@@ -43,7 +43,12 @@ impl Lanes {
         // rows[(prev, last)] over lanes 0..n and "another agent" n.
         let mut rows = [[0.0f32; L + 1]; (L + 1) * (L + 1)];
         let mut known = [false; (L + 1) * (L + 1)];
-        let position = |agent: u16| self.agents[..n].iter().position(|&a| a == agent).unwrap_or(n);
+        let position = |agent: u16| {
+            self.agents[..n]
+                .iter()
+                .position(|&a| a == agent)
+                .unwrap_or(n)
+        };
         let start = position(session.prev) * w + 0;
         let agents = self.agents;
         let mut row = |state: usize, rows: &mut [[f32; L + 1]; (L + 1) * (L + 1)]| {
@@ -109,32 +114,36 @@ impl Lanes {
                 }
             }
         };
-        let passage = |from: usize, target: usize, rows: &mut [[f32; L + 1]; (L + 1) * (L + 1)], row: &mut dyn FnMut(usize, &mut [[f32; L + 1]; (L + 1) * (L + 1)])| {
-            let mut q = [0.0f32; STEPS];
-            let mut now = [0.0f32; (L + 1) * (L + 1)];
-            now[from] = 1.0;
-            for q in q.iter_mut() {
-                let mut next = [0.0f32; (L + 1) * (L + 1)];
-                for state in 0..w * w {
-                    let mass = now[state];
-                    if mass < 0.004 {
-                        continue;
-                    }
-                    row(state, rows);
-                    let l = state % w;
-                    for b in 0..w {
-                        let x = mass * rows[state][b];
-                        if b == target {
-                            *q += x;
-                        } else {
-                            next[l * w + b] += x;
+        let passage =
+            |from: usize,
+             target: usize,
+             rows: &mut [[f32; L + 1]; (L + 1) * (L + 1)],
+             row: &mut dyn FnMut(usize, &mut [[f32; L + 1]; (L + 1) * (L + 1)])| {
+                let mut q = [0.0f32; STEPS];
+                let mut now = [0.0f32; (L + 1) * (L + 1)];
+                now[from] = 1.0;
+                for q in q.iter_mut() {
+                    let mut next = [0.0f32; (L + 1) * (L + 1)];
+                    for state in 0..w * w {
+                        let mass = now[state];
+                        if mass < 0.004 {
+                            continue;
+                        }
+                        row(state, rows);
+                        let l = state % w;
+                        for b in 0..w {
+                            let x = mass * rows[state][b];
+                            if b == target {
+                                *q += x;
+                            } else {
+                                next[l * w + b] += x;
+                            }
                         }
                     }
+                    now = next;
                 }
-                now = next;
-            }
-            q
-        };
+                q
+            };
         let conv = |a: &[f32; STEPS], b: &[f32; STEPS]| {
             let mut out = [0.0; STEPS];
             for i in 0..STEPS {
@@ -146,10 +155,17 @@ impl Lanes {
         };
         for a in 0..n {
             let q = passage(start, a, &mut rows, &mut row);
-            let back = if a == 0 { q } else { passage(a, a, &mut rows, &mut row) };
+            let back = if a == 0 {
+                q
+            } else {
+                passage(a, a, &mut rows, &mut row)
+            };
             let w2 = conv(&q, &back);
             let w3 = conv(&w2, &back);
-            self.weights[a] = LaneWeights { lane: self.ids[a], w: [q, w2, w3] };
+            self.weights[a] = LaneWeights {
+                lane: self.ids[a],
+                w: [q, w2, w3],
+            };
         }
         self
     }

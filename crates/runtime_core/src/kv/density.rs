@@ -25,7 +25,11 @@ impl Lut {
         let mut at = [[(0u8, 0.0f32); GRID]; GRID];
         for j in 0..GRID {
             for b in 0..GRID {
-                let mid = if b == 0 { t[0] * 0.5 } else { (t[b] * t[b - 1]).sqrt() };
+                let mid = if b == 0 {
+                    t[0] * 0.5
+                } else {
+                    (t[b] * t[b - 1]).sqrt()
+                };
                 at[j][b] = locate(&t, t[j] - mid);
             }
         }
@@ -64,7 +68,13 @@ pub(crate) struct SessionView {
 }
 impl Default for SessionView {
     fn default() -> Self {
-        Self { session: NONE, now_us: 0, f: [[0.0; GRID]; STEPS], t: [0.0; GRID], lanes: Lanes::default() }
+        Self {
+            session: NONE,
+            now_us: 0,
+            f: [[0.0; GRID]; STEPS],
+            t: [0.0; GRID],
+            lanes: Lanes::default(),
+        }
     }
 }
 
@@ -103,14 +113,22 @@ impl SessionView {
         let alive_now = alive * s0 / (alive * s0 + 1.0 - alive).max(1e-9);
         for j in 0..GRID {
             let x = lut.t[j] - wait_s;
-            self.f[0][j] = if x <= 0.0 { 0.0 } else { alive_now * (1.0 - (h0 - cumulative(&cum, age_s + x)).exp()) };
+            self.f[0][j] = if x <= 0.0 {
+                0.0
+            } else {
+                alive_now * (1.0 - (h0 - cumulative(&cum, age_s + x)).exp())
+            };
         }
         // One further cycle: service, then a fresh gap.
         let mut cycle = [0.0f32; GRID];
         let mut before = 0.0;
         for j in 0..GRID {
             let x = lut.t[j] - service_s;
-            let c = if x <= 0.0 { 0.0 } else { later * (1.0 - (-cumulative(&cum, x)).exp()) };
+            let c = if x <= 0.0 {
+                0.0
+            } else {
+                later * (1.0 - (-cumulative(&cum, x)).exp())
+            };
             cycle[j] = c - before;
             before = c;
         }
@@ -132,7 +150,11 @@ impl SessionView {
     /// Replaces the estimated call times by the true ones.
     pub(crate) fn foretell(&mut self, starts: &super::FutureStarts) {
         for (f, &at) in self.f.iter_mut().zip(starts) {
-            let x = if at == u64::MAX { f32::INFINITY } else { at.saturating_sub(self.now_us) as f32 / 1e6 };
+            let x = if at == u64::MAX {
+                f32::INFINITY
+            } else {
+                at.saturating_sub(self.now_us) as f32 / 1e6
+            };
             let mut t0 = 0.0;
             for (f, &t) in f.iter_mut().zip(&self.t) {
                 *f = ((t - x) / (t - t0)).clamp(0.0, 1.0);
@@ -146,7 +168,11 @@ impl SessionView {
         let mut c = [0.0; STEPS];
         for x in &self.lanes.weights[..self.lanes.n] {
             if x.lane == lane {
-                let (a, b, d) = (r[0], (1.0 - r[0]) * r[1], (1.0 - r[0]) * (1.0 - r[1]) * r[2]);
+                let (a, b, d) = (
+                    r[0],
+                    (1.0 - r[0]) * r[1],
+                    (1.0 - r[0]) * (1.0 - r[1]) * r[2],
+                );
                 for i in 0..STEPS {
                     c[i] = a * x.w[0][i] + b * x.w[1][i] + d * x.w[2][i];
                 }
@@ -155,7 +181,14 @@ impl SessionView {
         c
     }
 
-    pub(crate) fn score(&self, c: &[f32; STEPS], shared: &[f32; A], age_us: u64, horizon: Option<f32>, shared_at: Option<f32>) -> f32 {
+    pub(crate) fn score(
+        &self,
+        c: &[f32; STEPS],
+        shared: &[f32; A],
+        age_us: u64,
+        horizon: Option<f32>,
+        shared_at: Option<f32>,
+    ) -> f32 {
         let mut cum = [0.0f32; A + 1];
         for b in 0..A {
             cum[b + 1] = cum[b] - (1.0 - shared[b]).ln();

@@ -85,13 +85,24 @@ fn mix(key: u64) -> u64 {
 
 impl Index {
     pub(crate) fn new(pool_blocks: usize) -> Self {
-        Self::with_segments(pool_blocks, (pool_blocks / 10).max(pool_blocks.min(1024)).max(16))
+        Self::with_segments(
+            pool_blocks,
+            (pool_blocks / 10).max(pool_blocks.min(1024)).max(16),
+        )
     }
 
     pub(crate) fn with_segments(pool_blocks: usize, n_segments: usize) -> Self {
         let slots = (pool_blocks.max(8) * 2).next_power_of_two();
         let blocks = (0..pool_blocks as u32)
-            .map(|i| Block { key: 0, parent: if i + 1 == pool_blocks as u32 { NONE } else { i + 1 }, segment: NONE })
+            .map(|i| Block {
+                key: 0,
+                parent: if i + 1 == pool_blocks as u32 {
+                    NONE
+                } else {
+                    i + 1
+                },
+                segment: NONE,
+            })
             .collect();
         let empty = Segment {
             last_use_us: 0,
@@ -116,7 +127,14 @@ impl Index {
             flags: 0,
         };
         let segments = (0..n_segments as u32)
-            .map(|i| Segment { queue_next: if i + 1 == n_segments as u32 { NONE } else { i + 1 }, ..empty })
+            .map(|i| Segment {
+                queue_next: if i + 1 == n_segments as u32 {
+                    NONE
+                } else {
+                    i + 1
+                },
+                ..empty
+            })
             .collect();
         Self {
             blocks,
@@ -135,7 +153,9 @@ impl Index {
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.blocks.len() * size_of::<Block>() + self.table.len() * 4 + self.segments.len() * size_of::<Segment>()
+        self.blocks.len() * size_of::<Block>()
+            + self.table.len() * 4
+            + self.segments.len() * size_of::<Segment>()
     }
 
     // ---- blocks ----
@@ -170,7 +190,11 @@ impl Index {
             return NONE;
         }
         self.free_block = self.blocks[slot as usize].parent;
-        self.blocks[slot as usize] = Block { key, parent, segment };
+        self.blocks[slot as usize] = Block {
+            key,
+            parent,
+            segment,
+        };
         let mut at = mix(key) as usize & self.mask;
         while self.table[at] != NONE {
             at = (at + 1) & self.mask;
@@ -198,7 +222,11 @@ impl Index {
             next = (next + 1) & self.mask;
         }
         self.table[hole] = NONE;
-        self.blocks[slot as usize] = Block { key: 0, parent: self.free_block, segment: NONE };
+        self.blocks[slot as usize] = Block {
+            key: 0,
+            parent: self.free_block,
+            segment: NONE,
+        };
         self.free_block = slot;
         self.resident -= 1;
     }
@@ -319,7 +347,10 @@ impl Index {
     /// Appends the only child of `upper` to it: both become one segment with the attributes of `upper`.
     pub(crate) fn join(&mut self, upper: u32, lower: u32) {
         let low = *self.seg(lower);
-        debug_assert!(self.seg(upper).children == 1 && self.blocks[low.top as usize].parent == self.seg(upper).tail);
+        debug_assert!(
+            self.seg(upper).children == 1
+                && self.blocks[low.top as usize].parent == self.seg(upper).tail
+        );
         let mut block = low.tail;
         loop {
             self.blocks[block as usize].segment = upper;
@@ -362,7 +393,12 @@ impl Index {
     }
 
     pub(crate) fn dequeue(&mut self, s: u32) {
-        let Segment { bucket, queue_prev, queue_next, .. } = *self.seg(s);
+        let Segment {
+            bucket,
+            queue_prev,
+            queue_next,
+            ..
+        } = *self.seg(s);
         if bucket == NOT_QUEUED {
             return;
         }

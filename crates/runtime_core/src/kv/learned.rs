@@ -34,7 +34,10 @@ pub(crate) struct Content {
 }
 impl Content {
     pub(crate) fn new(agents: usize) -> Self {
-        Self { pooled: Default::default(), rows: vec![Default::default(); agents] }
+        Self {
+            pooled: Default::default(),
+            rows: vec![Default::default(); agents],
+        }
     }
     pub(crate) fn vote(&mut self, agent: usize, k: usize, class: usize, hit: f32) {
         self.pooled[k][class].add(1.0, hit);
@@ -53,7 +56,9 @@ impl Content {
         let r0 = (h + 0.25) / (e + 0.5);
         let p = self.pooled[k][class];
         let r1 = (p.h + 2.0 * r0) / (p.e + 2.0);
-        let Some(row) = self.rows.get(agent) else { return r1 };
+        let Some(row) = self.rows.get(agent) else {
+            return r1;
+        };
         let cell = row[k][class];
         let prior = if cell.e < 0.5 {
             let (mut e, mut h) = (0.0, 0.0);
@@ -87,7 +92,10 @@ pub(crate) struct Hist {
 }
 impl Default for Hist {
     fn default() -> Self {
-        Self { d: [0.0; G], n: 0.0 }
+        Self {
+            d: [0.0; G],
+            n: 0.0,
+        }
     }
 }
 impl Hist {
@@ -144,7 +152,11 @@ impl Gaps {
         match which {
             0 => [agent, None, None],
             1 => [agent, self.prev.get(c.prev as usize), None],
-            2 => [self.prev.get(c.prev as usize), self.pair.get(c.pair as usize), None],
+            2 => [
+                self.prev.get(c.prev as usize),
+                self.pair.get(c.pair as usize),
+                None,
+            ],
             3 => [self.pace.get(c.pace as usize), None, None],
             _ => [tool, agent, None],
         }
@@ -214,7 +226,12 @@ pub(crate) struct Ends {
 }
 impl Ends {
     pub(crate) fn new(agents: usize) -> Self {
-        Self { all: Cell::default(), agent: vec![Cell::default(); agents], step: Default::default(), size: Default::default() }
+        Self {
+            all: Cell::default(),
+            agent: vec![Cell::default(); agents],
+            step: Default::default(),
+            size: Default::default(),
+        }
     }
     pub(crate) fn learn(&mut self, agent: usize, step: usize, size: usize, next: f32) {
         self.all.add(1.0, next);
@@ -224,7 +241,13 @@ impl Ends {
         self.step[step.min(23)].add(1.0, next);
         self.size[size.min(15)].add(1.0, next);
     }
-    pub(crate) fn continues(&self, agent: usize, step: usize, size: usize, cfg: &super::Config) -> f32 {
+    pub(crate) fn continues(
+        &self,
+        agent: usize,
+        step: usize,
+        size: usize,
+        cfg: &super::Config,
+    ) -> f32 {
         let base = (self.all.h + 9.0) / (self.all.e + 10.0);
         if !cfg.session_end {
             return 0.999;
@@ -255,7 +278,11 @@ pub(crate) struct Sharing {
 }
 pub(crate) fn age_bucket(us: u64) -> usize {
     let x = us as f32 / 62_500.0;
-    if x <= 1.0 { 0 } else { (x.log2() as usize + 1).min(A - 1) }
+    if x <= 1.0 {
+        0
+    } else {
+        (x.log2() as usize + 1).min(A - 1)
+    }
 }
 pub(crate) fn share_class(degree: u8, depth: u32, cfg: &super::Config) -> usize {
     if !cfg.sharing_classes {
@@ -280,7 +307,10 @@ pub(crate) fn share_class(degree: u8, depth: u32, cfg: &super::Config) -> usize 
 }
 impl Sharing {
     pub(crate) fn new() -> Self {
-        Self { events: [[0.0; A]; S], ends: [[0.0; A]; S] }
+        Self {
+            events: [[0.0; A]; S],
+            ends: [[0.0; A]; S],
+        }
     }
     pub(crate) fn learn(&mut self, class: usize, age_us: u64, shared: bool) {
         let b = age_bucket(age_us);
@@ -297,7 +327,13 @@ impl Sharing {
     }
     /// Hazard per age bucket: pooled over private or shared segments, then the class.
     pub(crate) fn hazards(&self, class: usize, cfg: &super::Config, out: &mut [f32; A]) {
-        let group = if !cfg.sharing_classes { class..class + 1 } else if class < 4 { 0..4 } else { 4..S };
+        let group = if !cfg.sharing_classes {
+            class..class + 1
+        } else if class < 4 {
+            0..4
+        } else {
+            4..S
+        };
         let (mut d, mut n) = ([0.0f32; A], [0.0f32; A]);
         let mut risk = 0.0;
         for b in (0..A).rev() {

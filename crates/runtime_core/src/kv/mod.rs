@@ -147,7 +147,13 @@ impl KvCache {
             cfg,
             index: Index::new(pool_blocks),
             lanes: (0..n_lanes as u32)
-                .map(|i| Lane { session: NONE, agent: 0, calls: 0, head: NONE, next: if i + 1 == n_lanes as u32 { NONE } else { i + 1 } })
+                .map(|i| Lane {
+                    session: NONE,
+                    agent: 0,
+                    calls: 0,
+                    head: NONE,
+                    next: if i + 1 == n_lanes as u32 { NONE } else { i + 1 },
+                })
                 .collect(),
             free_lane: 0,
             sessions: Vec::new(),
@@ -181,7 +187,13 @@ impl KvCache {
     fn with_hints(mut self) -> Self {
         if self.cfg.oracle != Oracle::default() {
             self.index = Index::with_segments(self.pool_blocks, self.pool_blocks.max(1024));
-            self.hints = vec![Hint { next_step: u32::MAX, shared_us: u64::MAX }; self.pool_blocks.max(1024)];
+            self.hints = vec![
+                Hint {
+                    next_step: u32::MAX,
+                    shared_us: u64::MAX
+                };
+                self.pool_blocks.max(1024)
+            ];
         }
         self
     }
@@ -196,12 +208,25 @@ impl KvCache {
     }
 
     fn silent_remove(&mut self, s: u32) {
-        let Session { silent_prev, silent_next, in_silent, .. } = self.sessions[s as usize];
+        let Session {
+            silent_prev,
+            silent_next,
+            in_silent,
+            ..
+        } = self.sessions[s as usize];
         if !in_silent {
             return;
         }
-        if silent_prev == NONE { self.silent_head = silent_next } else { self.sessions[silent_prev as usize].silent_next = silent_next }
-        if silent_next == NONE { self.silent_tail = silent_prev } else { self.sessions[silent_next as usize].silent_prev = silent_prev }
+        if silent_prev == NONE {
+            self.silent_head = silent_next
+        } else {
+            self.sessions[silent_prev as usize].silent_next = silent_next
+        }
+        if silent_next == NONE {
+            self.silent_tail = silent_prev
+        } else {
+            self.sessions[silent_next as usize].silent_prev = silent_prev
+        }
         self.sessions[s as usize].in_silent = false;
     }
     fn silent_push(&mut self, s: u32) {
@@ -210,7 +235,11 @@ impl KvCache {
         x.silent_prev = tail;
         x.silent_next = NONE;
         x.in_silent = true;
-        if tail == NONE { self.silent_head = s } else { self.sessions[tail as usize].silent_next = s }
+        if tail == NONE {
+            self.silent_head = s
+        } else {
+            self.sessions[tail as usize].silent_next = s
+        }
         self.silent_tail = s;
     }
     fn label_silent(&mut self) {
@@ -221,7 +250,8 @@ impl KvCache {
                 break;
             }
             self.silent_remove(s);
-            self.ends.learn(x.last as usize, end_step(x.steps), x.size as usize, 0.0);
+            self.ends
+                .learn(x.last as usize, end_step(x.steps), x.size as usize, 0.0);
             self.sessions[s as usize].ended = true;
             self.refresh(s);
         }
@@ -270,8 +300,13 @@ impl KvCache {
             lane = self.free_lane;
             assert!(lane != NONE, "lanes exhausted");
             self.free_lane = self.lanes[lane as usize].next;
-            self.lanes[lane as usize] =
-                Lane { session: s, agent, calls: 0, head: NONE, next: self.sessions[s as usize].lanes };
+            self.lanes[lane as usize] = Lane {
+                session: s,
+                agent,
+                calls: 0,
+                head: NONE,
+                next: self.sessions[s as usize].lanes,
+            };
             self.sessions[s as usize].lanes = lane;
             return (lane, 9);
         }
@@ -297,7 +332,12 @@ impl KvCache {
         self.lanes[lane as usize].head = seg;
     }
     fn lane_unlink(&mut self, seg: u32) {
-        let index::Segment { lane, lane_prev, lane_next, .. } = *self.index.seg(seg);
+        let index::Segment {
+            lane,
+            lane_prev,
+            lane_next,
+            ..
+        } = *self.index.seg(seg);
         if lane_prev == NONE {
             self.lanes[lane as usize].head = lane_next;
         } else {
@@ -309,7 +349,15 @@ impl KvCache {
     }
 
     /// A call starts. Returns the number of leading resident blocks.
-    pub fn call_started(&mut self, call: u64, session: u64, agent: u16, now_us: u64, keys: &[u64], hints: &[Hint]) -> usize {
+    pub fn call_started(
+        &mut self,
+        call: u64,
+        session: u64,
+        agent: u16,
+        now_us: u64,
+        keys: &[u64],
+        hints: &[Hint],
+    ) -> usize {
         self.now_us = self.now_us.max(now_us);
         let now = self.now_us;
         self.label_silent();
@@ -317,7 +365,12 @@ impl KvCache {
         self.silent_remove(s);
         let was = self.sessions[s as usize];
         if was.last != NO_AGENT {
-            self.ends.learn(was.last as usize, end_step(was.steps), was.size as usize, 1.0);
+            self.ends.learn(
+                was.last as usize,
+                end_step(was.steps),
+                was.size as usize,
+                1.0,
+            );
             if was.running == 0 {
                 let gap = now - was.last_finish_us;
                 self.gaps.learn(was.gap, gap);
@@ -331,7 +384,11 @@ impl KvCache {
                 x.gap.pair = (octave / 2) * 8 + (old / 2).min(7);
                 x.gap.prev = octave;
                 let lg = (gap.max(1000) as f32 / 1000.0).log2();
-                x.pace = if x.pace < 0.0 { lg } else { 0.7 * x.pace + 0.3 * lg };
+                x.pace = if x.pace < 0.0 {
+                    lg
+                } else {
+                    0.7 * x.pace + 0.3 * lg
+                };
                 x.gap.pace = 1 + (x.pace * 1.5) as u8;
             }
         }
@@ -415,7 +472,10 @@ impl KvCache {
             let old = *self.index.seg(seg);
             let mut used = (self.path.len() - at).min(old.len as usize);
             if !hints.is_empty() {
-                used = hints[at..at + used].iter().take_while(|&h| *h == hints[at]).count();
+                used = hints[at..at + used]
+                    .iter()
+                    .take_while(|&h| *h == hints[at])
+                    .count();
                 self.hints[seg as usize] = hints[at];
             }
             let own = old.lane == lane;
@@ -435,7 +495,10 @@ impl KvCache {
                 assert!(lower != NONE, "segments exhausted");
                 self.lane_link(lower, old.lane);
                 if !hints.is_empty() {
-                    self.hints[lower as usize] = hints.get(at + used).copied().unwrap_or(Hint { next_step: u32::MAX, shared_us: u64::MAX });
+                    self.hints[lower as usize] = hints.get(at + used).copied().unwrap_or(Hint {
+                        next_step: u32::MAX,
+                        shared_us: u64::MAX,
+                    });
                 }
             }
             if !own {
@@ -464,14 +527,16 @@ impl KvCache {
             // Join with the piece above where nothing tells them apart any more.
             if previous != NONE {
                 let (up, low) = (*self.index.seg(previous), *self.index.seg(seg));
-                let same = (hints.is_empty() || self.hints[previous as usize] == self.hints[seg as usize])
+                let same = (hints.is_empty()
+                    || self.hints[previous as usize] == self.hints[seg as usize])
                     && up.children == 1
                     && up.pins == 0
                     && up.class == low.class
                     && up.touches.min(5) == low.touches.min(5)
                     && up.degree == low.degree
                     && low.bucket == NOT_QUEUED | low.bucket
-                    && share_class(up.degree, up.depth, &self.cfg) == share_class(low.degree, low.depth, &self.cfg);
+                    && share_class(up.degree, up.depth, &self.cfg)
+                        == share_class(low.degree, low.depth, &self.cfg);
                 if same {
                     self.lane_unlink(seg);
                     self.index.join(previous, seg);
@@ -484,7 +549,8 @@ impl KvCache {
         for k in 0..K {
             for c in 0..C {
                 if n[k][c] > 0 {
-                    self.content.vote(lane_agent, k, c, m[k][c] as f32 / n[k][c] as f32);
+                    self.content
+                        .vote(lane_agent, k, c, m[k][c] as f32 / n[k][c] as f32);
                 }
             }
         }
@@ -492,7 +558,9 @@ impl KvCache {
 
     /// Blocks that follow what the call has so far entered the pool.
     pub fn stored(&mut self, call: u64, keys: &[u64], hints: &[Hint], output: bool) {
-        let Some(r) = self.running.iter().position(|r| r.call == call) else { return };
+        let Some(r) = self.running.iter().position(|r| r.call == call) else {
+            return;
+        };
         let run = self.running[r];
         let mut tail = run.tail;
         let mut len = run.len;
@@ -528,8 +596,15 @@ impl KvCache {
         let mut segment = NONE;
         let (first_tail, mut class_now) = (tail, 255u8);
         for (i, &key) in keys.iter().enumerate() {
-            let class = if output { CLASS_OUTPUT } else { first_class(run.prompt_len.saturating_sub(len + 1)) };
-            if segment == NONE || class != class_now || (!hints.is_empty() && hints[i] != hints[i - 1]) {
+            let class = if output {
+                CLASS_OUTPUT
+            } else {
+                first_class(run.prompt_len.saturating_sub(len + 1))
+            };
+            if segment == NONE
+                || class != class_now
+                || (!hints.is_empty() && hints[i] != hints[i - 1])
+            {
                 let fresh = self.index.new_segment();
                 assert!(fresh != NONE, "segments exhausted");
                 let calls = self.lanes[run.lane as usize].calls;
@@ -580,7 +655,9 @@ impl KvCache {
     pub fn call_finished(&mut self, call: u64, now_us: u64, tool: u16, output_len: u32) {
         self.now_us = self.now_us.max(now_us);
         let now = self.now_us;
-        let Some(r) = self.running.iter().position(|r| r.call == call) else { return };
+        let Some(r) = self.running.iter().position(|r| r.call == call) else {
+            return;
+        };
         let run = self.running.swap_remove(r);
         let took = (now - run.start_us) as f32 / 1e6;
         self.service_s += 0.05 * (took - self.service_s);
@@ -636,7 +713,12 @@ impl KvCache {
         let x = self.sessions[s as usize];
         let lanes = Lanes::of(&self.lanes, &x);
         let lanes = lanes.weights(&self.transitions, &x, &self.cfg);
-        let alive = self.ends.continues(x.last as usize, end_step(x.steps), x.size as usize, &self.cfg);
+        let alive = self.ends.continues(
+            x.last as usize,
+            end_step(x.steps),
+            x.size as usize,
+            &self.cfg,
+        );
         let later = (self.ends.all.h + 9.0) / (self.ends.all.e + 10.0);
         let mut hazards = [0.0; G];
         self.gaps.best(x.gap, &self.cfg, &mut hazards);
@@ -646,7 +728,17 @@ impl KvCache {
         } else {
             (self.now_us - x.last_finish_us, 0.0)
         };
-        self.view.fill(s, self.now_us, &hazards, age_us, wait_s, if x.ended { 0.0 } else { alive }, later, self.service_s, &self.lut);
+        self.view.fill(
+            s,
+            self.now_us,
+            &hazards,
+            age_us,
+            wait_s,
+            if x.ended { 0.0 } else { alive },
+            later,
+            self.service_s,
+            &self.lut,
+        );
         self.view.lanes = lanes;
         if self.cfg.oracle.time {
             self.view.foretell(&self.starts[s as usize]);
@@ -661,7 +753,12 @@ impl KvCache {
         let k = lane.calls - x.touch_call;
         let mut r = [0.0f32; 3];
         for (j, r) in r.iter_mut().enumerate() {
-            *r = self.content.rate(lane.agent as usize, ((k as usize) + j).min(K - 1), x.class as usize, &self.cfg);
+            *r = self.content.rate(
+                lane.agent as usize,
+                ((k as usize) + j).min(K - 1),
+                x.class as usize,
+                &self.cfg,
+            );
         }
         let mut c = self.view.reuse(x.lane, r);
         let mut shared_at = None;
@@ -675,12 +772,24 @@ impl KvCache {
         }
         if self.cfg.oracle.sharing {
             let at = self.hints[seg as usize].shared_us;
-            shared_at = Some(if at == u64::MAX { f32::INFINITY } else { at.saturating_sub(self.now_us) as f32 / 1e6 });
+            shared_at = Some(if at == u64::MAX {
+                f32::INFINITY
+            } else {
+                at.saturating_sub(self.now_us) as f32 / 1e6
+            });
         }
         let mut shared = [0.0; A];
-        self.sharing.hazards(share_class(x.degree, x.depth, &self.cfg), &self.cfg, &mut shared);
+        self.sharing.hazards(
+            share_class(x.degree, x.depth, &self.cfg),
+            &self.cfg,
+            &mut shared,
+        );
         let age = self.now_us.saturating_sub(x.last_use_us);
-        let horizon = if self.cfg.density { None } else { Some(self.evict_interval_us * self.pool_blocks as f32 / 1e6) };
+        let horizon = if self.cfg.density {
+            None
+        } else {
+            Some(self.evict_interval_us * self.pool_blocks as f32 / 1e6)
+        };
         let score = self.view.score(&c, &shared, age, horizon, shared_at);
         density::bucket(score)
     }
@@ -705,7 +814,13 @@ impl KvCache {
             lane = self.lanes[lane as usize].next;
         }
         let x = &mut self.sessions[s as usize];
-        let age = (self.now_us - if x.running > 0 { x.last_start_us } else { x.last_finish_us }).max(4000);
+        let age = (self.now_us
+            - if x.running > 0 {
+                x.last_start_us
+            } else {
+                x.last_finish_us
+            })
+        .max(4000);
         x.next_refresh_us = self.now_us + age / 5;
     }
 
