@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # Everything that looks for a concurrency or memory error in the core. `make safety` runs this.
 #
-#   loom     every lock-free step under every interleaving, and each control must fail
-#   tsan     the thread tests under ThreadSanitizer, which must also find a race seeded on purpose
-#   property the property tests with many more cases
-#   fuzz     the event interface with arbitrary bytes, where cargo-fuzz is installed
+#   loom     every lock-free step under every interleaving, and each control must fail (10 s)
+#   tsan     the thread tests under ThreadSanitizer, which must also find a seeded race (2 s)
+#   property the property tests with many more cases (60 s)
+#   fuzz     the event interface with arbitrary bytes, where cargo-fuzz is installed (300 s)
+# Times are those of a 2-core x86-64 VM, builds apart.
 #
 # `scripts/safety.sh tsan` runs one of them; without arguments all run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # How long the open-ended parts run.
-PROPERTY_CASES=${PROPERTY_CASES:-20000}
+PROPERTY_CASES=${PROPERTY_CASES:-300000}
 FUZZ_SECONDS=${FUZZ_SECONDS:-300}
 
 run_loom() {

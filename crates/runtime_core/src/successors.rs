@@ -240,4 +240,32 @@ mod tests {
             .sum();
         assert!(current * 10 >= table.total(NO_CONTEXT) * 9, "{row:?}");
     }
+
+    /// `docs/concurrency.md` quotes this: the share of the best eight successors' mass that eight
+    /// ways hold, while Zipf-distributed successors change places three times.
+    #[test]
+    fn eight_ways_hold_most_of_a_drifting_zipf_row() {
+        let weight = |rank: usize| 1.0 / (rank + 1) as f64;
+        let all: f64 = (0..64).map(weight).sum();
+        let best: f64 = (0..8).map(weight).sum();
+        let table = SuccessorTable::<1, 8>::default();
+        for phase in 0..4 {
+            let successor = |rank: usize| ((rank * 37 + phase * 11) % 64) as u16;
+            let mut held = 0.0;
+            for step in 0..4000 {
+                let uniform = mix(phase as u64 * 4000 + step) as f64 / u64::MAX as f64;
+                let mut left = uniform * all;
+                let drawn = (0..63).find(|rank| {
+                    left -= weight(*rank);
+                    left < 0.0
+                });
+                table.add(NO_CONTEXT, successor(drawn.unwrap_or(63)));
+                if step >= 2000 {
+                    let kept = |rank: &usize| table.count(NO_CONTEXT, successor(*rank)) > 0;
+                    held += (0..64).filter(kept).map(weight).sum::<f64>() / 2000.0;
+                }
+            }
+            assert!(held / best > 0.9, "phase {phase}: {held} of {best}");
+        }
+    }
 }
