@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 
 const THREADS: usize = 4;
 const STEPS: u64 = 20_000;
-const OVERLAPS: u64 = 10;
+const OVERLAPS: u64 = 3;
 
 /// Run `step(thread, index)` on all threads at once, each at least [`STEPS`] times and until all
 /// have overlapped; returns how often each thread ran it.
@@ -30,7 +30,7 @@ fn together(step: impl Fn(usize, u64) + Sync) -> [u64; THREADS] {
             scope.spawn(move || {
                 arrived.fetch_add(1, SeqCst);
                 while arrived.load(SeqCst) < THREADS {
-                    std::hint::spin_loop();
+                    std::thread::yield_now();
                 }
                 let (mut index, mut overlaps) = (0, 0);
                 while satisfied.load(SeqCst) < THREADS {
