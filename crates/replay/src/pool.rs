@@ -38,7 +38,15 @@ impl Pool {
                 depth += 1;
             }
         }
-        Self { capacity, resident: 0, state: vec![0; n], children: vec![0; n], parents: trace.parents.clone(), depths, evictions: 0 }
+        Self {
+            capacity,
+            resident: 0,
+            state: vec![0; n],
+            children: vec![0; n],
+            parents: trace.parents.clone(),
+            depths,
+            evictions: 0,
+        }
     }
 
     /// Blocks that fit.

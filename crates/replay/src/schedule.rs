@@ -95,7 +95,11 @@ impl Schedule {
     /// Orders the calls of `trace`.
     pub fn new(trace: &Trace, options: ScheduleOptions) -> Result<Self> {
         if options.sessions == 0 {
-            return Err(bad("--sessions", "must be at least 1", "pass the number of concurrent sessions, for example 16"));
+            return Err(bad(
+                "--sessions",
+                "must be at least 1",
+                "pass the number of concurrent sessions, for example 16",
+            ));
         }
         if options.capacity_blocks == 0 {
             return Err(bad("--capacity", "the pool has no block", "pass a larger percentage or a number of blocks"));
@@ -195,11 +199,8 @@ impl Schedule {
                 let c = &trace.calls[call as usize];
                 let end = now + us(self.service_s(trace, call)).max(1);
                 if self.fits_alone(trace, call) {
-                    let new = trace
-                        .blocks(c.prompt)
-                        .chain(trace.blocks(c.output))
-                        .filter(|&b| pins[b as usize] == 0)
-                        .count();
+                    let new =
+                        trace.blocks(c.prompt).chain(trace.blocks(c.output)).filter(|&b| pins[b as usize] == 0).count();
                     if pinned + new > self.options.capacity_blocks {
                         break;
                     }

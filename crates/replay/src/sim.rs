@@ -35,12 +35,7 @@ impl Outcome {
 /// Runs `policy` over `schedule` from an empty pool.
 ///
 /// `progress` is called with the number of events done, every few hundred events.
-pub fn run(
-    trace: &Trace,
-    schedule: &Schedule,
-    policy: &mut dyn CachePolicy,
-    progress: &mut dyn FnMut(u64),
-) -> Outcome {
+pub fn run(trace: &Trace, schedule: &Schedule, policy: &mut dyn CachePolicy, progress: &mut dyn FnMut(u64)) -> Outcome {
     let mut pool = Pool::new(trace, schedule.options.capacity_blocks);
     let mut outcome = Outcome { call_hits: vec![u32::MAX; trace.calls.len()], ..Outcome::default() };
     let (mut prompt, mut output, mut released) = (Vec::new(), Vec::new(), Vec::new());

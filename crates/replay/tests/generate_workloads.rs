@@ -5,11 +5,7 @@ use replay::generate::{self, GenerateOptions};
 use replay::trace::{Trace, NO_BLOCK};
 
 fn make(name: &str, sessions: usize, seed: u64) -> Trace {
-    let options = GenerateOptions {
-        sessions,
-        seed,
-        agents: None,
-    };
+    let options = GenerateOptions { sessions, seed, agents: None };
     generate::generate(name, &options).unwrap()
 }
 
@@ -20,17 +16,11 @@ fn assert_consistent(trace: &Trace) {
         let mut previous = NO_BLOCK;
         for block in trace.blocks(call.prompt).chain(trace.blocks(call.output)) {
             assert_eq!(trace.parents[block as usize], previous, "call {index}");
-            assert!(
-                block <= highest,
-                "block {block} is not numbered by first appearance"
-            );
+            assert!(block <= highest, "block {block} is not numbered by first appearance");
             highest = highest.max(block + 1);
             previous = block;
         }
-        assert_eq!(
-            trace.blocks_in(call.prompt) as u32,
-            call.prompt_tokens / trace.block_size
-        );
+        assert_eq!(trace.blocks_in(call.prompt) as u32, call.prompt_tokens / trace.block_size);
         assert!(call.parent_step.is_none_or(|parent| parent < call.step));
         assert_eq!(call.tool.is_some(), call.tool_latency_s.is_some());
     }
@@ -81,33 +71,14 @@ fn a_larger_workload_starts_with_the_smaller_one() {
 
 #[test]
 fn unknown_names_and_impossible_sizes_name_the_remedy() {
-    let options = GenerateOptions {
-        sessions: 1,
-        seed: 0,
-        agents: None,
-    };
-    let text = generate::generate("pipelin", &options)
-        .unwrap_err()
-        .to_string();
-    assert!(
-        text.contains("pipelin") && text.contains("research_tree"),
-        "{text}"
-    );
-    let none = GenerateOptions {
-        sessions: 0,
-        ..options
-    };
-    let text = generate::generate("pipeline", &none)
-        .unwrap_err()
-        .to_string();
+    let options = GenerateOptions { sessions: 1, seed: 0, agents: None };
+    let text = generate::generate("pipelin", &options).unwrap_err().to_string();
+    assert!(text.contains("pipelin") && text.contains("research_tree"), "{text}");
+    let none = GenerateOptions { sessions: 0, ..options };
+    let text = generate::generate("pipeline", &none).unwrap_err().to_string();
     assert!(text.contains("--sessions"), "{text}");
-    let alone = GenerateOptions {
-        agents: Some(1),
-        ..options
-    };
-    let text = generate::generate("debate", &alone)
-        .unwrap_err()
-        .to_string();
+    let alone = GenerateOptions { agents: Some(1), ..options };
+    let text = generate::generate("debate", &alone).unwrap_err().to_string();
     assert!(text.contains("--agents"), "{text}");
 }
 
@@ -117,26 +88,16 @@ fn tool_times_follow_the_stated_distribution_and_know_nothing_of_sizes() {
     let mut logs: Vec<(f64, f64)> = trace
         .calls
         .iter()
-        .filter_map(|c| {
-            c.tool_latency_s
-                .map(|s| (s.max(1e-3).ln(), f64::from(c.output_tokens).ln()))
-        })
+        .filter_map(|c| c.tool_latency_s.map(|s| (s.max(1e-3).ln(), f64::from(c.output_tokens).ln())))
         .collect();
     let n = logs.len() as f64;
-    let (mx, my) = (
-        logs.iter().map(|l| l.0).sum::<f64>() / n,
-        logs.iter().map(|l| l.1).sum::<f64>() / n,
-    );
+    let (mx, my) = (logs.iter().map(|l| l.0).sum::<f64>() / n, logs.iter().map(|l| l.1).sum::<f64>() / n);
     let (vx, vy) = (
         logs.iter().map(|l| (l.0 - mx).powi(2)).sum::<f64>() / n,
         logs.iter().map(|l| (l.1 - my).powi(2)).sum::<f64>() / n,
     );
-    let correlation =
-        logs.iter().map(|l| (l.0 - mx) * (l.1 - my)).sum::<f64>() / n / (vx * vy).sqrt();
-    assert!(
-        correlation.abs() < 3.5 / n.sqrt(),
-        "correlation {correlation} over {n} calls"
-    );
+    let correlation = logs.iter().map(|l| (l.0 - mx) * (l.1 - my)).sum::<f64>() / n / (vx * vy).sqrt();
+    assert!(correlation.abs() < 3.5 / n.sqrt(), "correlation {correlation} over {n} calls");
     assert!((vx.sqrt() - 1.0).abs() < 0.08, "sigma {}", vx.sqrt());
     logs.sort_by(|a, b| a.0.total_cmp(&b.0));
     let median = logs[logs.len() / 2].0.exp();

@@ -15,23 +15,13 @@ use replay::trace::{read_from, write_to, Format, ReadOptions, NO_BLOCK};
 use replay::Error;
 use serde_json::{json, Value};
 
-const FORMATS: [Format; 4] = [
-    Format::Auto,
-    Format::Agentrt,
-    Format::Mooncake,
-    Format::DynamoAgentic,
-];
+const FORMATS: [Format; 4] = [Format::Auto, Format::Agentrt, Format::Mooncake, Format::DynamoAgentic];
 
 /// Reads `data` every way there is and checks the answer.
 fn answers_precisely(data: &[u8]) {
     for format in FORMATS {
         for skip_bad in [false, true] {
-            let options = ReadOptions {
-                format,
-                skip_bad,
-                max_line_bytes: 4096,
-                ..ReadOptions::default()
-            };
+            let options = ReadOptions { format, skip_bad, max_line_bytes: 4096, ..ReadOptions::default() };
             match read_from(data, Path::new("fuzz"), &options) {
                 Ok(mut trace) => {
                     assert!(!trace.calls.is_empty());
@@ -48,26 +38,13 @@ fn answers_precisely(data: &[u8]) {
                     let mut text = Vec::new();
                     write_to(&trace, &mut text).unwrap();
                     let plain = ReadOptions::default();
-                    assert_eq!(
-                        read_from(text.as_slice(), Path::new("again"), &plain).unwrap(),
-                        trace
-                    );
+                    assert_eq!(read_from(text.as_slice(), Path::new("again"), &plain).unwrap(), trace);
                 }
-                Err(Error::BadLine {
-                    line,
-                    field,
-                    problem,
-                    remedy,
-                    ..
-                }) => {
-                    assert!(
-                        line > 0 && !field.is_empty() && !problem.is_empty() && !remedy.is_empty()
-                    );
+                Err(Error::BadLine { line, field, problem, remedy, .. }) => {
+                    assert!(line > 0 && !field.is_empty() && !problem.is_empty() && !remedy.is_empty());
                     assert!(!skip_bad, "skipping leaves only errors of the whole file");
                 }
-                Err(Error::BadTrace {
-                    problem, remedy, ..
-                }) => {
+                Err(Error::BadTrace { problem, remedy, .. }) => {
                     assert!(!problem.is_empty() && !remedy.is_empty());
                 }
                 Err(other) => panic!("{other}"),
@@ -100,15 +77,9 @@ fn seeds() -> Vec<Vec<u8>> {
         })
     });
     let text = |rows: &mut dyn Iterator<Item = Value>| {
-        rows.flat_map(|r| [r.to_string(), "\n".into()])
-            .collect::<String>()
-            .into_bytes()
+        rows.flat_map(|r| [r.to_string(), "\n".into()]).collect::<String>().into_bytes()
     };
-    vec![
-        text(&mut { agentrt }),
-        text(&mut { mooncake }),
-        text(&mut { dynamo }),
-    ]
+    vec![text(&mut { agentrt }), text(&mut { mooncake }), text(&mut { dynamo })]
 }
 
 fn gzip(data: &[u8]) -> Vec<u8> {
@@ -143,14 +114,8 @@ fn mutate(data: &mut Vec<u8>, rng: &mut StdRng) {
             1 if at < data.len() => drop(data.remove(at)),
             2 => {
                 // A whole value gives way, so that types and ranges are wrong more often than the syntax.
-                let from = data[..at]
-                    .iter()
-                    .rposition(|&b| b == b':')
-                    .map_or(at, |p| p + 1);
-                let until = data[from..]
-                    .iter()
-                    .position(|&b| b == b',')
-                    .map_or(at.max(from), |p| p + from);
+                let from = data[..at].iter().rposition(|&b| b == b':').map_or(at, |p| p + 1);
+                let until = data[from..].iter().position(|&b| b == b',').map_or(at.max(from), |p| p + from);
                 let piece = PIECES[rng.random_range(0..PIECES.len())];
                 data.splice(from..until, piece.iter().copied());
             }
@@ -213,9 +178,7 @@ fn any_value() -> impl Strategy<Value = Value> {
         any::<f64>().prop_map(Value::from),
         "[a-z\"\\\\]{0,6}".prop_map(Value::from),
     ];
-    leaf.prop_recursive(3, 24, 5, |inner| {
-        prop::collection::vec(inner, 0..5).prop_map(Value::from)
-    })
+    leaf.prop_recursive(3, 24, 5, |inner| prop::collection::vec(inner, 0..5).prop_map(Value::from))
 }
 
 proptest! {

@@ -64,33 +64,19 @@ const SOURCES: [(&str, [f64; 3]); 6] = [
 ];
 
 fn assert_near(what: &str, found: f64, expected: f64, tolerance: f64) {
-    assert!(
-        (found - expected).abs() <= tolerance,
-        "{what}: found {found}, expected {expected}"
-    );
+    assert!((found - expected).abs() <= tolerance, "{what}: found {found}, expected {expected}");
 }
 
 #[test]
 fn profiles_of_recorded_workloads_equal_the_independent_measurement() {
-    let options = ReadOptions {
-        share_system_prefix: false,
-        ..ReadOptions::default()
-    };
-    let profiles: Vec<Profile> = trace_support::recorded()
-        .iter()
-        .map(|path| profile(&read(path, &options).unwrap(), 16))
-        .collect();
+    let options = ReadOptions { share_system_prefix: false, ..ReadOptions::default() };
+    let profiles: Vec<Profile> =
+        trace_support::recorded().iter().map(|path| profile(&read(path, &options).unwrap(), 16)).collect();
     for p in &profiles {
         let name = p.workload.as_str();
         let find = |n: &str| n == name;
-        if let Some(&(_, agents, per_session, calls, longest)) =
-            SIZES.iter().find(|row| find(row.0))
-        {
-            assert_eq!(
-                (p.agents, p.calls_per_session_max),
-                (agents, longest),
-                "{name}"
-            );
+        if let Some(&(_, agents, per_session, calls, longest)) = SIZES.iter().find(|row| find(row.0)) {
+            assert_eq!((p.agents, p.calls_per_session_max), (agents, longest), "{name}");
             assert_near(name, p.agents_per_session, per_session, 0.051);
             assert_near(name, p.calls_per_session, calls, 0.051);
         }
@@ -98,32 +84,15 @@ fn profiles_of_recorded_workloads_equal_the_independent_measurement() {
             let n = &p.next_agent;
             assert_near(name, n.entropy_bits, row[0], 0.0051);
             assert_near(name, n.conditional_entropy_bits, row[1], 0.0051);
-            let shares = [
-                n.stay,
-                n.most_frequent,
-                n.order_1,
-                n.order_2,
-                n.order_1_on_switches,
-            ];
+            let shares = [n.stay, n.most_frequent, n.order_1, n.order_2, n.order_1_on_switches];
             for (position, (found, expected)) in shares.iter().zip(&row[2..]).enumerate() {
-                assert_near(
-                    &format!("{name} predictor {position}"),
-                    100.0 * found,
-                    *expected,
-                    0.051,
-                );
+                assert_near(&format!("{name} predictor {position}"), 100.0 * found, *expected, 0.051);
             }
         }
-        if let Some((_, hits, blocks, mean, largest, prompt, total)) =
-            REUSE.iter().find(|row| find(row.0))
-        {
+        if let Some((_, hits, blocks, mean, largest, prompt, total)) = REUSE.iter().find(|row| find(row.0)) {
             let q = &p.prompt_tokens;
             assert_eq!([q.p10, q.p50, q.p90, q.max], *prompt, "{name}");
-            assert_eq!(
-                (p.distinct_blocks, p.session_blocks_max),
-                (*blocks, *largest),
-                "{name}"
-            );
+            assert_eq!((p.distinct_blocks, p.session_blocks_max), (*blocks, *largest), "{name}");
             assert_near(name, p.session_blocks, *mean, 0.51);
             assert_near(name, p.prompt_tokens_total as f64 / 1e6, *total, 0.0051);
             assert_near(name, 100.0 * p.reuse.total, hits[0], 0.051);
@@ -150,45 +119,22 @@ fn generated_workloads_meet_the_figures_they_were_fitted_to() {
     for (name, r, anchors) in targets {
         for seed in 0..3 {
             let sessions = generate::workload(name).unwrap().default_sessions;
-            let trace = generate::generate(
-                name,
-                &GenerateOptions {
-                    sessions,
-                    seed,
-                    agents: None,
-                },
-            )
-            .unwrap();
+            let trace = generate::generate(name, &GenerateOptions { sessions, seed, agents: None }).unwrap();
             let p = profile(&trace, 16);
             let (found_r, found_anchors) = (p.next_agent.r, p.reuse.anchor_references);
-            assert!(
-                r.0 <= found_r && found_r <= r.1,
-                "{name} seed {seed}: R {found_r}"
-            );
+            assert!(r.0 <= found_r && found_r <= r.1, "{name} seed {seed}: R {found_r}");
             assert!(
                 anchors.0 <= found_anchors && found_anchors <= anchors.1,
                 "{name} seed {seed}: anchors {found_anchors}"
             );
-            assert!(
-                p.reuse.other_agent < 0.001,
-                "{name}: agents of a session share {}",
-                p.reuse.other_agent
-            );
+            assert!(p.reuse.other_agent < 0.001, "{name}: agents of a session share {}", p.reuse.other_agent);
         }
     }
 }
 
 #[test]
 fn a_profile_is_plain_data() {
-    let trace = generate::generate(
-        "pipeline",
-        &GenerateOptions {
-            sessions: 2,
-            seed: 0,
-            agents: None,
-        },
-    )
-    .unwrap();
+    let trace = generate::generate("pipeline", &GenerateOptions { sessions: 2, seed: 0, agents: None }).unwrap();
     let json = serde_json::to_value(profile(&trace, 16)).unwrap();
     assert_eq!(json["workload"], "pipeline");
     assert_eq!(json["next_agent"]["r"], 1.0);

@@ -8,9 +8,7 @@ use std::path::{Path, PathBuf};
 use flate2::write::GzEncoder;
 use flate2::Compression;
 use proptest::prelude::*;
-use replay::trace::{
-    read, read_from, write, Call, Clock, Format, ReadOptions, Trace, TraceBuilder, NO_BLOCK,
-};
+use replay::trace::{read, read_from, write, Call, Clock, Format, ReadOptions, Trace, TraceBuilder, NO_BLOCK};
 use replay::{Error, Result};
 use serde_json::{json, Value};
 
@@ -61,25 +59,15 @@ fn all_recorded_workloads_read_and_survive_writing() {
         assert_eq!(trace.skipped_lines, 0);
         let copy = folder.path().join("copy.jsonl.gz");
         write(&trace, &copy).unwrap();
-        assert!(
-            read(&copy, &ReadOptions::default()).unwrap() == trace,
-            "{}",
-            path.display()
-        );
+        assert!(read(&copy, &ReadOptions::default()).unwrap() == trace, "{}", path.display());
     }
 }
 
 #[test]
 fn block_ids_are_renumbered_densely_and_have_one_parent() {
-    let rows = [
-        line("s", 0, &json!([[900, 2], [7, 1]])),
-        line("s", 1, &json!([[900, 1], [50, 2]])),
-    ];
+    let rows = [line("s", 0, &json!([[900, 2], [7, 1]])), line("s", 1, &json!([[900, 1], [50, 2]]))];
     let trace = parse(text(&rows), &ReadOptions::default()).unwrap();
-    assert_eq!(
-        (blocks_of(&trace, 0), blocks_of(&trace, 1)),
-        (vec![0, 1, 2], vec![0, 3, 4])
-    );
+    assert_eq!((blocks_of(&trace, 0), blocks_of(&trace, 1)), (vec![0, 1, 2], vec![0, 3, 4]));
     assert_eq!(trace.parents, [NO_BLOCK, 0, 1, 0, 3]);
 }
 
@@ -95,14 +83,7 @@ fn sessions_with_one_system_key_share_its_blocks_unless_switched_off() {
     assert_eq!(blocks_of(&shared, 1), [0, 1, 4, 5]);
     assert_eq!(blocks_of(&shared, 2), [0, 1, 4, 6]);
     assert_eq!(shared.parents, [NO_BLOCK, 0, 1, 2, 1, 4, 4]);
-    let apart = parse(
-        &rows,
-        &ReadOptions {
-            share_system_prefix: false,
-            ..ReadOptions::default()
-        },
-    )
-    .unwrap();
+    let apart = parse(&rows, &ReadOptions { share_system_prefix: false, ..ReadOptions::default() }).unwrap();
     assert_eq!(blocks_of(&apart, 1), [4, 5, 6, 7]);
 }
 
@@ -118,10 +99,7 @@ fn a_session_that_changes_its_system_prefix_is_not_shared_with_itself() {
 
 #[test]
 fn gzip_is_recognised_by_content_and_may_have_members() {
-    let rows = [
-        line("s", 0, &json!([[0, 2]])),
-        line("s", 1, &json!([[0, 3]])),
-    ];
+    let rows = [line("s", 0, &json!([[0, 2]])), line("s", 1, &json!([[0, 3]]))];
     let mut data = gzip(text(&rows[..1]).as_bytes());
     data.extend(gzip(text(&rows[1..]).as_bytes()));
     let trace = parse(&data, &ReadOptions::default()).unwrap();
@@ -134,12 +112,7 @@ fn refusal(data: impl AsRef<[u8]>) -> (Option<u64>, Option<String>, String) {
     let text = error.to_string();
     assert!(text.starts_with("t.jsonl"), "{text}");
     match error {
-        Error::BadLine {
-            line,
-            field,
-            remedy,
-            ..
-        } => {
+        Error::BadLine { line, field, remedy, .. } => {
             assert!(!remedy.is_empty());
             (Some(line), Some(field), text)
         }
@@ -156,100 +129,32 @@ fn bad_fields_are_named_with_line_and_remedy() {
     let good = || line("s", 0, &json!([[0, 2]]));
     let next = || line("s", 1, &json!([[0, 3]]));
     let cases: Vec<(&str, Value, &str)> = vec![
-        (
-            "prompt_tokens",
-            with(next(), "prompt_tokens", json!("many")),
-            "\"many\"",
-        ),
-        (
-            "prompt_tokens",
-            with(next(), "prompt_tokens", json!(48.5)),
-            "48.5",
-        ),
-        (
-            "prompt_tokens",
-            with(next(), "prompt_tokens", json!(-1)),
-            "-1",
-        ),
-        (
-            "prompt_tokens",
-            with(next(), "prompt_tokens", Value::Null),
-            "missing",
-        ),
+        ("prompt_tokens", with(next(), "prompt_tokens", json!("many")), "\"many\""),
+        ("prompt_tokens", with(next(), "prompt_tokens", json!(48.5)), "48.5"),
+        ("prompt_tokens", with(next(), "prompt_tokens", json!(-1)), "-1"),
+        ("prompt_tokens", with(next(), "prompt_tokens", Value::Null), "missing"),
         ("agent", with(next(), "agent", Value::Null), "missing"),
-        (
-            "session_id",
-            with(next(), "session_id", json!(3)),
-            "found 3",
-        ),
+        ("session_id", with(next(), "session_id", json!(3)), "found 3"),
         ("workload", with(next(), "workload", json!([])), "an array"),
         ("block_size", with(next(), "block_size", json!(32)), "32"),
         ("blocks", with(next(), "blocks", Value::Null), "missing"),
         ("blocks", with(next(), "blocks", json!([[0, 0]])), "empty"),
         ("blocks", with(next(), "blocks", json!([[0]])), "pair"),
-        (
-            "blocks",
-            with(next(), "blocks", json!([[4294967290_u32, 7]])),
-            "32 bits",
-        ),
-        (
-            "blocks",
-            with(next(), "blocks", json!([[u64::MAX, 2]])),
-            "32 bits",
-        ),
-        (
-            "blocks",
-            with(next(), "blocks", json!([[0, 4000000000_u32]])),
-            "in one call",
-        ),
-        (
-            "blocks",
-            with(next(), "blocks", json!([[0, 13]])),
-            "more than the prompt",
-        ),
-        (
-            "blocks",
-            with(next(), "blocks", json!([[1, 1]])),
-            "follows another block",
-        ),
-        (
-            "blocks",
-            with(next(), "blocks", json!([[5, 2], [1, 1]])),
-            "follows another block",
-        ),
-        (
-            "blocks",
-            with(next(), "blocks", json!([[0, 2], [0, 1]])),
-            "twice",
-        ),
-        (
-            "blocks",
-            with(next(), "blocks", json!([[5, 2], [5, 1]])),
-            "twice",
-        ),
-        (
-            "out_blocks",
-            with(next(), "out_blocks", json!([[60, 9]])),
-            "more than the answer",
-        ),
+        ("blocks", with(next(), "blocks", json!([[4294967290_u32, 7]])), "32 bits"),
+        ("blocks", with(next(), "blocks", json!([[u64::MAX, 2]])), "32 bits"),
+        ("blocks", with(next(), "blocks", json!([[0, 4000000000_u32]])), "in one call"),
+        ("blocks", with(next(), "blocks", json!([[0, 13]])), "more than the prompt"),
+        ("blocks", with(next(), "blocks", json!([[1, 1]])), "follows another block"),
+        ("blocks", with(next(), "blocks", json!([[5, 2], [1, 1]])), "follows another block"),
+        ("blocks", with(next(), "blocks", json!([[0, 2], [0, 1]])), "twice"),
+        ("blocks", with(next(), "blocks", json!([[5, 2], [5, 1]])), "twice"),
+        ("out_blocks", with(next(), "out_blocks", json!([[60, 9]])), "more than the answer"),
         ("step", with(next(), "step", json!(0)), "after step 0"),
-        (
-            "parent",
-            with(next(), "parent", json!(1)),
-            "not an earlier step",
-        ),
+        ("parent", with(next(), "parent", json!(1)), "not an earlier step"),
         ("t_scope", with(next(), "t_arrival", json!(1.0)), "missing"),
         ("t_scope", with(next(), "t_scope", json!("day")), "`day`"),
-        (
-            "t_scope",
-            with(next(), "t_scope", json!("global")),
-            "differs",
-        ),
-        (
-            "tool_latency_s",
-            with(next(), "tool_latency_s", json!(-0.5)),
-            "-0.5",
-        ),
+        ("t_scope", with(next(), "t_scope", json!("global")), "differs"),
+        ("tool_latency_s", with(next(), "tool_latency_s", json!(-0.5)), "-0.5"),
         ("line", json!([1, 2]), "object"),
     ];
     for (field, row, problem) in cases {
@@ -263,26 +168,15 @@ fn bad_fields_are_named_with_line_and_remedy() {
 fn times_that_run_backwards_are_refused() {
     let timed = |step, s| {
         let row = line("s", step, &json!([[0, 2]]));
-        with(
-            with(row, "t_scope", json!("session")),
-            "t_arrival",
-            json!(s),
-        )
+        with(with(row, "t_scope", json!("session")), "t_arrival", json!(s))
     };
     let (at, field, message) = refusal(text(&[timed(0, 5.0), timed(1, 4.5)]));
-    assert_eq!(
-        (at, field.as_deref()),
-        (Some(2), Some("t_arrival")),
-        "{message}"
-    );
+    assert_eq!((at, field.as_deref()), (Some(2), Some("t_arrival")), "{message}");
 }
 
 #[test]
 fn files_as_a_whole_are_refused_with_a_remedy_and_never_skipped() {
-    let skip = ReadOptions {
-        skip_bad: true,
-        ..ReadOptions::default()
-    };
+    let skip = ReadOptions { skip_bad: true, ..ReadOptions::default() };
     let first = line("s", 0, &json!([[0, 2]]));
     let other = with(line("s", 1, &json!([[0, 2]])), "workload", json!("v"));
     let newer = with(first.clone(), "schema_version", json!(2));
@@ -302,29 +196,18 @@ fn files_as_a_whole_are_refused_with_a_remedy_and_never_skipped() {
 
 #[test]
 fn truncated_and_damaged_gzip_is_told_apart_from_bad_json() {
-    let rows: Vec<Value> = (0..2000)
-        .map(|i| line(&format!("s{}", i * i % 997), i, &json!([[i * 3, 2]])))
-        .collect();
+    let rows: Vec<Value> = (0..2000).map(|i| line(&format!("s{}", i * i % 997), i, &json!([[i * 3, 2]]))).collect();
     let whole = gzip(text(&rows).as_bytes());
     let (at, field, message) = refusal(&whole[..whole.len() / 2]);
-    assert!(
-        at > Some(1) && field.as_deref() == Some("line") && message.contains("gzip"),
-        "{message}"
-    );
-    let skip = ReadOptions {
-        skip_bad: true,
-        ..ReadOptions::default()
-    };
+    assert!(at > Some(1) && field.as_deref() == Some("line") && message.contains("gzip"), "{message}");
+    let skip = ReadOptions { skip_bad: true, ..ReadOptions::default() };
     let kept = parse(&whole[..whole.len() / 2], &skip).unwrap();
     assert!(kept.calls.len() > 100 && kept.calls.len() < 2000 && kept.skipped_lines == 1);
     let mut damaged = whole.clone();
     damaged[5000] ^= 0x55;
     assert!(parse(&damaged, &ReadOptions::default()).is_err());
     let (at, _, message) = refusal(&text(&rows)[..text(&rows).len() - 20]);
-    assert!(
-        at == Some(2000) && message.contains("not JSON"),
-        "{message}"
-    );
+    assert!(at == Some(2000) && message.contains("not JSON"), "{message}");
 }
 
 #[test]
@@ -340,49 +223,21 @@ fn a_line_of_a_hundred_megabytes_is_an_error_and_is_never_held() {
     }
     let first = format!("{}\n", line("s", 0, &json!([[0, 2]])));
     let last = format!("\n{}\n", line("s", 1, &json!([[0, 3]])));
-    let input = || {
-        std::io::Read::chain(
-            std::io::Read::chain(first.as_bytes(), Endless(100 << 20)),
-            last.as_bytes(),
-        )
-    };
+    let input = || std::io::Read::chain(std::io::Read::chain(first.as_bytes(), Endless(100 << 20)), last.as_bytes());
     let reader = || std::io::BufReader::new(input());
-    let error = read_from(reader(), Path::new("t"), &ReadOptions::default())
-        .unwrap_err()
-        .to_string();
-    assert!(
-        error.starts_with("t:2:") && error.contains("longer than"),
-        "{error}"
-    );
-    let skip = ReadOptions {
-        skip_bad: true,
-        ..ReadOptions::default()
-    };
+    let error = read_from(reader(), Path::new("t"), &ReadOptions::default()).unwrap_err().to_string();
+    assert!(error.starts_with("t:2:") && error.contains("longer than"), "{error}");
+    let skip = ReadOptions { skip_bad: true, ..ReadOptions::default() };
     let trace = read_from(reader(), Path::new("t"), &skip).unwrap();
     assert_eq!((trace.calls.len(), trace.skipped_lines), (2, 1));
 }
 
 #[test]
 fn skipped_lines_are_counted_and_leave_no_trace() {
-    let good = [
-        line("s", 0, &json!([[0, 2]])),
-        line("s", 3, &json!([[0, 2], [9, 1]])),
-    ];
-    let bad = with(
-        with(line("z", 1, &json!([[5, 1], [1, 1]])), "agent", json!("zz")),
-        "tool_name",
-        json!("t"),
-    );
-    let rows = format!(
-        "{}{{\n{}{}",
-        text(&good[..1]),
-        text(&[bad]),
-        text(&good[1..])
-    );
-    let skip = ReadOptions {
-        skip_bad: true,
-        ..ReadOptions::default()
-    };
+    let good = [line("s", 0, &json!([[0, 2]])), line("s", 3, &json!([[0, 2], [9, 1]]))];
+    let bad = with(with(line("z", 1, &json!([[5, 1], [1, 1]])), "agent", json!("zz")), "tool_name", json!("t"));
+    let rows = format!("{}{{\n{}{}", text(&good[..1]), text(&[bad]), text(&good[1..]));
+    let skip = ReadOptions { skip_bad: true, ..ReadOptions::default() };
     let mut trace = parse(rows, &skip).unwrap();
     assert_eq!(std::mem::take(&mut trace.skipped_lines), 2);
     assert_eq!(trace, parse(text(&good), &ReadOptions::default()).unwrap());
@@ -392,15 +247,8 @@ fn skipped_lines_are_counted_and_leave_no_trace() {
 fn a_missing_file_names_its_path_and_writing_leaves_no_half_file() {
     let folder = tempfile::tempdir().unwrap();
     let nowhere = folder.path().join("no/such/trace.jsonl");
-    assert!(read(&nowhere, &ReadOptions::default())
-        .unwrap_err()
-        .to_string()
-        .contains("trace.jsonl"));
-    let trace = parse(
-        text(&[line("s", 0, &json!([[0, 2]]))]),
-        &ReadOptions::default(),
-    )
-    .unwrap();
+    assert!(read(&nowhere, &ReadOptions::default()).unwrap_err().to_string().contains("trace.jsonl"));
+    let trace = parse(text(&[line("s", 0, &json!([[0, 2]]))]), &ReadOptions::default()).unwrap();
     assert!(write(&trace, &nowhere).is_err());
     // A folder in the way: the rename fails, the folder stays, the temporary file goes.
     let taken: PathBuf = folder.path().join("taken.jsonl");
@@ -427,11 +275,7 @@ fn mooncake_requests_join_the_session_whose_prompt_they_extend() {
     assert_eq!(sessions, [0, 1, 0, 1, 2]);
     assert_eq!((trace.block_size, trace.clock), (512, Clock::Global));
     assert_eq!(trace.calls[4].arrival_s, Some(3.5));
-    assert_eq!(
-        blocks_of(&trace, 0).len(),
-        2,
-        "the partial last block does not count"
-    );
+    assert_eq!(blocks_of(&trace, 0).len(), 2, "the partial last block does not count");
     assert_eq!(trace.workload, "t");
 }
 
@@ -457,16 +301,8 @@ fn mooncake_sessions_of_the_recorded_trace_are_found_again() {
             })
             .collect();
         let trace = parse(text(&rows), &ReadOptions::default()).unwrap();
-        let same = trace
-            .calls
-            .iter()
-            .zip(&recorded.calls)
-            .filter(|(a, b)| a.session == b.session)
-            .count();
-        assert_eq!(
-            (trace.sessions.len(), same),
-            (recorded.sessions.len(), recorded.calls.len())
-        );
+        let same = trace.calls.iter().zip(&recorded.calls).filter(|(a, b)| a.session == b.session).count();
+        assert_eq!((trace.sessions.len(), same), (recorded.sessions.len(), recorded.calls.len()));
         assert_eq!(trace.parents, recorded.parents);
     }
 }
@@ -474,16 +310,8 @@ fn mooncake_sessions_of_the_recorded_trace_are_found_again() {
 #[test]
 fn mooncake_block_sizes_are_inferred_stated_or_refused() {
     let row = mooncake(0, 100, &[0, 1, 2, 3, 4, 5, 6]);
-    assert_eq!(
-        parse(text(std::slice::from_ref(&row)), &ReadOptions::default())
-            .unwrap()
-            .block_size,
-        16
-    );
-    let stated = ReadOptions {
-        block_size: Some(15),
-        ..ReadOptions::default()
-    };
+    assert_eq!(parse(text(std::slice::from_ref(&row)), &ReadOptions::default()).unwrap().block_size, 16);
+    let stated = ReadOptions { block_size: Some(15), ..ReadOptions::default() };
     assert_eq!(parse(text(&[row]), &stated).unwrap().block_size, 15);
     let (_, field, message) = refusal(text(&[mooncake(0, 100, &[0, 1, 2, 3, 4])]));
     assert_eq!(field.as_deref(), Some("hash_ids"), "{message}");
@@ -494,26 +322,14 @@ fn dynamo_trajectories_connected_by_dependencies_form_one_session() {
     let row = |id: &str, trajectory: &str, ids: &[u64], extra: Value| {
         let mut row = json!({"request_id": id, "session_id": trajectory, "input_length": ids.len() * 64,
                              "output_length": 9, "hash_ids": ids});
-        row.as_object_mut()
-            .unwrap()
-            .extend(extra.as_object().unwrap().clone());
+        row.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
         row
     };
     let huge = u64::MAX - 5;
     let rows = [
-        row(
-            "r1",
-            "A",
-            &[huge, 2],
-            json!({"timestamp": 100.0, "branches": ["r3"]}),
-        ),
+        row("r1", "A", &[huge, 2], json!({"timestamp": 100.0, "branches": ["r3"]})),
         row("r2", "Z", &[50, 51], json!({"timestamp": 120.0})),
-        row(
-            "r3",
-            "B",
-            &[8, 9],
-            json!({"wait_for": ["r1"], "delay": 250.0}),
-        ),
+        row("r3", "B", &[8, 9], json!({"wait_for": ["r1"], "delay": 250.0})),
         row(
             "r4",
             "A",
@@ -523,24 +339,14 @@ fn dynamo_trajectories_connected_by_dependencies_form_one_session() {
                              "duration_ms": 1.0, "status": "ok"}]}),
         ),
     ];
-    let options = ReadOptions {
-        block_size: Some(64),
-        ..ReadOptions::default()
-    };
+    let options = ReadOptions { block_size: Some(64), ..ReadOptions::default() };
     let trace = parse(text(&rows), &options).unwrap();
     assert_eq!(trace.sessions.len(), 2);
     assert_eq!(trace.sessions[0].calls, [0, 2, 3]);
-    let agents: Vec<&str> = trace
-        .calls
-        .iter()
-        .map(|c| trace.agents[c.agent as usize].as_str())
-        .collect();
+    let agents: Vec<&str> = trace.calls.iter().map(|c| trace.agents[c.agent as usize].as_str()).collect();
     assert_eq!(agents, ["main", "main", "sub", "main"]);
     assert_eq!(trace.calls[3].parent_step, Some(1));
-    assert_eq!(
-        (trace.calls[0].tool_latency_s, trace.calls[2].tool_latency_s),
-        (Some(0.25), Some(2.0))
-    );
+    assert_eq!((trace.calls[0].tool_latency_s, trace.calls[2].tool_latency_s), (Some(0.25), Some(2.0)));
     assert_eq!(trace.tools, ["bash"]);
     assert_eq!(trace.clock, Clock::Global);
     let unknown = row("r5", "A", &[huge], json!({"wait_for": ["r9"]}));
@@ -551,13 +357,8 @@ fn dynamo_trajectories_connected_by_dependencies_form_one_session() {
 #[test]
 fn a_stated_format_is_obeyed() {
     let row = text(&[mooncake(0, 1500, &[0, 1, 2])]);
-    let options = ReadOptions {
-        format: Format::Agentrt,
-        ..ReadOptions::default()
-    };
-    assert!(
-        matches!(parse(row, &options), Err(Error::BadLine { field, .. }) if field == "workload")
-    );
+    let options = ReadOptions { format: Format::Agentrt, ..ReadOptions::default() };
+    assert!(matches!(parse(row, &options), Err(Error::BadLine { field, .. }) if field == "workload"));
 }
 
 /// A random call: session, agent, depth kept of the last prompt, new prompt blocks, output blocks, times.
@@ -566,16 +367,13 @@ type Draw = (u8, u8, usize, u8, u8, Option<u32>, Option<u8>);
 fn build(clock: Clock, draws: &[Draw]) -> Trace {
     let mut builder = TraceBuilder::new("w", 16, clock);
     let mut next = 0u64;
-    let mut last: std::collections::HashMap<u8, (Vec<u64>, u32, f64)> =
-        std::collections::HashMap::new();
+    let mut last: std::collections::HashMap<u8, (Vec<u64>, u32, f64)> = std::collections::HashMap::new();
     for &(session, agent, keep, grow, answer, time, tool) in draws {
         let (chain, step, arrival) = last.entry(session).or_default();
         chain.truncate(keep);
         let mut fresh = |n: u8| -> Vec<u64> {
             next += u64::from(n);
-            (next - u64::from(n)..next)
-                .map(|key| key * 7 % 1_000_003)
-                .collect()
+            (next - u64::from(n)..next).map(|key| key * 7 % 1_000_003).collect()
         };
         chain.extend(fresh(grow));
         let output = fresh(answer);
@@ -584,16 +382,10 @@ fn build(clock: Clock, draws: &[Draw]) -> Trace {
             session: builder.session(&format!("session \"{session}\" \u{e9}")),
             agent: builder.agent(&format!("agent {agent}")).unwrap(),
             step: *step,
-            parent_step: step
-                .checked_sub(u32::from(agent % 3))
-                .filter(|parent| parent < step),
+            parent_step: step.checked_sub(u32::from(agent % 3)).filter(|parent| parent < step),
             prompt_tokens: chain.len() as u32 * 16 + u32::from(keep as u8 % 16),
             output_tokens: u32::from(answer) * 16,
-            arrival_s: if clock == Clock::None {
-                None
-            } else {
-                time.map(|_| *arrival)
-            },
+            arrival_s: if clock == Clock::None { None } else { time.map(|_| *arrival) },
             llm_latency_s: time.map(|t| f64::from(t) / 3.0),
             tool: tool.map(|t| builder.tool(&format!("tool {}", t % 4)).unwrap()),
             tool_latency_s: tool.map(|t| f64::from(t) * 0.1),

@@ -41,9 +41,7 @@ pub struct Counters<const WORDS: usize, const HALVE_AT: u32 = 0x4000> {
 impl<const WORDS: usize, const HALVE_AT: u32> Default for Counters<WORDS, HALVE_AT> {
     fn default() -> Self {
         const { assert!(HALVE_AT >= 2 && HALVE_AT <= 0x4000) };
-        Self {
-            words: std::array::from_fn(|_| AtomicU64::new(0)),
-        }
+        Self { words: std::array::from_fn(|_| AtomicU64::new(0)) }
     }
 }
 
@@ -61,21 +59,14 @@ impl<const WORDS: usize, const HALVE_AT: u32> Counters<WORDS, HALVE_AT> {
     #[inline]
     pub fn add_step(&self, index: usize, step: u32) {
         let index = index.min(Self::LEN - 1);
-        lane_add(
-            &self.words,
-            index,
-            step.min(MAX_STEP) as u64,
-            HALVE_AT as u64,
-        );
+        lane_add(&self.words, index, step.min(MAX_STEP) as u64, HALVE_AT as u64);
     }
 
     /// The count at `index`, 0 if out of range.
     #[inline]
     pub fn get(&self, index: usize) -> u16 {
         let word = self.words.get(index / LANES);
-        word.map_or(0, |word| {
-            lane(word.load(Relaxed), (index % LANES * 16) as u32) as u16
-        })
+        word.map_or(0, |word| lane(word.load(Relaxed), (index % LANES * 16) as u32) as u16)
     }
 
     /// Copy the counts into `out`, as many as fit.
@@ -92,11 +83,7 @@ impl<const WORDS: usize, const HALVE_AT: u32> Counters<WORDS, HALVE_AT> {
     /// Sum of all counts.
     #[inline]
     pub fn total(&self) -> u32 {
-        let sum = |word: u64| {
-            (0..LANES)
-                .map(|at| lane(word, at as u32 * 16) as u32)
-                .sum::<u32>()
-        };
+        let sum = |word: u64| (0..LANES).map(|at| lane(word, at as u32 * 16) as u32).sum::<u32>();
         self.words.iter().map(|word| sum(word.load(Relaxed))).sum()
     }
 
@@ -119,9 +106,7 @@ pub struct Ratio<const N: usize, const HALVE_AT: u32 = 0x4000> {
 impl<const N: usize, const HALVE_AT: u32> Default for Ratio<N, HALVE_AT> {
     fn default() -> Self {
         const { assert!(HALVE_AT >= 2 && HALVE_AT <= 0x4000) };
-        Self {
-            cells: std::array::from_fn(|_| AtomicU32::new(0)),
-        }
+        Self { cells: std::array::from_fn(|_| AtomicU32::new(0)) }
     }
 }
 
@@ -165,10 +150,7 @@ mod tests {
         let mut counts = [9; 8];
         counters.snapshot(&mut counts);
         assert_eq!(counts, [1, 0, 0, 2, 1, 0, 0, 3]);
-        assert_eq!(
-            (counters.get(7), counters.get(8), counters.total()),
-            (3, 0, 7)
-        );
+        assert_eq!((counters.get(7), counters.get(8), counters.total()), (3, 0, 7));
     }
 
     #[test]

@@ -52,11 +52,6 @@ mod tests {
     fn mixing_spreads_neighbouring_ids_over_high_and_low_bits() {
         let low: std::collections::HashSet<u64> = (0..256).map(|id| mix(id) & 0xFFF).collect();
         let high: std::collections::HashSet<u64> = (0..256).map(|id| mix(id) >> 52).collect();
-        assert!(
-            low.len() > 230 && high.len() > 230,
-            "{} {}",
-            low.len(),
-            high.len()
-        );
+        assert!(low.len() > 230 && high.len() > 230, "{} {}", low.len(), high.len());
     }
 }

@@ -5,6 +5,7 @@ pub mod error;
 pub mod histogram;
 pub mod ids;
 pub mod kv;
+pub mod merge;
 pub mod protocol;
 pub mod runtime;
 pub mod sessions;

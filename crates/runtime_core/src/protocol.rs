@@ -42,12 +42,13 @@ const MISSES_PER_HALVING: u8 = 32;
 /// thread inside this call.
 #[inline]
 pub(crate) fn set_add(ways: &[AtomicU64], misses: &AtomicU8, key: u64, limit: u64) -> bool {
-    set_add_with::<true>(ways, misses, key, limit)
+    set_add_with::<true, true>(ways, misses, key, limit)
 }
 
-/// [`set_add`]; without `REEXAMINE` a lost claim goes on to the next way and splits a key in two.
+/// [`set_add`]; without `REEXAMINE` a lost claim goes on to the next way and splits a key in two,
+/// without `ONCE` every thread that saw the limit halves, not the first.
 #[inline]
-pub(crate) fn set_add_with<const REEXAMINE: bool>(
+pub(crate) fn set_add_with<const REEXAMINE: bool, const ONCE: bool>(
     ways: &[AtomicU64],
     misses: &AtomicU8,
     key: u64,
@@ -67,7 +68,7 @@ pub(crate) fn set_add_with<const REEXAMINE: bool>(
                 match way.compare_exchange(from, to, Relaxed, Relaxed) {
                     Ok(_) => {
                         if to & COUNT_MASK >= limit {
-                            set_settle(ways, index, limit);
+                            set_settle::<ONCE>(ways, index, limit);
                         }
                         return true;
                     }
@@ -90,15 +91,9 @@ pub(crate) fn set_add_with<const REEXAMINE: bool>(
             continue 'scan;
         }
         let kept = (weakest_word & COUNT_MASK) >> 1;
-        let (to, counted) = if kept == 0 {
-            (key << COUNT_BITS | 1, true)
-        } else {
-            (weakest_word & !COUNT_MASK | kept, false)
-        };
-        if ways[weakest]
-            .compare_exchange(weakest_word, to, Relaxed, Relaxed)
-            .is_err()
-        {
+        let (to, counted) =
+            if kept == 0 { (key << COUNT_BITS | 1, true) } else { (weakest_word & !COUNT_MASK | kept, false) };
+        if ways[weakest].compare_exchange(weakest_word, to, Relaxed, Relaxed).is_err() {
             // Somebody counted or claimed there, perhaps for this very key.
             continue 'scan;
         }
@@ -113,9 +108,9 @@ pub(crate) fn set_add_with<const REEXAMINE: bool>(
 
 /// Halve a set whose way `index` reached `limit`: whoever brings that way below halves the rest.
 /// Everyone who saw the limit helps, so a preempted thread lets no count run away.
-fn set_settle(ways: &[AtomicU64], index: usize, limit: u64) {
+fn set_settle<const ONCE: bool>(ways: &[AtomicU64], index: usize, limit: u64) {
     let mut seen = ways[index].load(Relaxed);
-    while seen & COUNT_MASK >= limit {
+    while !ONCE || seen & COUNT_MASK >= limit {
         match ways[index].compare_exchange(seen, way_halved(seen), Relaxed, Relaxed) {
             Ok(_) => {
                 for (other, way) in ways.iter().enumerate() {
@@ -175,17 +170,23 @@ pub(crate) const fn lane(word: u64, shift: u32) -> u64 {
 /// `limit + threads * step <= 0xFFFF`.
 #[inline]
 pub(crate) fn lane_add(words: &[AtomicU64], index: usize, step: u64, limit: u64) {
+    lane_add_with::<true>(words, index, step, limit);
+}
+
+/// [`lane_add`]; without `ONCE` every thread that saw the limit halves, not the first.
+#[inline]
+pub(crate) fn lane_add_with<const ONCE: bool>(words: &[AtomicU64], index: usize, step: u64, limit: u64) {
     let (word, shift) = (index / LANES, (index % LANES * 16) as u32);
     let before = words[word].fetch_add(step << shift, Relaxed);
     if lane(before, shift) + step >= limit {
-        lanes_settle(words, word, shift, limit);
+        lanes_settle::<ONCE>(words, word, shift, limit);
     }
 }
 
 #[cold]
-fn lanes_settle(words: &[AtomicU64], word: usize, shift: u32, limit: u64) {
+fn lanes_settle<const ONCE: bool>(words: &[AtomicU64], word: usize, shift: u32, limit: u64) {
     let mut seen = words[word].load(Relaxed);
-    while lane(seen, shift) >= limit {
+    while !ONCE || lane(seen, shift) >= limit {
         match words[word].compare_exchange(seen, lanes_halved(seen), Relaxed, Relaxed) {
             Ok(_) => {
                 for (other, word_) in words.iter().enumerate() {
@@ -193,7 +194,11 @@ fn lanes_settle(words: &[AtomicU64], word: usize, shift: u32, limit: u64) {
                         lanes_halve(word_);
                     }
                 }
-                return;
+                if !ONCE {
+                    return;
+                }
+                // A step can be larger than the limit: once more, then.
+                seen = lanes_halved(seen);
             }
             Err(now) => seen = now,
         }
@@ -238,12 +243,7 @@ pub(crate) fn ratio_add(cell: &AtomicU32, expected: u32, hits: u32, limit: u32) 
 
 /// [`ratio_add`]; without `TOGETHER` the hits are added first and a reader sees a ratio above one.
 #[inline]
-pub(crate) fn ratio_add_with<const TOGETHER: bool>(
-    cell: &AtomicU32,
-    expected: u32,
-    hits: u32,
-    limit: u32,
-) {
+pub(crate) fn ratio_add_with<const TOGETHER: bool>(cell: &AtomicU32, expected: u32, hits: u32, limit: u32) {
     if !TOGETHER {
         cell.fetch_add(hits, Relaxed);
         cell.fetch_add(expected << 16, Relaxed);
@@ -252,7 +252,7 @@ pub(crate) fn ratio_add_with<const TOGETHER: bool>(
     let mut seen = cell.fetch_add(expected << 16 | hits, Relaxed) + (expected << 16 | hits);
     while seen >> 16 >= limit {
         match cell.compare_exchange(seen, ratio_halved(seen), Relaxed, Relaxed) {
-            Ok(_) => return,
+            Ok(_) => seen = ratio_halved(seen),
             Err(now) => seen = now,
         }
     }
@@ -320,21 +320,22 @@ enum Naming {
 }
 
 /// Whether tenancy `generation` of a slot belongs to `rest`, naming it so if nobody has yet.
-fn name_slot(identity: &AtomicU64, generation: u16, rest: u64) -> Naming {
+/// Without `EXCHANGE` a key with the same tag can name it too.
+fn name_slot<const EXCHANGE: bool>(identity: &AtomicU64, generation: u16, rest: u64) -> Naming {
     let mut seen = identity.load(Relaxed);
     loop {
         let stamp = seen as u16;
         if stamp == generation {
-            return if seen >> 16 == rest {
-                Naming::Mine
-            } else {
-                Naming::Other
-            };
+            return if seen >> 16 == rest { Naming::Mine } else { Naming::Other };
         }
         if is_newer(stamp, generation) {
             return Naming::Gone;
         }
         let mine = rest << 16 | generation as u64;
+        if !EXCHANGE {
+            identity.store(mine, Relaxed);
+            return Naming::Mine;
+        }
         match identity.compare_exchange(seen, mine, Relaxed, Relaxed) {
             Ok(_) => return Naming::Mine,
             Err(now) => seen = now,
@@ -343,23 +344,14 @@ fn name_slot(identity: &AtomicU64, generation: u16, rest: u64) -> Naming {
 }
 
 /// Find the key `(tag, rest)` (24 + 48 bits) in a set without claiming.
-pub(crate) fn session_find(
-    heads: &[AtomicU64],
-    identities: &[AtomicU64],
-    tag: u64,
-    rest: u64,
-) -> Option<Tenancy> {
+pub(crate) fn session_find(heads: &[AtomicU64], identities: &[AtomicU64], tag: u64, rest: u64) -> Option<Tenancy> {
     for (way, head) in heads.iter().enumerate() {
         let seen = head.load(Relaxed);
         let generation = head_generation(seen);
         if generation != 0 && seen >> TAG_SHIFT == tag {
             let identity = identities[way].load(Relaxed);
             if identity as u16 == generation && identity >> 16 == rest {
-                return Some(Tenancy {
-                    way,
-                    generation,
-                    fresh: false,
-                });
+                return Some(Tenancy { way, generation, fresh: false });
             }
         }
     }
@@ -374,43 +366,37 @@ pub(crate) fn session_find(
 /// set and finds the slot under the hand unchanged knows that no other slot was claimed since: the
 /// exchange on that one word orders all claims of a set, and two threads cannot both miss a key and
 /// claim different slots for it. (Skipping a protected slot instead of moving it on would break
-/// this.) A slot that is used or busy gets its second chance; when two rounds find nothing else,
-/// busy slots are taken too, so that calls which never finish cannot fill the table.
+/// this.) A slot that is used or busy gets its second chance; after two rounds only busy slots
+/// do, and after a third, in which every slot was busy, the next is taken all the same: calls that
+/// never finish cannot fill the table.
 #[inline]
-pub(crate) fn session_enter(
-    heads: &[AtomicU64],
-    identities: &[AtomicU64],
-    tag: u64,
-    rest: u64,
-) -> Tenancy {
-    session_enter_with::<true>(heads, identities, tag, rest)
+pub(crate) fn session_enter(heads: &[AtomicU64], identities: &[AtomicU64], tag: u64, rest: u64) -> Tenancy {
+    session_enter_with::<true, true>(heads, identities, tag, rest)
 }
 
-/// [`session_enter`]; without `IN_ORDER` busy slots are skipped, and a key can get two slots.
+/// [`session_enter`]; without `IN_ORDER` busy slots are skipped, and a key can get two slots;
+/// without `NAMED` two keys can get one.
 #[inline]
-pub(crate) fn session_enter_with<const IN_ORDER: bool>(
+pub(crate) fn session_enter_with<const IN_ORDER: bool, const NAMED: bool>(
     heads: &[AtomicU64],
     identities: &[AtomicU64],
     tag: u64,
     rest: u64,
 ) -> Tenancy {
-    let mut chances = 2 * heads.len();
+    let rounds = heads.len();
+    let mut chances = 3 * rounds;
     'scan: loop {
         let mut hand: Option<(usize, u64)> = None;
         for (way, head) in heads.iter().enumerate() {
             let seen = head.load(Relaxed);
             let generation = head_generation(seen);
             if generation != 0 && seen >> TAG_SHIFT == tag {
-                match name_slot(&identities[way], generation, rest) {
+                match name_slot::<NAMED>(&identities[way], generation, rest) {
                     Naming::Mine => {
                         if seen & USED == 0 {
                             head.fetch_or(USED, Relaxed);
                         }
-                        return Tenancy {
-                            way,
-                            generation,
-                            fresh: false,
-                        };
+                        return Tenancy { way, generation, fresh: false };
                     }
                     Naming::Gone => continue 'scan,
                     Naming::Other => {}
@@ -420,8 +406,7 @@ pub(crate) fn session_enter_with<const IN_ORDER: bool>(
                 continue;
             }
             // Laps of a set differ by at most one, but wrap: compare their distance.
-            let lower =
-                |best: u64| head_lap(seen).wrapping_sub(head_lap(best)) & LAP_MASK > LAP_MASK / 2;
+            let lower = |best: u64| head_lap(seen).wrapping_sub(head_lap(best)) & LAP_MASK > LAP_MASK / 2;
             if hand.is_none_or(|(_, best)| lower(best)) {
                 hand = Some((way, seen));
             }
@@ -430,26 +415,21 @@ pub(crate) fn session_enter_with<const IN_ORDER: bool>(
             continue 'scan;
         };
         let lap = ((head_lap(seen) + 1) & LAP_MASK) << LAP_SHIFT;
-        let protected = seen & USED != 0 || (chances > 0 && head_busy(seen) > 0);
-        if protected && chances > 0 {
-            chances -= 1;
+        let used = seen & USED != 0 && chances > rounds;
+        let busy = head_busy(seen) > 0 && chances > 0;
+        if used || busy {
             let spared = seen & !(LAP_MASK << LAP_SHIFT | USED) | lap;
-            let _ = heads[way].compare_exchange(seen, spared, Relaxed, Relaxed);
+            if heads[way].compare_exchange(seen, spared, Relaxed, Relaxed).is_ok() {
+                chances -= 1;
+            }
             continue 'scan;
         }
         let generation = next_generation(head_generation(seen));
         let claimed = tag << TAG_SHIFT | (generation as u64) << GENERATION_SHIFT | lap;
-        if heads[way]
-            .compare_exchange(seen, claimed, Relaxed, Relaxed)
-            .is_ok()
-        {
+        if heads[way].compare_exchange(seen, claimed, Relaxed, Relaxed).is_ok() {
             // A different key with the same tag may have named the slot first: then it has it.
-            if matches!(name_slot(&identities[way], generation, rest), Naming::Mine) {
-                return Tenancy {
-                    way,
-                    generation,
-                    fresh: true,
-                };
+            if matches!(name_slot::<NAMED>(&identities[way], generation, rest), Naming::Mine) {
+                return Tenancy { way, generation, fresh: true };
             }
         }
     }
@@ -462,11 +442,7 @@ pub(crate) fn session_begin(head: &AtomicU64, generation: u16) -> bool {
         if head_generation(seen) != generation {
             return false;
         }
-        let next = if head_busy(seen) == BUSY_MASK {
-            seen
-        } else {
-            seen + 1
-        } | USED;
+        let next = if head_busy(seen) == BUSY_MASK { seen } else { seen + 1 } | USED;
         match head.compare_exchange(seen, next, Relaxed, Relaxed) {
             Ok(_) => return true,
             Err(now) => seen = now,
@@ -520,16 +496,17 @@ pub(crate) fn stamped_update(
     generation: u16,
     next: impl FnMut(Option<u64>) -> u64,
 ) -> Result<Option<u64>, Recycled> {
-    stamped_update_with::<true>(word, generation, next)
+    stamped_update_with::<true, true>(word, generation, next)
 }
 
 /// The slot belongs to a later tenancy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Recycled;
 
-/// [`stamped_update`]; without `EXCHANGE` two updates can start from the same value.
+/// [`stamped_update`]; without `EXCHANGE` two updates can start from the same value, without `OWNED`
+/// an ended tenancy writes over its successor.
 #[inline]
-pub(crate) fn stamped_update_with<const EXCHANGE: bool>(
+pub(crate) fn stamped_update_with<const EXCHANGE: bool, const OWNED: bool>(
     word: &AtomicU64,
     generation: u16,
     mut next: impl FnMut(Option<u64>) -> u64,
@@ -537,7 +514,7 @@ pub(crate) fn stamped_update_with<const EXCHANGE: bool>(
     let mut seen = word.load(Relaxed);
     loop {
         let stamp = seen as u16;
-        if is_newer(stamp, generation) {
+        if OWNED && is_newer(stamp, generation) {
             return Err(Recycled);
         }
         let previous = (stamp == generation).then_some(seen >> 16);
@@ -570,10 +547,7 @@ pub struct Seqlock<const WORDS: usize> {
 
 impl<const WORDS: usize> Default for Seqlock<WORDS> {
     fn default() -> Self {
-        Self {
-            version: AtomicU64::new(0),
-            payload: std::array::from_fn(|_| AtomicU64::new(0)),
-        }
+        Self { version: AtomicU64::new(0), payload: std::array::from_fn(|_| AtomicU64::new(0)) }
     }
 }
 
@@ -637,10 +611,7 @@ pub struct PublishedEntry {
 
 impl Default for PublishedEntry {
     fn default() -> Self {
-        Self {
-            key: AtomicU64::new(0),
-            value: AtomicU32::new(0),
-        }
+        Self { key: AtomicU64::new(0), value: AtomicU32::new(0) }
     }
 }
 
@@ -684,14 +655,17 @@ impl PublishedEntry {
     /// Replace whatever is here by `key` (not 0) and `value`. One writer at a time; wait-free.
     #[inline]
     pub fn publish(&self, key: u64, value: u32) {
-        self.publish_with::<true>(key, value);
+        self.publish_with::<true, true>(key, value);
     }
 
-    /// [`PublishedEntry::publish`]; without `RETRACT` the old key still stands beside the new value.
+    /// [`PublishedEntry::publish`]; without `RETRACT` the old key still stands beside the new value,
+    /// without `FENCE` it may seem to.
     #[inline]
-    pub(crate) fn publish_with<const RETRACT: bool>(&self, key: u64, value: u32) {
+    pub(crate) fn publish_with<const RETRACT: bool, const FENCE: bool>(&self, key: u64, value: u32) {
         if RETRACT {
             self.key.store(0, Relaxed);
+        }
+        if FENCE {
             // Pairs with the Acquire fence in `get`.
             fence(Release);
         }
@@ -725,9 +699,7 @@ pub struct SingleWriter {
 
 impl Default for SingleWriter {
     fn default() -> Self {
-        Self {
-            taken: AtomicU32::new(0),
-        }
+        Self { taken: AtomicU32::new(0) }
     }
 }
 
@@ -743,8 +715,9 @@ impl SingleWriter {
     pub(crate) fn try_enter_with<const ACQUIRE: bool>(&self) -> Option<WriterGuard<'_>> {
         // Pairs with the Release store in the guard's drop.
         let order = if ACQUIRE { Acquire } else { Relaxed };
-        let entered = self.taken.compare_exchange(0, 1, order, Relaxed).is_ok();
-        entered.then_some(WriterGuard { owner: self })
+        let entered = self.taken.compare_exchange(0, 1, order, Relaxed);
+        // Made only on success: dropping a guard that was refused would let a third writer in.
+        entered.is_ok().then(|| WriterGuard { owner: self })
     }
 }
 

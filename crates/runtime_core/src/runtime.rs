@@ -451,13 +451,7 @@ impl Runtime {
 
     /// The likeliest agents of the session's next `steps` calls (at most 6), by step, likeliest first; returns how many
     /// entries of `out` were filled. An unknown session gives none. Times are NaN: see [`Runtime::predict_times`].
-    pub fn predict(
-        &self,
-        workload: WorkloadId,
-        session: u64,
-        steps: usize,
-        out: &mut [Prediction],
-    ) -> Result<usize> {
+    pub fn predict(&self, workload: WorkloadId, session: u64, steps: usize, out: &mut [Prediction]) -> Result<usize> {
         let learned = self.learned(workload)?;
         let Some(handle) = self.sessions.find(Self::key(workload, session)) else { return Ok(0) };
         Ok(kv::predict(learned, &self.sessions, handle, &self.options.config, steps, out))

@@ -53,9 +53,7 @@ pub struct SuccessorTable<const SETS: usize, const WAYS: usize, const HALVE_AT: 
     misses: [AtomicU8; SETS],
 }
 
-impl<const SETS: usize, const WAYS: usize, const HALVE_AT: u32> Default
-    for SuccessorTable<SETS, WAYS, HALVE_AT>
-{
+impl<const SETS: usize, const WAYS: usize, const HALVE_AT: u32> Default for SuccessorTable<SETS, WAYS, HALVE_AT> {
     fn default() -> Self {
         const {
             assert!(SETS > 0 && WAYS > 0);
@@ -68,9 +66,7 @@ impl<const SETS: usize, const WAYS: usize, const HALVE_AT: u32> Default
     }
 }
 
-impl<const SETS: usize, const WAYS: usize, const HALVE_AT: u32>
-    SuccessorTable<SETS, WAYS, HALVE_AT>
-{
+impl<const SETS: usize, const WAYS: usize, const HALVE_AT: u32> SuccessorTable<SETS, WAYS, HALVE_AT> {
     /// Set and tag of a context: disjoint bits of one hash.
     #[inline]
     fn locate(context: u64) -> (usize, u64) {
@@ -95,9 +91,7 @@ impl<const SETS: usize, const WAYS: usize, const HALVE_AT: u32>
         let mut length = 0;
         self.visit(context, |successor, count| {
             // A full set under concurrent take-over can hold a pair twice: its counts add up.
-            let known = out[..length]
-                .iter()
-                .position(|(known, _)| *known == successor);
+            let known = out[..length].iter().position(|(known, _)| *known == successor);
             if let Some(index) = known {
                 out[index].1 += count;
             } else if length < out.len() {
@@ -112,9 +106,7 @@ impl<const SETS: usize, const WAYS: usize, const HALVE_AT: u32>
     #[inline]
     pub fn count(&self, context: u64, successor: u16) -> u32 {
         let mut sum = 0;
-        self.visit(context, |found, count| {
-            sum += if found == successor { count } else { 0 }
-        });
+        self.visit(context, |found, count| sum += if found == successor { count } else { 0 });
         sum
     }
 
@@ -139,11 +131,7 @@ impl<const SETS: usize, const WAYS: usize, const HALVE_AT: u32>
 
     /// Ways in use over all sets: how full the table is.
     pub fn occupied(&self) -> usize {
-        self.ways
-            .iter()
-            .flatten()
-            .filter(|way| way.load(Relaxed) != 0)
-            .count()
+        self.ways.iter().flatten().filter(|way| way.load(Relaxed) != 0).count()
     }
 
     /// Visit every pair as `(key, count)`, where equal keys of two tables of this type mean equal
@@ -177,11 +165,7 @@ mod tests {
         assert_eq!(row[..length], [(5, 3), (6, 1), (7, 1)]);
         assert_eq!(table.total(context), 5);
         assert_eq!(table.count(context, 5), 3);
-        assert_eq!(
-            table.total(context_of(AgentId(2))),
-            0,
-            "another order, another context"
-        );
+        assert_eq!(table.total(context_of(AgentId(2))), 0, "another order, another context");
     }
 
     #[test]
@@ -216,10 +200,7 @@ mod tests {
             table.add(NO_CONTEXT, if regular < 4 { regular } else { 100 + step });
         }
         for regular in 0..4 {
-            assert!(
-                table.count(NO_CONTEXT, regular) >= 4,
-                "{regular} was pushed out"
-            );
+            assert!(table.count(NO_CONTEXT, regular) >= 4, "{regular} was pushed out");
         }
     }
 
@@ -233,11 +214,35 @@ mod tests {
         }
         let mut row = [(0, 0); 8];
         let length = table.row(NO_CONTEXT, &mut row);
-        let current: u32 = row[..length]
-            .iter()
-            .filter(|(id, _)| *id >= 16)
-            .map(|(_, n)| n)
-            .sum();
+        let current: u32 = row[..length].iter().filter(|(id, _)| *id >= 16).map(|(_, n)| n).sum();
         assert!(current * 10 >= table.total(NO_CONTEXT) * 9, "{row:?}");
+    }
+
+    /// `docs/concurrency.md` quotes this: the share of the best eight successors' mass that eight
+    /// ways hold, while Zipf-distributed successors change places three times.
+    #[test]
+    fn eight_ways_hold_most_of_a_drifting_zipf_row() {
+        let weight = |rank: usize| 1.0 / (rank + 1) as f64;
+        let all: f64 = (0..64).map(weight).sum();
+        let best: f64 = (0..8).map(weight).sum();
+        let table = SuccessorTable::<1, 8>::default();
+        for phase in 0..4 {
+            let successor = |rank: usize| ((rank * 37 + phase * 11) % 64) as u16;
+            let mut held = 0.0;
+            for step in 0..4000 {
+                let uniform = mix(phase as u64 * 4000 + step) as f64 / u64::MAX as f64;
+                let mut left = uniform * all;
+                let drawn = (0..63).find(|rank| {
+                    left -= weight(*rank);
+                    left < 0.0
+                });
+                table.add(NO_CONTEXT, successor(drawn.unwrap_or(63)));
+                if step >= 2000 {
+                    let kept = |rank: &usize| table.count(NO_CONTEXT, successor(*rank)) > 0;
+                    held += (0..64).filter(kept).map(weight).sum::<f64>() / 2000.0;
+                }
+            }
+            assert!(held / best > 0.9, "phase {phase}: {held} of {best}");
+        }
     }
 }

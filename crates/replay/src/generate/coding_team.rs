@@ -37,26 +37,16 @@ pub(super) fn play(stage: &mut Stage, agents: usize) {
         }
         let answer = stage.fresh(ANSWER);
         let spawns = stage.chance(SPAWN);
-        let tool = if spawns {
-            Some("spawn_agent")
-        } else {
-            pick_tool(stage, NO_TOOL)
-        };
+        let tool = if spawns { Some("spawn_agent") } else { pick_tool(stage, NO_TOOL) };
         let step = stage.call("lead", &prompt, answer, tool, None);
-        let result = if spawns {
-            sub_agent(stage, agents - 1, step)
-        } else {
-            stage.fresh(RESULT)
-        };
+        let result = if spawns { sub_agent(stage, agents - 1, step) } else { stage.fresh(RESULT) };
         prompt.add(answer).add(result);
     }
 }
 
 /// Plays one sub-agent; returns its report.
 fn sub_agent(stage: &mut Stage, kinds: usize, spawned_by: u32) -> Text {
-    let weights: Vec<f64> = (0..kinds)
-        .map(|k| SUB_WEIGHTS.get(k).copied().unwrap_or(0.1))
-        .collect();
+    let weights: Vec<f64> = (0..kinds).map(|k| SUB_WEIGHTS.get(k).copied().unwrap_or(0.1)).collect();
     let kind = stage.choose(&weights);
     let role = stage.role(&SUB_ROLES, kind);
     let system = stage.common(6, kind, SUB_SYSTEM);

@@ -31,9 +31,7 @@ pub(super) fn play(stage: &mut Stage, agents: usize) {
             if turn + 1 < agents && stage.chance(OUT_OF_TURN) {
                 turn += 1;
             }
-            let visible = rounds
-                .len()
-                .saturating_sub(VISIBLE_ROUNDS + usize::from(number == 0));
+            let visible = rounds.len().saturating_sub(VISIBLE_ROUNDS + usize::from(number == 0));
             let statement = speak(stage, turn, question, rounds[visible..].iter().flatten());
             rounds[number].push(statement);
             turn += 1;
@@ -45,12 +43,7 @@ pub(super) fn play(stage: &mut Stage, agents: usize) {
     speak(stage, 0, question, rounds.iter().flatten());
 }
 
-fn speak<'t>(
-    stage: &mut Stage,
-    index: usize,
-    question: Text,
-    thread: impl Iterator<Item = &'t Text>,
-) -> Text {
+fn speak<'t>(stage: &mut Stage, index: usize, question: Text, thread: impl Iterator<Item = &'t Text>) -> Text {
     let system = stage.common(2, index, SYSTEM[index % SYSTEM.len()]);
     let mut prompt = stage.prompt();
     prompt.add(system).add(question).add_all(thread);

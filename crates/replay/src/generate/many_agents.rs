@@ -29,19 +29,12 @@ pub(super) fn play(stage: &mut Stage, agents: usize) {
     for _ in 0..turns {
         let agent = team[at];
         let mut prompt = stage.prompt();
-        prompt
-            .add(stage.common(7, agent, 200 + (agent % 25) as u32 * 16))
-            .add(task)
-            .add_all(&thread);
+        prompt.add(stage.common(7, agent, 200 + (agent % 25) as u32 * 16)).add(task).add_all(&thread);
         let answer = stage.fresh(ANSWER);
         stage.call(&format!("agent_{agent}"), &prompt, answer, None, None);
         thread.push(answer);
         let in_order = stage.chance(IN_ORDER);
         let anyone = stage.between(0, team.len() - 1);
-        at = if in_order {
-            (at + 1) % team.len()
-        } else {
-            anyone
-        };
+        at = if in_order { (at + 1) % team.len() } else { anyone };
     }
 }

@@ -126,10 +126,7 @@ pub fn workload(name: &str) -> Result<&'static Workload> {
     WORKLOADS
         .iter()
         .find(|w| w.name == name)
-        .ok_or_else(|| Error::UnknownWorkload {
-            name: name.into(),
-            known: names().join(", "),
-        })
+        .ok_or_else(|| Error::UnknownWorkload { name: name.into(), known: names().join(", ") })
 }
 
 /// Generates the workload `name`.
@@ -141,23 +138,12 @@ pub fn generate(name: &str, options: &GenerateOptions) -> Result<Trace> {
         remedy: remedy.into(),
     };
     if options.sessions == 0 {
-        return Err(bad(
-            "--sessions",
-            "must be at least 1".into(),
-            "pass the number of sessions to generate",
-        ));
+        return Err(bad("--sessions", "must be at least 1".into(), "pass the number of sessions to generate"));
     }
     let agents = options.agents.unwrap_or(workload.default_agents);
     if agents < workload.fewest_agents || agents > 60_000 {
-        let problem = format!(
-            "{agents} is outside {} to 60000 for {name}",
-            workload.fewest_agents
-        );
-        return Err(bad(
-            "--agents",
-            problem,
-            "pass a number in that range, or leave it out",
-        ));
+        let problem = format!("{agents} is outside {} to 60000 for {name}", workload.fewest_agents);
+        return Err(bad("--agents", problem, "pass a number in that range, or leave it out"));
     }
     let mut stage = Stage::new(workload.name, workload.block_size, options.seed);
     for session in 0..options.sessions {

@@ -3,14 +3,7 @@
 use super::prompt::Text;
 use super::stage::{Size, Stage};
 
-const ROLES: [&str; 6] = [
-    "planner",
-    "architect",
-    "coder",
-    "tester",
-    "reviewer",
-    "documenter",
-];
+const ROLES: [&str; 6] = ["planner", "architect", "coder", "tester", "reviewer", "documenter"];
 const SYSTEM: [u32; 6] = [1100, 1300, 1500, 1200, 1000, 900];
 const TASK: Size = Size(260, 700);
 const ANSWER: Size = Size(360, 1100);

@@ -20,12 +20,7 @@ pub(super) struct Prompt {
 
 impl Prompt {
     pub(super) fn new(block_size: u32) -> Self {
-        Self {
-            block_size,
-            tokens: 0,
-            digest: 0x9E37_79B9_7F4A_7C15,
-            keys: Vec::new(),
-        }
+        Self { block_size, tokens: 0, digest: 0x9E37_79B9_7F4A_7C15, keys: Vec::new() }
     }
 
     pub(super) fn tokens(&self) -> u32 {
@@ -42,8 +37,7 @@ impl Prompt {
         while done < text.tokens {
             let room = self.block_size - self.tokens % self.block_size;
             let taken = room.min(text.tokens - done);
-            self.digest =
-                mix(mix(self.digest ^ text.id) ^ (u64::from(done) << 32 | u64::from(taken)));
+            self.digest = mix(mix(self.digest ^ text.id) ^ (u64::from(done) << 32 | u64::from(taken)));
             self.tokens += taken;
             done += taken;
             if taken == room {
@@ -74,11 +68,8 @@ mod tests {
 
     #[test]
     fn an_answer_rendered_again_keeps_its_blocks() {
-        let (system, answer, more) = (
-            Text { id: 1, tokens: 21 },
-            Text { id: 2, tokens: 30 },
-            Text { id: 3, tokens: 5 },
-        );
+        let (system, answer, more) =
+            (Text { id: 1, tokens: 21 }, Text { id: 2, tokens: 30 }, Text { id: 3, tokens: 5 });
         let mut sent = Prompt::new(16);
         sent.add(system);
         let mut decoded = sent.clone();
@@ -92,11 +83,7 @@ mod tests {
 
     #[test]
     fn the_same_text_behind_another_prefix_is_another_block() {
-        let (a, b, shared) = (
-            Text { id: 1, tokens: 16 },
-            Text { id: 2, tokens: 16 },
-            Text { id: 3, tokens: 16 },
-        );
+        let (a, b, shared) = (Text { id: 1, tokens: 16 }, Text { id: 2, tokens: 16 }, Text { id: 3, tokens: 16 });
         let (mut left, mut right) = (Prompt::new(16), Prompt::new(16));
         left.add(a).add(shared);
         right.add(b).add(shared);

@@ -58,10 +58,7 @@ pub(super) fn play(stage: &mut Stage, agents: usize) {
 
 fn head(stage: &mut Stage, index: usize, first: &[Text], then: &[Text], answer: Text) -> u32 {
     let mut prompt = stage.prompt();
-    prompt
-        .add(stage.common(4, index, SYSTEM[index]))
-        .add_all(first)
-        .add_all(then);
+    prompt.add(stage.common(4, index, SYSTEM[index])).add_all(first).add_all(then);
     let role = stage.role(&HEADS, index);
     stage.call(&role, &prompt, answer, None, None)
 }
@@ -75,9 +72,7 @@ fn research(
     mut context: Vec<Text>,
     planned: u32,
 ) -> (Text, Vec<Text>) {
-    let role = stage
-        .role(&HEADS, HEADS.len() + worker)
-        .replace("agent_", "researcher_");
+    let role = stage.role(&HEADS, HEADS.len() + worker).replace("agent_", "researcher_");
     let system = stage.common(4, HEADS.len() + worker, RESEARCHER_SYSTEM);
     if context.is_empty() {
         context.push(task);
@@ -90,18 +85,8 @@ fn research(
         prompt.add(system).add_all(&context);
         let last = number == searches;
         let answer = stage.fresh(if last { FINDING } else { QUERY });
-        let tool = if stage.chance(0.6) {
-            "search"
-        } else {
-            "open_page"
-        };
-        parent = stage.call(
-            &role,
-            &prompt,
-            answer,
-            (!last).then_some(tool),
-            Some(parent),
-        );
+        let tool = if stage.chance(0.6) { "search" } else { "open_page" };
+        parent = stage.call(&role, &prompt, answer, (!last).then_some(tool), Some(parent));
         context.push(answer);
         if last {
             return (answer, context);

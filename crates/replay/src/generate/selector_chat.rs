@@ -3,14 +3,7 @@
 use super::prompt::Text;
 use super::stage::{Size, Stage};
 
-const ROLES: [&str; 6] = [
-    "planner",
-    "architect",
-    "coder",
-    "tester",
-    "reviewer",
-    "documenter",
-];
+const ROLES: [&str; 6] = ["planner", "architect", "coder", "tester", "reviewer", "documenter"];
 const SYSTEM: [u32; 6] = [1450, 1600, 1700, 1400, 1350, 1200];
 const TASK: Size = Size(220, 600);
 const ANSWER: Size = Size(180, 480);
@@ -36,11 +29,7 @@ pub(super) fn play(stage: &mut Stage, agents: usize) {
     for turn in 0..60 {
         let kind = speaker % ROLES.len();
         let system = stage.common(3, speaker, SYSTEM[kind]);
-        let hidden = if BUFFERED[kind] {
-            thread.len().saturating_sub(BUFFER_MESSAGES)
-        } else {
-            0
-        };
+        let hidden = if BUFFERED[kind] { thread.len().saturating_sub(BUFFER_MESSAGES) } else { 0 };
         let mut prompt = stage.prompt();
         prompt.add(system).add(task).add_all(&thread[hidden..]);
         let answer = stage.fresh(ANSWER);

@@ -62,29 +62,19 @@ impl Stage {
 
     pub(super) fn fresh_of(&mut self, tokens: u32) -> Text {
         self.next_text += 1;
-        Text {
-            id: self.next_text << 1,
-            tokens,
-        }
+        Text { id: self.next_text << 1, tokens }
     }
 
     /// A text that every session has in common, for example a system prompt.
-    #[expect(
-        clippy::unused_self,
-        reason = "belongs to the same vocabulary as `fresh`"
-    )]
+    #[expect(clippy::unused_self, reason = "belongs to the same vocabulary as `fresh`")]
     pub(super) fn common(&self, kind: u64, number: usize, tokens: u32) -> Text {
-        Text {
-            id: mix(kind << 32 | number as u64) | 1,
-            tokens,
-        }
+        Text { id: mix(kind << 32 | number as u64) | 1, tokens }
     }
 
     /// A log-normal number, at least 1 and at most eight times its 90th percentile.
     pub(super) fn draw(&mut self, size: Size) -> u32 {
         let sigma = (f64::from(size.1) / f64::from(size.0)).ln().max(0.0) / Z90;
-        let draw = LogNormal::new(f64::from(size.0).ln(), sigma)
-            .map_or(f64::from(size.0), |d| d.sample(&mut self.rng));
+        let draw = LogNormal::new(f64::from(size.0).ln(), sigma).map_or(f64::from(size.0), |d| d.sample(&mut self.rng));
         (draw.round() as u32).clamp(1, size.1.saturating_mul(8))
     }
 
@@ -139,9 +129,7 @@ impl Stage {
             ..Call::default()
         };
         let output = &decoded.keys()[prompt.keys().len()..];
-        self.builder
-            .push(call, prompt.keys(), output)
-            .expect("digests of prefixes form chains");
+        self.builder.push(call, prompt.keys(), output).expect("digests of prefixes form chains");
         self.step += 1;
         self.step - 1
     }
@@ -150,11 +138,7 @@ impl Stage {
     pub(super) fn role(&mut self, roles: &[&str], index: usize) -> String {
         while self.agent_names.len() <= index {
             let n = self.agent_names.len();
-            self.agent_names.push(
-                roles
-                    .get(n)
-                    .map_or_else(|| format!("agent_{n}"), |&r| r.to_owned()),
-            );
+            self.agent_names.push(roles.get(n).map_or_else(|| format!("agent_{n}"), |&r| r.to_owned()));
         }
         self.agent_names[index].clone()
     }

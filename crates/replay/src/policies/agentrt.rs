@@ -15,7 +15,9 @@ use crate::trace::Trace;
 #[allow(clippy::type_complexity)]
 const VARIANTS: &[(&str, &str, fn(&mut Config))] = &[
     ("agentrt", "learned content, time and sharing; hit density", |_| {}),
-    ("agentrt-no-prediction", "ablation: every agent of a session is equally likely to be next", |c| c.prediction = false),
+    ("agentrt-no-prediction", "ablation: every agent of a session is equally likely to be next", |c| {
+        c.prediction = false
+    }),
     ("agentrt-order-1", "ablation: transitions of order 1 only", |c| c.order2 = false),
     ("agentrt-no-superseded", "ablation: misses of earlier calls are ignored", |c| c.superseded = false),
     ("agentrt-no-classes", "ablation: one content class", |c| c.content_classes = false),
@@ -214,9 +216,7 @@ impl AgentRt {
             &f.hints[at..at + output.len()]
         });
         let (session, id) = (u64::from(call.session), u64::from(call.call));
-        self.runtime
-            .call_ended(self.workload, session, id, tool, call.time_us, &self.keys, hints)
-            .expect(ONE_THREAD);
+        self.runtime.call_ended(self.workload, session, id, tool, call.time_us, &self.keys, hints).expect(ONE_THREAD);
     }
 
     /// The core behind the policy, for reports.

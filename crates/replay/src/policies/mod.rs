@@ -60,7 +60,22 @@ use crate::policy::CachePolicy;
 use crate::schedule::Schedule;
 use crate::trace::Trace;
 
-const BASELINES: &[&str] = &["lru", "lru-session-end", "lfu", "s3fifo", "sieve", "arc", "lhd", "depth", "kvflow", "continuum", "cachesage", "cachescout", "cachescout-fixed", "min"];
+const BASELINES: &[&str] = &[
+    "lru",
+    "lru-session-end",
+    "lfu",
+    "s3fifo",
+    "sieve",
+    "arc",
+    "lhd",
+    "depth",
+    "kvflow",
+    "continuum",
+    "cachesage",
+    "cachescout",
+    "cachescout-fixed",
+    "min",
+];
 
 /// The names that [`build`] knows, in the order of reports.
 pub fn names() -> &'static [&'static str] {

@@ -5,9 +5,7 @@ use std::path::Path;
 use rustc_hash::FxHashMap;
 
 use super::builder::SharedPrefix;
-use super::read::{
-    Fields, LineParser, ReadOptions, MAX_ARRIVAL_S, MAX_CALL_BLOCKS, MAX_DURATION_S,
-};
+use super::read::{Fields, LineParser, ReadOptions, MAX_ARRIVAL_S, MAX_CALL_BLOCKS, MAX_DURATION_S};
 use super::{Call, Clock, Trace, TraceBuilder, SCHEMA_VERSION};
 use crate::error::{Error, Result};
 
@@ -47,7 +45,10 @@ impl LineParser for Parser {
             if version != SCHEMA_VERSION {
                 return Err(Error::BadTrace {
                     path: fields.at.path.clone(),
-                    problem: format!("line {} has schema_version {version}; this agentrt reads version {SCHEMA_VERSION}", fields.at.line),
+                    problem: format!(
+                        "line {} has schema_version {version}; this agentrt reads version {SCHEMA_VERSION}",
+                        fields.at.line
+                    ),
                     remedy: "read it with the agentrt that wrote it, or update agentrt".into(),
                 });
             }
@@ -55,11 +56,7 @@ impl LineParser for Parser {
         let workload = fields.str("workload")?;
         let block_size = fields.u32("block_size")?;
         if block_size == 0 {
-            return Err(fields.bad(
-                "block_size",
-                "is 0",
-                "give the engine's tokens per KV block, for example 16",
-            ));
+            return Err(fields.bad("block_size", "is 0", "give the engine's tokens per KV block, for example 16"));
         }
         let clock = clock(fields)?;
         if let Some(builder) = &self.builder {
@@ -111,21 +108,8 @@ impl LineParser for Parser {
         }
         let sys_key = fields.opt_str("sys_key")?;
         let sys_blocks = fields.opt_u32("sys_blocks")?.unwrap_or(0) as usize;
-        let shared = sys_key
-            .filter(|_| self.share_system_prefix)
-            .map(|name| SharedPrefix {
-                name,
-                blocks: sys_blocks,
-            });
-        self.push(
-            fields,
-            call,
-            session_name,
-            agent_name,
-            tool_name,
-            shared,
-            (workload, block_size, clock),
-        )
+        let shared = sys_key.filter(|_| self.share_system_prefix).map(|name| SharedPrefix { name, blocks: sys_blocks });
+        self.push(fields, call, session_name, agent_name, tool_name, shared, (workload, block_size, clock))
     }
 
     fn finish(self: Box<Self>, path: &Path) -> Result<Trace> {
@@ -151,9 +135,7 @@ impl Parser {
         shared: Option<SharedPrefix<'_>>,
         file: (&str, u32, Clock),
     ) -> Result<()> {
-        let builder = self
-            .builder
-            .get_or_insert_with(|| TraceBuilder::new(file.0, file.1, file.2));
+        let builder = self.builder.get_or_insert_with(|| TraceBuilder::new(file.0, file.1, file.2));
         let known = builder.known_session(session_name);
         let state = known.and_then(|s| self.sessions.get(&s));
         let recorded_step = match (fields.opt_u32("step")?, state.and_then(|s| s.steps.last())) {
@@ -169,9 +151,7 @@ impl Parser {
         };
         call.step = state.map_or(0, |s| s.steps.len() as u32);
         if let Some(parent) = fields.opt_u32("parent")? {
-            call.parent_step = state
-                .and_then(|s| s.steps.binary_search(&parent).ok())
-                .map(|position| position as u32);
+            call.parent_step = state.and_then(|s| s.steps.binary_search(&parent).ok()).map(|position| position as u32);
             if call.parent_step.is_none() && !self.skip_bad {
                 return Err(fields.bad(
                     "parent",
@@ -184,7 +164,10 @@ impl Parser {
             if arrival < state.arrival_s {
                 return Err(fields.bad(
                     "t_arrival",
-                    format!("{arrival} s is earlier than {} s, the call before it in session `{session_name}`", state.arrival_s),
+                    format!(
+                        "{arrival} s is earlier than {} s, the call before it in session `{session_name}`",
+                        state.arrival_s
+                    ),
                     "write the calls of a session in order of time",
                 ));
             }
@@ -225,21 +208,13 @@ fn clock(fields: &Fields<'_>) -> Result<Clock> {
             "missing although t_arrival is set",
             "say `global` (one clock) or `session` (from each session's start)",
         )),
-        Some(other) => Err(fields.bad(
-            "t_scope",
-            format!("unknown scope `{other}`"),
-            "use `global`, `session` or `none`",
-        )),
+        Some(other) => {
+            Err(fields.bad("t_scope", format!("unknown scope `{other}`"), "use `global`, `session` or `none`"))
+        }
     }
 }
 
-fn same_file(
-    fields: &Fields<'_>,
-    trace: &Trace,
-    workload: &str,
-    block_size: u32,
-    clock: Clock,
-) -> Result<()> {
+fn same_file(fields: &Fields<'_>, trace: &Trace, workload: &str, block_size: u32, clock: Clock) -> Result<()> {
     if workload != trace.workload {
         return Err(Error::BadTrace {
             path: fields.at.path.clone(),
@@ -252,10 +227,7 @@ fn same_file(
     if block_size != trace.block_size {
         return Err(fields.bad(
             "block_size",
-            format!(
-                "is {block_size}, the lines before have {}",
-                trace.block_size
-            ),
+            format!("is {block_size}, the lines before have {}", trace.block_size),
             "record a trace with one block size",
         ));
     }
@@ -274,11 +246,7 @@ fn runs(fields: &Fields<'_>, name: &str, out: &mut Vec<u64>, required: bool) -> 
     out.clear();
     let Some(list) = fields.opt_array(name)? else {
         return if required {
-            Err(fields.bad(
-                name,
-                "missing; expected [[first, count], ...]",
-                "list the full blocks of the prompt",
-            ))
+            Err(fields.bad(name, "missing; expected [[first, count], ...]", "list the full blocks of the prompt"))
         } else {
             Ok(())
         };
@@ -290,19 +258,12 @@ fn runs(fields: &Fields<'_>, name: &str, out: &mut Vec<u64>, required: bool) -> 
             _ => None,
         };
         let Some((first, count)) = pair else {
-            return Err(fields.bad(
-                name,
-                format!("run {position} is not a pair of whole numbers"),
-                remedy,
-            ));
+            return Err(fields.bad(name, format!("run {position} is not a pair of whole numbers"), remedy));
         };
         if count == 0 {
             return Err(fields.bad(name, format!("run {position} is empty"), remedy));
         }
-        if first
-            .checked_add(count - 1)
-            .is_none_or(|last| last > u64::from(u32::MAX))
-        {
+        if first.checked_add(count - 1).is_none_or(|last| last > u64::from(u32::MAX)) {
             return Err(fields.bad(
                 name,
                 format!("run {position} holds block ids beyond 32 bits ({first} + {count})"),

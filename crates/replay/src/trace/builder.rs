@@ -102,9 +102,7 @@ impl TraceBuilder {
 
     /// Can these names still be numbered?
     pub(crate) fn has_room_for(&self, agent: &str, tool: Option<&str>) -> bool {
-        let room = |table: &FxHashMap<String, u16>, name: &str| {
-            table.len() < MAX_NAMES || table.contains_key(name)
-        };
+        let room = |table: &FxHashMap<String, u16>, name: &str| table.len() < MAX_NAMES || table.contains_key(name);
         room(&self.agents, agent) && tool.is_none_or(|tool| room(&self.tools, tool))
     }
 
@@ -120,10 +118,7 @@ impl TraceBuilder {
         }
         let id = self.trace.sessions.len() as u32;
         self.sessions.insert(name.into(), id);
-        self.trace.sessions.push(Session {
-            name: name.into(),
-            calls: Vec::new(),
-        });
+        self.trace.sessions.push(Session { name: name.into(), calls: Vec::new() });
         id
     }
 
@@ -149,11 +144,7 @@ impl TraceBuilder {
         keys.clear();
         keys.extend_from_slice(prompt);
         keys.extend_from_slice(output);
-        let alias = shared.filter(|s| {
-            !self
-                .shared_seen
-                .contains(&(call.session, s.name.to_owned()))
-        });
+        let alias = shared.filter(|s| !self.shared_seen.contains(&(call.session, s.name.to_owned())));
         let known = self.check(&keys, alias);
         if let Ok(known) = known {
             self.commit(&keys, known);
@@ -175,28 +166,15 @@ impl TraceBuilder {
     }
 
     /// Resolves the leading known blocks of a chain into `self.resolved`; the rest must be new.
-    fn check(
-        &mut self,
-        keys: &[u64],
-        shared: Option<SharedPrefix<'_>>,
-    ) -> Result<usize, BlockFault> {
-        let alias: &[u32] = shared
-            .and_then(|s| {
-                self.shared
-                    .get(s.name)
-                    .map(|ids| &ids[..ids.len().min(s.blocks)])
-            })
-            .unwrap_or_default();
+    fn check(&mut self, keys: &[u64], shared: Option<SharedPrefix<'_>>) -> Result<usize, BlockFault> {
+        let alias: &[u32] =
+            shared.and_then(|s| self.shared.get(s.name).map(|ids| &ids[..ids.len().min(s.blocks)])).unwrap_or_default();
         self.resolved.clear();
         let mut previous = NO_BLOCK;
         let mut known = keys.len();
         for (position, &key) in keys.iter().enumerate() {
             let next = previous.wrapping_add(1) as usize;
-            let id = if self.origin.get(next) == Some(&key) {
-                Some(next as u32)
-            } else {
-                self.ids.get(&key).copied()
-            };
+            let id = if self.origin.get(next) == Some(&key) { Some(next as u32) } else { self.ids.get(&key).copied() };
             let on_alias = position == 0 || alias.get(position - 1) == Some(&previous);
             match id.or_else(|| alias.get(position).copied().filter(|_| on_alias)) {
                 Some(id) if self.trace.parents[id as usize] == previous => {
@@ -259,9 +237,7 @@ impl TraceBuilder {
             session.calls.clear();
         }
         for (index, call) in self.trace.calls.iter().enumerate() {
-            self.trace.sessions[call.session as usize]
-                .calls
-                .push(index as u32);
+            self.trace.sessions[call.session as usize].calls.push(index as u32);
         }
         self.trace.n_blocks = self.trace.parents.len() as u32;
         self.trace
@@ -293,8 +269,5 @@ fn push_runs(runs: &mut Vec<Run>, ids: &[u32]) -> Span {
             _ => runs.push(Run { first: id, len: 1 }),
         }
     }
-    Span {
-        start: start as u32,
-        len: (runs.len() - start) as u32,
-    }
+    Span { start: start as u32, len: (runs.len() - start) as u32 }
 }

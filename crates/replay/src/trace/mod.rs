@@ -134,9 +134,7 @@ impl Trace {
 
     /// The block ids of a span, root first.
     pub fn blocks(&self, span: Span) -> impl Iterator<Item = u32> + '_ {
-        self.runs_of(span)
-            .iter()
-            .flat_map(|r| r.first..r.first + r.len)
+        self.runs_of(span).iter().flat_map(|r| r.first..r.first + r.len)
     }
 
     /// Appends the block ids of a span to `out`.

@@ -9,9 +9,7 @@ use std::path::Path;
 
 use rustc_hash::FxHashMap;
 
-use super::read::{
-    At, Fields, LineParser, ReadOptions, MAX_ARRIVAL_S, MAX_CALL_BLOCKS, MAX_DURATION_S,
-};
+use super::read::{At, Fields, LineParser, ReadOptions, MAX_ARRIVAL_S, MAX_CALL_BLOCKS, MAX_DURATION_S};
 use super::{Call, Clock, Session, Trace, TraceBuilder};
 use crate::error::{Error, Result};
 
@@ -48,23 +46,12 @@ pub(super) struct Parser {
 
 impl Parser {
     pub(super) fn new(agentic: bool, options: &ReadOptions, at: &At) -> Self {
-        let name = at
-            .path
-            .file_name()
-            .map(|n| n.to_string_lossy().into_owned())
-            .unwrap_or_default();
-        let stem = name
-            .trim_end_matches(".gz")
-            .trim_end_matches(".jsonl")
-            .trim_end_matches(".json");
+        let name = at.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        let stem = name.trim_end_matches(".gz").trim_end_matches(".jsonl").trim_end_matches(".json");
         Self {
             agentic,
             skip_bad: options.skip_bad,
-            workload: if stem.is_empty() {
-                "mooncake".into()
-            } else {
-                stem.into()
-            },
+            workload: if stem.is_empty() { "mooncake".into() } else { stem.into() },
             block_size: options.block_size.filter(|&size| size > 0),
             builder: None,
             by_last_block: FxHashMap::default(),
@@ -119,23 +106,12 @@ impl LineParser for Parser {
             });
         };
         if parser.agentic {
-            form_sessions(
-                builder.trace_mut(),
-                parser.group,
-                &parser.trajectory,
-                &parser.waited_for,
-            );
+            form_sessions(builder.trace_mut(), parser.group, &parser.trajectory, &parser.waited_for);
         }
         let mut trace = builder.finish();
-        trace.clock = if parser.has_time {
-            Clock::Global
-        } else {
-            Clock::None
-        };
+        trace.clock = if parser.has_time { Clock::Global } else { Clock::None };
         if parser.agentic {
-            trace
-                .agents
-                .truncate(1 + usize::from(trace.calls.iter().any(|c| c.agent == 1)));
+            trace.agents.truncate(1 + usize::from(trace.calls.iter().any(|c| c.agent == 1)));
         }
         Ok(trace)
     }
@@ -146,11 +122,7 @@ impl Parser {
     fn hash_ids(&mut self, fields: &Fields<'_>, input: u32) -> Result<()> {
         let remedy = "list the hash of every block of the prompt, the partial last one included";
         let Some(list) = fields.opt_array("hash_ids")? else {
-            return Err(fields.bad(
-                "hash_ids",
-                "missing; expected an array of block hashes",
-                remedy,
-            ));
+            return Err(fields.bad("hash_ids", "missing; expected an array of block hashes", remedy));
         };
         if list.len() as u64 > MAX_CALL_BLOCKS {
             return Err(fields.bad(
@@ -167,11 +139,7 @@ impl Parser {
             if fits(MOONCAKE_BLOCK) {
                 return MOONCAKE_BLOCK;
             }
-            (3..=12)
-                .rev()
-                .map(|power| 1 << power)
-                .find(|&size| fits(size))
-                .unwrap_or(MOONCAKE_BLOCK)
+            (3..=12).rev().map(|power| 1 << power).find(|&size| fits(size)).unwrap_or(MOONCAKE_BLOCK)
         });
         if !fits(size) {
             return Err(fields.bad(
@@ -201,25 +169,16 @@ impl Parser {
 
     fn builder(&mut self) -> &mut TraceBuilder {
         let size = self.block_size.unwrap_or(MOONCAKE_BLOCK);
-        self.builder
-            .get_or_insert_with(|| TraceBuilder::new(&self.workload, size, Clock::Global))
+        self.builder.get_or_insert_with(|| TraceBuilder::new(&self.workload, size, Clock::Global))
     }
 
-    fn mooncake_row(
-        &mut self,
-        fields: &Fields<'_>,
-        mut call: Call,
-        delay_s: Option<f64>,
-    ) -> Result<()> {
+    fn mooncake_row(&mut self, fields: &Fields<'_>, mut call: Call, delay_s: Option<f64>) -> Result<()> {
         let session_name = if let Some(name) = fields.opt_str("session_id")? {
             name.to_owned()
         } else {
             let mut own = self.keys.iter().skip(MIN_SHARED_BLOCKS - 1).rev();
             let extended = own.find_map(|key| self.by_last_block.get(key));
-            let sessions = self
-                .builder
-                .as_ref()
-                .map_or(&[][..], |b| &b.trace().sessions);
+            let sessions = self.builder.as_ref().map_or(&[][..], |b| &b.trace().sessions);
             match extended {
                 Some(&session) => sessions[session as usize].name.clone(),
                 None => format!("s{}", sessions.len()),
@@ -235,9 +194,7 @@ impl Parser {
         let keys = std::mem::take(&mut self.keys);
         let builder = self.builder();
         call.agent = builder.agent("chat").unwrap_or_default();
-        call.session = builder
-            .known_session(&session_name)
-            .unwrap_or(builder.trace().sessions.len() as u32);
+        call.session = builder.known_session(&session_name).unwrap_or(builder.trace().sessions.len() as u32);
         if let Some((index, _)) = before {
             let index = index as usize;
             call.step = builder.trace().calls[index].step + 1;
@@ -253,25 +210,16 @@ impl Parser {
             builder.trace_mut().calls[previous as usize].tool_latency_s = Some(delay_s);
         }
         self.has_time |= arrival_s.is_some();
-        self.latest.insert(
-            session_name,
-            (index, arrival_s.or(before.map(|b| b.1)).unwrap_or(0.0)),
-        );
+        self.latest.insert(session_name, (index, arrival_s.or(before.map(|b| b.1)).unwrap_or(0.0)));
         // The last hash may be of a partial block, so it is not what a longer prompt repeats.
         let stem = &self.keys[..self.keys.len().min(self.hashes.saturating_sub(1))];
         if stem.len() >= MIN_SHARED_BLOCKS {
-            self.by_last_block
-                .extend(stem.last().map(|&key| (key, session)));
+            self.by_last_block.extend(stem.last().map(|&key| (key, session)));
         }
         Ok(())
     }
 
-    fn agentic_row(
-        &mut self,
-        fields: &Fields<'_>,
-        mut call: Call,
-        delay_s: Option<f64>,
-    ) -> Result<()> {
+    fn agentic_row(&mut self, fields: &Fields<'_>, mut call: Call, delay_s: Option<f64>) -> Result<()> {
         let request = fields.str("request_id")?;
         if self.rows.contains_key(request) {
             return Err(fields.bad(
@@ -281,17 +229,9 @@ impl Parser {
             ));
         }
         let trajectory = fields.opt_str("session_id")?.unwrap_or(request).to_owned();
-        let tool_wait_s = fields
-            .opt_time("tool_wait_ms", MAX_DURATION_S * 1e3)?
-            .map(|ms| ms / 1e3);
-        let tool = match fields
-            .opt_array("tool_events")?
-            .and_then(|events| events.last())
-        {
-            Some(event) => event
-                .get("tool_class")
-                .and_then(serde_json::Value::as_str)
-                .map(str::to_owned),
+        let tool_wait_s = fields.opt_time("tool_wait_ms", MAX_DURATION_S * 1e3)?.map(|ms| ms / 1e3);
+        let tool = match fields.opt_array("tool_events")?.and_then(|events| events.last()) {
+            Some(event) => event.get("tool_class").and_then(serde_json::Value::as_str).map(str::to_owned),
             None => None,
         };
         let mut waits = Vec::new();
@@ -354,21 +294,14 @@ impl Parser {
                 None => drop(self.branches.insert(name, index)),
             }
         }
-        let waited_for = waits
-            .iter()
-            .copied()
-            .max()
-            .or(before.map(|(previous, _)| previous));
+        let waited_for = waits.iter().copied().max().or(before.map(|(previous, _)| previous));
         let gap_s = match (delay_s, tool_wait_s) {
             (None, None) => None,
             (delay, wait) => Some((delay.unwrap_or(0.0) + wait.unwrap_or(0.0)).min(MAX_DURATION_S)),
         };
         if let Some(previous) = waited_for {
             let builder = self.builder();
-            if builder.trace().calls[previous as usize]
-                .tool_latency_s
-                .is_none()
-            {
+            if builder.trace().calls[previous as usize].tool_latency_s.is_none() {
                 let tool = tool.and_then(|name| builder.tool(&name));
                 let previous = &mut builder.trace_mut().calls[previous as usize];
                 previous.tool_latency_s = gap_s;
@@ -378,10 +311,7 @@ impl Parser {
         self.waited_for.push(waited_for);
         self.latest_s = arrival_s.unwrap_or(self.latest_s);
         self.has_time |= arrival_s.is_some();
-        self.latest.insert(
-            trajectory.clone(),
-            (index, arrival_s.or(before.map(|b| b.1)).unwrap_or(0.0)),
-        );
+        self.latest.insert(trajectory.clone(), (index, arrival_s.or(before.map(|b| b.1)).unwrap_or(0.0)));
         self.trajectory.push(trajectory);
         self.rows.insert(request.to_owned(), index);
         Ok(())
@@ -390,17 +320,11 @@ impl Parser {
 
 fn either_time(fields: &Fields<'_>, name: &str, alias: &str, max_s: f64) -> Result<Option<f64>> {
     let max_ms = max_s * 1e3;
-    Ok(fields
-        .opt_time(name, max_ms)?
-        .or(fields.opt_time(alias, max_ms)?))
+    Ok(fields.opt_time(name, max_ms)?.or(fields.opt_time(alias, max_ms)?))
 }
 
 fn too_early(fields: &Fields<'_>, now_s: f64, then_s: f64, before: &str) -> Error {
-    let problem = format!(
-        "{} ms is earlier than {} ms, {before}",
-        now_s * 1e3,
-        then_s * 1e3
-    );
+    let problem = format!("{} ms is earlier than {} ms, {before}", now_s * 1e3, then_s * 1e3);
     fields.bad("timestamp", problem, "sort the file by timestamp")
 }
 
@@ -420,12 +344,7 @@ fn join(group: &mut [u32], a: u32, b: u32) {
 }
 
 /// Turns connected trajectories into sessions; the first trajectory of a session is its `main` agent, others `sub`.
-fn form_sessions(
-    trace: &mut Trace,
-    mut group: Vec<u32>,
-    trajectory: &[String],
-    waited_for: &[Option<u32>],
-) {
+fn form_sessions(trace: &mut Trace, mut group: Vec<u32>, trajectory: &[String], waited_for: &[Option<u32>]) {
     let mut session_of_root: FxHashMap<u32, u32> = FxHashMap::default();
     let mut length: Vec<u32> = Vec::new();
     trace.sessions.clear();
@@ -434,10 +353,7 @@ fn form_sessions(
         let first = root(&mut group, index);
         let sessions = &mut trace.sessions;
         let session = *session_of_root.entry(first).or_insert_with(|| {
-            sessions.push(Session {
-                name: trajectory[first as usize].clone(),
-                calls: Vec::new(),
-            });
+            sessions.push(Session { name: trajectory[first as usize].clone(), calls: Vec::new() });
             length.push(0);
             sessions.len() as u32 - 1
         });

@@ -130,27 +130,13 @@ pub fn profile(trace: &Trace, sessions: usize) -> Profile {
     let agents_seen: usize = trace
         .sessions
         .iter()
-        .map(|s| {
-            s.calls
-                .iter()
-                .map(|&c| trace.calls[c as usize].agent)
-                .collect::<FxHashSet<_>>()
-                .len()
-        })
+        .map(|s| s.calls.iter().map(|&c| trace.calls[c as usize].agent).collect::<FxHashSet<_>>().len())
         .sum();
     let n_sessions = trace.sessions.len().max(1) as f64;
     let blocks = session_blocks(trace);
     let mean_blocks = blocks.iter().sum::<u64>() as f64 / n_sessions;
-    let mut prompts: Vec<u64> = trace
-        .calls
-        .iter()
-        .map(|c| u64::from(c.prompt_tokens))
-        .collect();
-    let mut outputs: Vec<u64> = trace
-        .calls
-        .iter()
-        .map(|c| u64::from(c.output_tokens))
-        .collect();
+    let mut prompts: Vec<u64> = trace.calls.iter().map(|c| u64::from(c.prompt_tokens)).collect();
+    let mut outputs: Vec<u64> = trace.calls.iter().map(|c| u64::from(c.output_tokens)).collect();
     let prompt_tokens_total = prompts.iter().sum();
     Profile {
         workload: trace.workload.clone(),
@@ -164,8 +150,7 @@ pub fn profile(trace: &Trace, sessions: usize) -> Profile {
         prompt_tokens: quantiles(&mut prompts),
         prompt_tokens_total,
         output_tokens: quantiles(&mut outputs),
-        tool_calls: trace.calls.iter().filter(|c| c.tool.is_some()).count() as f64
-            / trace.calls.len().max(1) as f64,
+        tool_calls: trace.calls.iter().filter(|c| c.tool.is_some()).count() as f64 / trace.calls.len().max(1) as f64,
         distinct_blocks: u64::from(trace.n_blocks),
         session_blocks: mean_blocks,
         session_blocks_max: blocks.iter().copied().max().unwrap_or(0),
@@ -181,12 +166,7 @@ pub fn profile(trace: &Trace, sessions: usize) -> Profile {
 fn quantiles(values: &mut [u64]) -> Quantiles {
     values.sort_unstable();
     let at = |p: usize| values.get(values.len() * p / 100).copied().unwrap_or(0);
-    Quantiles {
-        p10: at(10),
-        p50: at(50),
-        p90: at(90),
-        max: values.last().copied().unwrap_or(0),
-    }
+    Quantiles { p10: at(10), p50: at(50), p90: at(90), max: values.last().copied().unwrap_or(0) }
 }
 
 /// Distinct blocks of each session.
@@ -229,14 +209,8 @@ impl Counts {
         let rank = self.seen.len();
         let entry = self.seen.entry(agent).or_insert((0, rank));
         entry.0 += 1;
-        let new = Leader {
-            agent,
-            count: entry.0,
-            rank: entry.1,
-        };
-        let leads = |old: Option<Leader>| {
-            old.is_none_or(|old| (new.count, old.rank) > (old.count, new.rank))
-        };
+        let new = Leader { agent, count: entry.0, rank: entry.1 };
+        let leads = |old: Option<Leader>| old.is_none_or(|old| (new.count, old.rank) > (old.count, new.rank));
         if leads(self.best) {
             self.best = Some(new);
         }
@@ -275,8 +249,7 @@ fn predictability(trace: &Trace) -> Predictability {
     let mut order_2: FxHashMap<(u16, u16), Counts> = FxHashMap::default();
     let mut agents = vec![0u64; trace.agents.len()];
     let (mut transitions, mut switches) = (0u64, 0u64);
-    let (mut right_0, mut right_stay, mut right_1, mut right_2, mut right_switch) =
-        (0u64, 0u64, 0u64, 0u64, 0u64);
+    let (mut right_0, mut right_stay, mut right_1, mut right_2, mut right_switch) = (0u64, 0u64, 0u64, 0u64, 0u64);
     for session in &trace.sessions {
         // What came before a session's first call is a context of its own.
         let mut before = u16::MAX;
@@ -297,8 +270,7 @@ fn predictability(trace: &Trace) -> Predictability {
                 right_2 += u64::from(guess_2 == next);
                 if next != agent {
                     switches += 1;
-                    right_switch +=
-                        u64::from(row.best_other.map(|leader| leader.agent) == Some(next));
+                    right_switch += u64::from(row.best_other.map(|leader| leader.agent) == Some(next));
                 }
                 unigram.add(next, None);
                 row.add(next, Some(agent));
@@ -310,20 +282,14 @@ fn predictability(trace: &Trace) -> Predictability {
     }
     let share = |right: u64| right as f64 / transitions.max(1) as f64;
     let next_entropy = unigram.entropy_bits();
-    let conditional: f64 = order_1
-        .values()
-        .map(|row| row.entropy_bits() * row.total() as f64 / transitions.max(1) as f64)
-        .sum();
+    let conditional: f64 =
+        order_1.values().map(|row| row.entropy_bits() * row.total() as f64 / transitions.max(1) as f64).sum();
     Predictability {
         transitions,
         entropy_bits: entropy_bits(agents.iter().copied()),
         next_entropy_bits: next_entropy,
         conditional_entropy_bits: conditional,
-        r: if next_entropy > 0.0 {
-            1.0 - conditional / next_entropy
-        } else {
-            0.0
-        },
+        r: if next_entropy > 0.0 { 1.0 - conditional / next_entropy } else { 0.0 },
         most_frequent: share(right_0),
         stay: share(right_stay),
         order_1: share(right_1),
@@ -334,10 +300,7 @@ fn predictability(trace: &Trace) -> Predictability {
 
 fn reuse(trace: &Trace, prompt_tokens: u64) -> Reuse {
     let n = trace.n_blocks as usize;
-    let mut sessions_using = SessionsUsing {
-        last: vec![u32::MAX; n],
-        several: vec![false; n],
-    };
+    let mut sessions_using = SessionsUsing { last: vec![u32::MAX; n], several: vec![false; n] };
     let (mut same, mut other_agent, mut other_sessions, mut own_session) = (0u64, 0u64, 0u64, 0u64);
     // A session's own references, walked session by session; whether other sessions used a block earlier is told by
     // its first reference in file order.
@@ -386,8 +349,7 @@ fn reuse(trace: &Trace, prompt_tokens: u64) -> Reuse {
             anchors += u64::from(sessions_using.several[block as usize]);
         }
     }
-    let share =
-        |blocks: u64| (blocks * u64::from(trace.block_size)) as f64 / prompt_tokens.max(1) as f64;
+    let share = |blocks: u64| (blocks * u64::from(trace.block_size)) as f64 / prompt_tokens.max(1) as f64;
     let anchor_references = anchors as f64 / references.max(1) as f64;
     Reuse {
         total: share(same + other_agent + other_sessions),
@@ -396,13 +358,8 @@ fn reuse(trace: &Trace, prompt_tokens: u64) -> Reuse {
         other_agent: share(other_agent),
         other_sessions: share(other_sessions),
         anchor_references,
-        tail_references: if references == 0 {
-            0.0
-        } else {
-            1.0 - anchor_references
-        },
-        anchor_blocks: sessions_using.several.iter().filter(|&&s| s).count() as f64
-            / n.max(1) as f64,
+        tail_references: if references == 0 { 0.0 } else { 1.0 - anchor_references },
+        anchor_blocks: sessions_using.several.iter().filter(|&&s| s).count() as f64 / n.max(1) as f64,
     }
 }
 
@@ -458,19 +415,12 @@ fn reuse_distance(trace: &Trace) -> Quantiles {
         })
     };
     let max = histogram.iter().rposition(|&count| count > 0).unwrap_or(0) as u64;
-    Quantiles {
-        p10: at(10).unwrap_or(0) as u64,
-        p50: at(50).unwrap_or(0) as u64,
-        p90: at(90).unwrap_or(0) as u64,
-        max,
-    }
+    Quantiles { p10: at(10).unwrap_or(0) as u64, p50: at(50).unwrap_or(0) as u64, p90: at(90).unwrap_or(0) as u64, max }
 }
 
 /// Renumbers the latest references 1, 2, ... in order and returns the last number.
 fn compact(tree: &mut Fenwick, latest: &mut [u32]) -> u32 {
-    let mut order: Vec<u32> = (0..latest.len() as u32)
-        .filter(|&b| latest[b as usize] > 0)
-        .collect();
+    let mut order: Vec<u32> = (0..latest.len() as u32).filter(|&b| latest[b as usize] > 0).collect();
     order.sort_unstable_by_key(|&b| latest[b as usize]);
     tree.clear();
     for (rank, &block) in order.iter().enumerate() {
@@ -487,10 +437,7 @@ struct Fenwick {
 
 impl Fenwick {
     fn new(len: usize) -> Self {
-        Self {
-            sums: vec![0; len + 1],
-            marks: 0,
-        }
+        Self { sums: vec![0; len + 1], marks: 0 }
     }
 
     fn len(&self) -> usize {
@@ -538,13 +485,9 @@ mod tests {
         let mut stack: Vec<u64> = Vec::new();
         let mut state = 7u64;
         for _ in 0..900 {
-            state = state
-                .wrapping_mul(6364136223846793005)
-                .wrapping_add(1442695040888963407);
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             let (branch, depth) = ((state >> 33) % 5, 1 + (state >> 40) % 6);
-            let keys: Vec<u64> = (0..depth)
-                .map(|d| if d < 2 { d } else { branch * 10 + d })
-                .collect();
+            let keys: Vec<u64> = (0..depth).map(|d| if d < 2 { d } else { branch * 10 + d }).collect();
             for &key in keys.iter().rev() {
                 if let Some(position) = stack.iter().position(|&k| k == key) {
                     naive.push(position as u64);
@@ -552,16 +495,7 @@ mod tests {
                 }
                 stack.insert(0, key);
             }
-            builder
-                .push(
-                    Call {
-                        prompt_tokens: 1000,
-                        ..Call::default()
-                    },
-                    &keys,
-                    &[],
-                )
-                .unwrap();
+            builder.push(Call { prompt_tokens: 1000, ..Call::default() }, &keys, &[]).unwrap();
         }
         assert_eq!(reuse_distance(&builder.finish()), quantiles(&mut naive));
     }

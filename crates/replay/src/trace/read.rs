@@ -66,19 +66,13 @@ impl Default for ReadOptions {
 /// Reads the trace at `path`.
 pub fn read(path: impl AsRef<Path>, options: &ReadOptions) -> Result<Trace> {
     let path = path.as_ref();
-    let file = File::open(path).map_err(|source| Error::Io {
-        path: path.into(),
-        source,
-    })?;
+    let file = File::open(path).map_err(|source| Error::Io { path: path.into(), source })?;
     read_from(BufReader::with_capacity(1 << 16, file), path, options)
 }
 
 /// Reads a trace from `input`, plain or gzip; `path` appears in errors.
 pub fn read_from(mut input: impl BufRead, path: &Path, options: &ReadOptions) -> Result<Trace> {
-    let head = input.fill_buf().map_err(|source| Error::Io {
-        path: path.into(),
-        source,
-    })?;
+    let head = input.fill_buf().map_err(|source| Error::Io { path: path.into(), source })?;
     // One byte of the magic number is enough to tell: JSON never starts with 0x1f.
     if head.first() == Some(&0x1f) {
         let input = BufReader::with_capacity(1 << 16, MultiGzDecoder::new(input));
@@ -98,10 +92,7 @@ fn read_lines(mut input: impl BufRead, path: &Path, options: &ReadOptions) -> Re
     let mut parser: Option<Box<dyn LineParser>> = None;
     let mut skipped = 0u64;
     let mut buffer = Vec::new();
-    let mut at = At {
-        path: path.into(),
-        line: 0,
-    };
+    let mut at = At { path: path.into(), line: 0 };
     loop {
         at.line += 1;
         let outcome = match next_line(&mut input, &mut buffer, options.max_line_bytes) {
@@ -114,25 +105,15 @@ fn read_lines(mut input: impl BufRead, path: &Path, options: &ReadOptions) -> Re
                 "write one LLM call per line, with blocks as [first, count] runs",
             )),
             Err(source) if is_gzip_fault(&source) => {
-                let remedy =
-                    "copy or compress the file again, or use --skip-bad to keep the lines before";
-                let fault = at.bad(
-                    "line",
-                    format!("the gzip data is truncated or damaged here ({source})"),
-                    remedy,
-                );
+                let remedy = "copy or compress the file again, or use --skip-bad to keep the lines before";
+                let fault = at.bad("line", format!("the gzip data is truncated or damaged here ({source})"), remedy);
                 if !options.skip_bad {
                     return Err(fault);
                 }
                 skipped += 1;
                 break;
             }
-            Err(source) => {
-                return Err(Error::Io {
-                    path: path.into(),
-                    source,
-                })
-            }
+            Err(source) => return Err(Error::Io { path: path.into(), source }),
         };
         match outcome {
             Err(Error::BadLine { .. }) if options.skip_bad => skipped += 1,
@@ -141,21 +122,11 @@ fn read_lines(mut input: impl BufRead, path: &Path, options: &ReadOptions) -> Re
     }
     let Some(parser) = parser else {
         let (problem, remedy) = if skipped == 0 {
-            (
-                "the file is empty",
-                "record at least one LLM call per session",
-            )
+            ("the file is empty", "record at least one LLM call per session")
         } else {
-            (
-                "no line could be read",
-                "read it without --skip-bad to see the first problem",
-            )
+            ("no line could be read", "read it without --skip-bad to see the first problem")
         };
-        return Err(Error::BadTrace {
-            path: path.into(),
-            problem: problem.into(),
-            remedy: remedy.into(),
-        });
+        return Err(Error::BadTrace { path: path.into(), problem: problem.into(), remedy: remedy.into() });
     };
     let mut trace = parser.finish(path)?;
     trace.skipped_lines = skipped;
@@ -169,19 +140,9 @@ fn read_lines(mut input: impl BufRead, path: &Path, options: &ReadOptions) -> Re
     Ok(trace)
 }
 
-fn parse_line(
-    text: &[u8],
-    at: &At,
-    parser: &mut Option<Box<dyn LineParser>>,
-    options: &ReadOptions,
-) -> Result<()> {
-    let value: Value = serde_json::from_slice(text).map_err(|e| {
-        at.bad(
-            "line",
-            format!("not JSON ({e})"),
-            "write one JSON object per line",
-        )
-    })?;
+fn parse_line(text: &[u8], at: &At, parser: &mut Option<Box<dyn LineParser>>, options: &ReadOptions) -> Result<()> {
+    let value: Value = serde_json::from_slice(text)
+        .map_err(|e| at.bad("line", format!("not JSON ({e})"), "write one JSON object per line"))?;
     let Value::Object(map) = value else {
         return Err(at.bad(
             "line",
@@ -201,9 +162,7 @@ fn parse_line(
             Format::Agentrt | Format::Auto => Box::new(agentrt::Parser::new(options)),
         });
     }
-    parser
-        .as_mut()
-        .map_or(Ok(()), |parser| parser.line(&fields))
+    parser.as_mut().map_or(Ok(()), |parser| parser.line(&fields))
 }
 
 enum Line {
@@ -215,10 +174,7 @@ enum Line {
 /// Reads one line without its line feed; of a longer one keeps nothing.
 fn next_line(input: &mut impl BufRead, buffer: &mut Vec<u8>, max: usize) -> io::Result<Line> {
     buffer.clear();
-    let read = input
-        .by_ref()
-        .take(max as u64 + 1)
-        .read_until(b'\n', buffer)?;
+    let read = input.by_ref().take(max as u64 + 1).read_until(b'\n', buffer)?;
     if read == 0 {
         return Ok(Line::End);
     }
@@ -233,10 +189,7 @@ fn next_line(input: &mut impl BufRead, buffer: &mut Vec<u8>, max: usize) -> io::
 }
 
 fn is_gzip_fault(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput
-    )
+    matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput)
 }
 
 /// A place in a file.
@@ -246,12 +199,7 @@ pub(super) struct At {
 }
 
 impl At {
-    pub(super) fn bad(
-        &self,
-        field: &str,
-        problem: impl Into<String>,
-        remedy: impl Into<String>,
-    ) -> Error {
+    pub(super) fn bad(&self, field: &str, problem: impl Into<String>, remedy: impl Into<String>) -> Error {
         Error::BadLine {
             path: self.path.clone(),
             line: self.line,
@@ -300,7 +248,8 @@ impl Fields<'_> {
             Err(Error::BadTrace {
                 path: self.at.path.clone(),
                 problem: "it starts with a schema header, which no supported format has".into(),
-                remedy: "of Dynamo's agentic traces, export the form without a header (dynamo-data-gen 1.3 to 1.5)".into(),
+                remedy: "of Dynamo's agentic traces, export the form without a header (dynamo-data-gen 1.3 to 1.5)"
+                    .into(),
             })
         } else {
             Err(self.at.bad(
@@ -311,12 +260,7 @@ impl Fields<'_> {
         }
     }
 
-    pub(super) fn bad(
-        &self,
-        field: &str,
-        problem: impl Into<String>,
-        remedy: impl Into<String>,
-    ) -> Error {
+    pub(super) fn bad(&self, field: &str, problem: impl Into<String>, remedy: impl Into<String>) -> Error {
         self.at.bad(field, problem, remedy)
     }
 
@@ -327,11 +271,7 @@ impl Fields<'_> {
 
     fn wrong(&self, name: &str, expected: &str) -> Error {
         match self.get(name) {
-            Some(value) => self.bad(
-                name,
-                format!("expected {expected}, found {}", kind(value)),
-                FIELD_REMEDY,
-            ),
+            Some(value) => self.bad(name, format!("expected {expected}, found {}", kind(value)), FIELD_REMEDY),
             None => self.bad(name, format!("missing; expected {expected}"), FIELD_REMEDY),
         }
     }
@@ -339,10 +279,7 @@ impl Fields<'_> {
     pub(super) fn opt_str(&self, name: &str) -> Result<Option<&str>> {
         match self.get(name) {
             None => Ok(None),
-            Some(value) => value
-                .as_str()
-                .map(Some)
-                .ok_or_else(|| self.wrong(name, "text")),
+            Some(value) => value.as_str().map(Some).ok_or_else(|| self.wrong(name, "text")),
         }
     }
 
@@ -362,8 +299,7 @@ impl Fields<'_> {
     }
 
     pub(super) fn u32(&self, name: &str) -> Result<u32> {
-        self.opt_u32(name)?
-            .ok_or_else(|| self.wrong(name, "a whole number from 0 to 4294967295"))
+        self.opt_u32(name)?.ok_or_else(|| self.wrong(name, "a whole number from 0 to 4294967295"))
     }
 
     /// A time in the field's own unit, at most `max`: so bounded, sums of times stay meaningful.
@@ -381,10 +317,7 @@ impl Fields<'_> {
     pub(super) fn opt_array(&self, name: &str) -> Result<Option<&Vec<Value>>> {
         match self.get(name) {
             None => Ok(None),
-            Some(value) => value
-                .as_array()
-                .map(Some)
-                .ok_or_else(|| self.wrong(name, "an array")),
+            Some(value) => value.as_array().map(Some).ok_or_else(|| self.wrong(name, "an array")),
         }
     }
 

@@ -40,10 +40,7 @@ struct Row<'a> {
 /// what `path` held before stays.
 pub fn write(trace: &Trace, path: impl AsRef<Path>) -> Result<()> {
     let path = path.as_ref();
-    let fail = |source: io::Error| Error::Io {
-        path: path.into(),
-        source,
-    };
+    let fail = |source: io::Error| Error::Io { path: path.into(), source };
     let temporary = temporary_beside(path);
     let result = write_file(trace, path, &temporary).and_then(|()| fs::rename(&temporary, path));
     if result.is_err() {
@@ -61,10 +58,7 @@ fn temporary_beside(path: &Path) -> PathBuf {
 
 fn write_file(trace: &Trace, path: &Path, temporary: &Path) -> io::Result<()> {
     let file = BufWriter::new(File::create(temporary)?);
-    let file = if path
-        .extension()
-        .is_some_and(|e| e.eq_ignore_ascii_case("gz"))
-    {
+    let file = if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gz")) {
         // A header without name and time: equal traces give equal files.
         let mut encoder = GzEncoder::new(file, Compression::default());
         write_to(trace, &mut encoder)?;
@@ -74,20 +68,12 @@ fn write_file(trace: &Trace, path: &Path, temporary: &Path) -> io::Result<()> {
         write_to(trace, &mut file)?;
         file
     };
-    file.into_inner()
-        .map_err(io::IntoInnerError::into_error)?
-        .sync_all()
+    file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()
 }
 
 /// Writes the lines of `trace` to `out`.
 pub fn write_to(trace: &Trace, out: &mut impl Write) -> io::Result<()> {
-    let runs = |span: Span| {
-        trace
-            .runs_of(span)
-            .iter()
-            .map(|r| (r.first, r.len))
-            .collect()
-    };
+    let runs = |span: Span| trace.runs_of(span).iter().map(|r| (r.first, r.len)).collect();
     for call in &trace.calls {
         let row = Row {
             schema_version: SCHEMA_VERSION,

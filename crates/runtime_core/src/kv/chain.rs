@@ -44,8 +44,7 @@ impl<'a> Chain<'a> {
         let mut counts = [0u16; RANKS + 1];
         workload.ranks.snapshot(&mut counts);
         let total: f32 = counts.iter().map(|&c| f32::from(c)).sum::<f32>() + 4.0;
-        let rank_share =
-            std::array::from_fn(|rank| (f32::from(counts[rank]) + 1.0 / (1.0 + rank as f32)) / total);
+        let rank_share = std::array::from_fn(|rank| (f32::from(counts[rank]) + 1.0 / (1.0 + rank as f32)) / total);
         debug_assert_eq!(NEW, RANKS);
         Self {
             workload,

@@ -249,7 +249,14 @@ mod tests {
         hazards[bucket] = 0.98;
         hazards[bucket + 1] = 0.98;
         let times = |age_s: f32| {
-            call_times(&Silence { hazards: &hazards, age_s, wait_s: 0.0, continues: 0.9, continues_later: 0.9, service_s: 0.5 })
+            call_times(&Silence {
+                hazards: &hazards,
+                age_s,
+                wait_s: 0.0,
+                continues: 0.9,
+                continues_later: 0.9,
+                service_s: 0.5,
+            })
         };
         assert!((times(0.0)[0][GRID - 1] - 0.9).abs() < 0.01);
         assert!(times(60.0)[0][GRID - 1] < 0.05);

@@ -32,8 +32,8 @@ use density::{CallTimes, Foreign, Silence, GRID};
 use index::{Index, Segment, NONE, NOT_QUEUED};
 use workload::{standing, Sessions, Standing};
 
-pub use workload::{Workload, STATE_BUDGET_BYTES};
 pub(crate) use workload::Workloads;
+pub use workload::{Workload, STATE_BUDGET_BYTES};
 
 /// Sessions visited per eviction in search of stale scores.
 const VISITS: usize = 64;
@@ -212,11 +212,8 @@ pub(crate) struct KvCache {
 impl KvCache {
     pub(crate) fn new(pool_blocks: usize, sessions: usize, config: Config) -> Self {
         let oracle = config.oracle.any();
-        let index = if oracle {
-            Index::with_segments(pool_blocks, pool_blocks.max(1024))
-        } else {
-            Index::new(pool_blocks)
-        };
+        let index =
+            if oracle { Index::with_segments(pool_blocks, pool_blocks.max(1024)) } else { Index::new(pool_blocks) };
         let n_lanes = sessions * 3;
         let lane = |i: usize| Lane {
             session: NONE,
@@ -225,7 +222,8 @@ impl KvCache {
             head: NONE,
             next: if i + 1 == n_lanes { NONE } else { i as u32 + 1 },
         };
-        let vacant = Tenant { next_refresh_us: u64::MAX, lanes: NONE, generation: 0, workload: 0, dirty: false, active: false };
+        let vacant =
+            Tenant { next_refresh_us: u64::MAX, lanes: NONE, generation: 0, workload: 0, dirty: false, active: false };
         Self {
             config,
             lanes: (0..n_lanes).map(lane).collect(),
@@ -258,10 +256,7 @@ impl KvCache {
 
     /// Bytes of the index; of everything kept per session.
     pub(crate) fn bytes(&self) -> (usize, usize) {
-        (
-            self.index.bytes(),
-            self.tenants.len() * (size_of::<Tenant>() + 4) + self.lanes.len() * size_of::<Lane>(),
-        )
+        (self.index.bytes(), self.tenants.len() * (size_of::<Tenant>() + 4) + self.lanes.len() * size_of::<Lane>())
     }
 
     fn clock(&mut self, now_us: u64) -> u64 {
@@ -981,7 +976,8 @@ impl KvCache {
             }
             let x = *self.index.seg(segment);
             let session = self.lanes[x.lane as usize].session;
-            let workload = workloads.get(if session == NONE { 0 } else { self.tenants[session as usize].workload as usize });
+            let workload =
+                workloads.get(if session == NONE { 0 } else { self.tenants[session as usize].workload as usize });
             if let Some(workload) = workload {
                 let age_s = self.now_us.saturating_sub(x.last_use_us) as f32 / 1e6;
                 workload.sharing.learn(sharing::class(x.degree, x.depth), age_s, false);

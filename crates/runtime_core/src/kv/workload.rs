@@ -118,10 +118,7 @@ impl Status {
     }
 
     fn pack(self) -> u64 {
-        u64::from(self.pace)
-            | u64::from(self.tool) << 16
-            | u64::from(self.size) << 24
-            | u64::from(self.doubted) << 32
+        u64::from(self.pace) | u64::from(self.tool) << 16 | u64::from(self.size) << 24 | u64::from(self.doubted) << 32
     }
 
     fn pace_class(self) -> u8 {
@@ -219,8 +216,7 @@ impl Workload {
             if sessions.in_flight(handle) == 0 {
                 if let Some(finish_us) = sessions.load(handle, Word::LastFinish) {
                     let gap_s = now_us.saturating_sub(finish_us) as f32 / 1e6;
-                    let context =
-                        Context { agent: before.last.0, tool: status.tool, pace: status.pace_class() };
+                    let context = Context { agent: before.last.0, tool: status.tool, pace: status.pace_class() };
                     self.gaps.learn(context, gap_s);
                     after = after.with_gap(gap_s);
                 }
@@ -240,13 +236,7 @@ impl Workload {
     }
 
     /// A call of the session has ended; `tool` runs next (0: none), the answer filled `output_blocks`.
-    pub(crate) fn call_finished(
-        sessions: &Sessions,
-        handle: SessionHandle,
-        now_us: u64,
-        tool: u8,
-        output_blocks: u32,
-    ) {
+    pub(crate) fn call_finished(sessions: &Sessions, handle: SessionHandle, now_us: u64, tool: u8, output_blocks: u32) {
         sessions.end(handle);
         sessions.store(handle, Word::LastFinish, now_us);
         let size = (32 - output_blocks.leading_zeros()) as u8;

@@ -1,0 +1,112 @@
+//! The hot path allocates nothing: a counting allocator around every operation.
+//!
+//! One test, because the count is the process's and tests of a file run on threads of one process.
+
+use runtime_core::histogram::{Counters, Ratio};
+use runtime_core::ids::{AgentId, SessionKey};
+use runtime_core::protocol::{PublishedEntry, Seqlock, SingleWriter};
+use runtime_core::sessions::{SessionTable, Word};
+use runtime_core::successors::{context_of, context_of_two, SuccessorTable, NO_CONTEXT};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::hint::black_box;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+// SAFETY: everything is passed on to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Relaxed);
+        // SAFETY: the caller's promises are the system allocator's conditions.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: as above.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Relaxed);
+        // SAFETY: as above.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Allocations while `work` runs: the least of three runs, as the test harness may allocate too.
+fn allocations(mut work: impl FnMut()) -> u64 {
+    let mut run = || {
+        let before = ALLOCATIONS.load(Relaxed);
+        work();
+        ALLOCATIONS.load(Relaxed) - before
+    };
+    let (first, second, third) = (run(), run(), run());
+    first.min(second).min(third)
+}
+
+#[test]
+fn hot_operations_allocate_nothing() {
+    assert_eq!(allocations(|| drop(black_box(Box::new(1)))), 1, "the count counts");
+
+    let table = SuccessorTable::<8, 8, 64>::default();
+    let mut row = [(0, 0); 8];
+    let successors = allocations(|| {
+        for step in 0..1000_u16 {
+            let (last, next) = (AgentId(step % 50), AgentId(step % 47));
+            table.add(NO_CONTEXT, next.0);
+            table.add(context_of(last), next.0);
+            table.add(context_of_two(next, last), step);
+            black_box(table.row(context_of(last), &mut row));
+            black_box((table.total(NO_CONTEXT), table.count(NO_CONTEXT, 3)));
+        }
+        table.for_each(|key, count| {
+            black_box((key, count));
+        });
+    });
+    assert_eq!(successors, 0);
+
+    let (counters, ratio) = (Counters::<6, 64>::default(), Ratio::<8, 64>::default());
+    let mut counts = [0; 24];
+    let histograms = allocations(|| {
+        for index in 0..1000 {
+            counters.add(index % 24);
+            counters.add_step(3, 16);
+            ratio.vote(index % 8, 5, 2);
+            black_box((counters.get(3), counters.total(), ratio.get(2)));
+        }
+        counters.halve();
+        counters.snapshot(&mut counts);
+    });
+    assert_eq!(histograms, 0);
+
+    let sessions = SessionTable::<8>::new(64).unwrap();
+    let session_steps = allocations(|| {
+        for id in 0..1000 {
+            let (handle, _) = sessions.transition(SessionKey(id % 200), AgentId(1));
+            sessions.begin(handle);
+            sessions.store(handle, Word::LastStart, id);
+            sessions.update(handle, Word::Extra(7), |before| before.unwrap_or(0) + 1);
+            black_box((sessions.load(handle, Word::LastFinish), sessions.position(handle)));
+            sessions.end(handle);
+            black_box(sessions.find(SessionKey(id)));
+        }
+    });
+    assert_eq!(session_steps, 0);
+
+    let (entry, cell, writer) = (PublishedEntry::default(), Seqlock::<4>::default(), SingleWriter::default());
+    let published = allocations(|| {
+        for key in 1..1000 {
+            let guard = writer.try_enter();
+            assert!(guard.is_some() && writer.try_enter().is_none());
+            entry.publish(key, 1);
+            cell.write(&[key; 4]);
+            black_box((entry.get(key), cell.try_read()));
+        }
+    });
+    assert_eq!(published, 0);
+}
