@@ -10,6 +10,7 @@
 //! | [`policies`] | baselines, the optimum, the oracles and the adapter to agentrt's own policy |
 //! | [`sim`] | runs one policy over one schedule and counts hits |
 //! | [`latency`] | turns hits into time to first token and makespan |
+//! | [`sweep`] | runs many replays in parallel and collects the result file |
 
 pub mod error;
 pub mod generate;
@@ -19,6 +20,7 @@ pub mod policy;
 pub mod pool;
 pub mod schedule;
 pub mod sim;
+pub mod sweep;
 pub mod trace;
 
 pub use error::{Error, Result};

@@ -1,0 +1,369 @@
+//! Runs many replays in parallel: traces x concurrency x seeds x capacities x policies.
+//!
+//! A *setting* is one (trace, sessions, seed, capacity); its [`Schedule`] is made once and shared by every policy.
+//! `lru` and `min` always run, asked for or not, because `gap_closed` is measured between them. Results come in the
+//! order of the options, independent of which thread finished first.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use rayon::prelude::*;
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+use crate::latency::LatencyModel;
+use crate::policies;
+use crate::policy::CachePolicy;
+use crate::schedule::{Order, Schedule, ScheduleOptions};
+use crate::sim::{self, Outcome};
+use crate::trace::Trace;
+
+/// Pool size of a setting.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Capacity {
+    /// Fraction of the live working set: sessions x mean distinct blocks of a session.
+    Fraction(f64),
+    /// Number of blocks.
+    Blocks(usize),
+}
+
+impl Capacity {
+    /// Reads `5%` or `1500`.
+    pub fn parse(text: &str) -> Result<Self> {
+        let bad = |problem: &str| Error::BadOption {
+            option: "--capacity".into(),
+            problem: format!("`{text}` {problem}"),
+            remedy: "write a percentage of the live working set such as 5%, or a number of blocks such as 1500".into(),
+        };
+        let trimmed = text.trim();
+        if let Some(percent) = trimmed.strip_suffix('%') {
+            let percent: f64 = percent.trim().parse().map_err(|_| bad("is not a number"))?;
+            return if percent.is_finite() && percent > 0.0 {
+                Ok(Self::Fraction(percent / 100.0))
+            } else {
+                Err(bad("is not a positive percentage"))
+            };
+        }
+        match trimmed.parse::<u32>() {
+            Ok(0) => Err(bad("leaves the pool without a block")),
+            Ok(blocks) => Ok(Self::Blocks(blocks as usize)),
+            Err(_) => Err(bad("is neither a percentage nor a number of blocks")),
+        }
+    }
+
+    /// The pool size for `sessions` concurrent sessions of a trace, at least one block.
+    pub fn blocks(self, mean_session_blocks: f64, sessions: usize) -> usize {
+        match self {
+            Self::Fraction(f) => ((f * sessions as f64 * mean_session_blocks).round() as usize).max(1),
+            Self::Blocks(n) => n,
+        }
+    }
+}
+
+/// Makes a fresh policy of the caller's own for each replay.
+pub type CustomPolicy = Arc<dyn Fn(&Trace) -> Result<Box<dyn CachePolicy>> + Send + Sync>;
+
+/// A policy of the sweep.
+#[derive(Clone)]
+pub enum Contender {
+    /// One of [`policies::NAMES`].
+    Named(String),
+    /// The caller's own, under a name for reports.
+    Custom(String, CustomPolicy),
+}
+
+impl Contender {
+    /// Name in reports.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Named(name) | Self::Custom(name, _) => name,
+        }
+    }
+}
+
+/// What to run.
+#[derive(Clone)]
+pub struct SweepOptions {
+    /// How calls are ordered.
+    pub order: Order,
+    /// Concurrent sessions, one setting each.
+    pub sessions: Vec<usize>,
+    /// Seeds, one setting each.
+    pub seeds: Vec<u64>,
+    /// Pool sizes, one setting each.
+    pub capacities: Vec<Capacity>,
+    /// Policies, in the order of the results.
+    pub policies: Vec<Contender>,
+    /// The latency model.
+    pub model: LatencyModel,
+    /// Worker threads; 0 takes one per core.
+    pub threads: usize,
+}
+
+/// How far a sweep is; shared with the thread that shows it. Setting `cancelled` stops it between two replays.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Work done, in calls replayed.
+    pub done: AtomicU64,
+    /// All the work; 0 until the sweep has started.
+    pub total: AtomicU64,
+    /// Asks the sweep to stop.
+    pub cancelled: AtomicBool,
+}
+
+/// Time to first token over the calls of a replay, milliseconds.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TtftMs {
+    /// Mean.
+    pub mean: f64,
+    /// Median.
+    pub p50: f64,
+    /// 99th percentile.
+    pub p99: f64,
+}
+
+/// One line of the result file. Field names are the file's and stable; null marks what does not apply.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Cell {
+    /// Workload.
+    pub workload: String,
+    /// Policy.
+    pub policy: String,
+    /// Concurrent sessions.
+    pub sessions: usize,
+    /// Pool size as a fraction of the live working set; null where it was given in blocks.
+    pub capacity_fraction: Option<f64>,
+    /// Pool size in blocks.
+    pub capacity_blocks: usize,
+    /// Calls that used the cache; calls larger than the pool are not among them.
+    pub calls: u64,
+    /// Full prompt blocks of these calls.
+    pub prompt_blocks: u64,
+    /// Of these, found in the pool.
+    pub hit_blocks: u64,
+    /// `hit_blocks / prompt_blocks`.
+    pub hit_rate: f64,
+    /// Share of prompt blocks loaded from the host tier; null without one.
+    pub host_hit_rate: Option<f64>,
+    /// Modelled time to first token.
+    pub ttft_ms: TtftMs,
+    /// Modelled seconds from the first arrival to the last finish.
+    pub makespan_s: f64,
+    /// (hit rate - LRU) / (MIN - LRU); null where MIN is not above LRU.
+    pub gap_closed: Option<f64>,
+    /// Blocks evicted.
+    pub evictions: u64,
+    /// Blocks prefetched; null without a host tier.
+    pub prefetched_blocks: Option<u64>,
+    /// Of these, hit before they were evicted; null without a host tier.
+    pub prefetch_used_blocks: Option<u64>,
+}
+
+/// A [`Cell`] with what reports need beside it and the result file does not hold.
+#[derive(Clone, Debug, Serialize)]
+pub struct SweepResult {
+    /// The line of the result file.
+    pub cell: Cell,
+    /// Seed of the setting.
+    pub seed: u64,
+    /// Calls larger than the pool, which ran without the cache.
+    pub bypassed_calls: u64,
+    /// Victims that the replay chose because the policy named too few.
+    pub forced_evictions: u64,
+    /// Hit rate of `lru` in this setting.
+    pub lru_hit_rate: f64,
+    /// Hit rate of `min` in this setting.
+    pub min_hit_rate: f64,
+    /// Wall seconds of the replay, without its latency model.
+    pub replay_s: f64,
+}
+
+struct Setting<'a> {
+    trace: &'a Trace,
+    workload: String,
+    capacity: Capacity,
+    options: ScheduleOptions,
+    schedule: OnceLock<Result<Schedule>>,
+}
+
+/// Runs the sweep. Returns an empty list where it was cancelled.
+pub fn run(traces: &[Arc<Trace>], options: &SweepOptions, progress: &Progress) -> Result<Vec<SweepResult>> {
+    check(traces, options)?;
+    let settings = settings(traces, options);
+    let mut contenders = options.policies.clone();
+    for needed in ["lru", "min"] {
+        if !contenders.iter().any(|c| c.name() == needed) {
+            contenders.push(Contender::Named(needed.into()));
+        }
+    }
+    let total: u64 = settings.iter().map(|s| s.trace.calls.len() as u64).sum();
+    progress.total.store(total * contenders.len() as u64, Ordering::Relaxed);
+
+    let jobs: Vec<(&Setting<'_>, &Contender)> =
+        settings.iter().flat_map(|s| contenders.iter().map(move |c| (s, c))).collect();
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(options.threads).build().map_err(|e| Error::BadOption {
+        option: "threads".into(),
+        problem: e.to_string(),
+        remedy: "ask for fewer threads".into(),
+    })?;
+    // One job at a time per thread: jobs differ a hundredfold in length.
+    let outcomes: Vec<Option<SweepResult>> = pool.install(|| {
+        jobs.par_iter().with_max_len(1).map(|(setting, contender)| replay(setting, contender, progress)).collect::<Result<_>>()
+    })?;
+    if progress.cancelled.load(Ordering::Relaxed) {
+        return Ok(Vec::new());
+    }
+
+    let mut results: Vec<SweepResult> = outcomes.into_iter().flatten().collect();
+    let asked = options.policies.len();
+    for row in results.chunks_mut(contenders.len()) {
+        let hits = |name: &str| {
+            let cell = row.iter().map(|r| &r.cell).find(|c| c.policy == name).expect("always among the contenders");
+            (cell.hit_blocks as f64, cell.hit_rate)
+        };
+        let ((lru, lru_rate), (min, min_rate)) = (hits("lru"), hits("min"));
+        for result in row {
+            result.lru_hit_rate = lru_rate;
+            result.min_hit_rate = min_rate;
+            result.cell.gap_closed = (min > lru).then(|| (result.cell.hit_blocks as f64 - lru) / (min - lru));
+        }
+    }
+    let mut index = 0..;
+    results.retain(|_| index.next().is_some_and(|i: usize| i % contenders.len() < asked));
+    Ok(results)
+}
+
+fn check(traces: &[Arc<Trace>], options: &SweepOptions) -> Result<()> {
+    let lists = [
+        ("TRACE", traces.is_empty()),
+        ("--sessions", options.sessions.is_empty()),
+        ("--seed", options.seeds.is_empty()),
+        ("--capacity", options.capacities.is_empty()),
+        ("--policy", options.policies.is_empty()),
+    ];
+    if let Some((option, _)) = lists.iter().find(|(_, empty)| *empty) {
+        return Err(Error::BadOption {
+            option: (*option).into(),
+            problem: "nothing to run".into(),
+            remedy: "name at least one".into(),
+        });
+    }
+    for (i, contender) in options.policies.iter().enumerate() {
+        if options.policies[..i].iter().any(|c| c.name() == contender.name()) {
+            return Err(Error::BadOption {
+                option: "--policy".into(),
+                problem: format!("`{}` is named twice", contender.name()),
+                remedy: "name each policy once".into(),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn settings<'a>(traces: &'a [Arc<Trace>], options: &SweepOptions) -> Vec<Setting<'a>> {
+    let mut settings = Vec::new();
+    for (t, trace) in traces.iter().enumerate() {
+        let same_name = traces[..t].iter().filter(|other| other.workload == trace.workload).count();
+        let workload = match same_name {
+            0 => trace.workload.clone(),
+            n => format!("{}#{}", trace.workload, n + 1),
+        };
+        let mean_session_blocks = trace.mean_session_blocks();
+        for &sessions in &options.sessions {
+            for &seed in &options.seeds {
+                for &capacity in &options.capacities {
+                    let capacity_blocks = capacity.blocks(mean_session_blocks, sessions);
+                    settings.push(Setting {
+                        trace,
+                        workload: workload.clone(),
+                        capacity,
+                        options: ScheduleOptions { order: options.order, sessions, seed, capacity_blocks, model: options.model },
+                        schedule: OnceLock::new(),
+                    });
+                }
+            }
+        }
+    }
+    settings
+}
+
+fn replay(setting: &Setting<'_>, contender: &Contender, progress: &Progress) -> Result<Option<SweepResult>> {
+    if progress.cancelled.load(Ordering::Relaxed) {
+        return Ok(None);
+    }
+    let schedule = match setting.schedule.get_or_init(|| Schedule::new(setting.trace, setting.options)) {
+        Ok(schedule) => schedule,
+        // The error is the same for every policy of the setting: make it anew for whoever reports it.
+        Err(_) => return Schedule::new(setting.trace, setting.options).map(|_| None),
+    };
+    let mut policy = match contender {
+        Contender::Named(name) => policies::build(name, setting.trace, schedule)?,
+        Contender::Custom(_, build) => build(setting.trace)?,
+    };
+    let calls = setting.trace.calls.len() as u64;
+    let events = schedule.events.len().max(1) as u64;
+    let mut reported = 0;
+    let begin = Instant::now();
+    let outcome = sim::run(setting.trace, schedule, policy.as_mut(), &mut |done| {
+        let now = done * calls / events;
+        progress.done.fetch_add(now - reported, Ordering::Relaxed);
+        reported = now;
+    });
+    let replay_s = begin.elapsed().as_secs_f64();
+    Ok(Some(summarise(setting, contender, schedule, &outcome, replay_s)))
+}
+
+fn summarise(
+    setting: &Setting<'_>,
+    contender: &Contender,
+    schedule: &Schedule,
+    outcome: &Outcome,
+    replay_s: f64,
+) -> SweepResult {
+    let trace = setting.trace;
+    let timeline = sim::timeline(trace, schedule, &setting.options.model, &|call| match outcome.call_hits[call as usize] {
+        u32::MAX => (0.0, 0.0),
+        hit => (f64::from(hit) * f64::from(trace.block_size), 0.0),
+    });
+    SweepResult {
+        cell: Cell {
+            workload: setting.workload.clone(),
+            policy: contender.name().to_owned(),
+            sessions: setting.options.sessions,
+            capacity_fraction: match setting.capacity {
+                Capacity::Fraction(fraction) => Some(fraction),
+                Capacity::Blocks(_) => None,
+            },
+            capacity_blocks: setting.options.capacity_blocks,
+            calls: outcome.calls,
+            prompt_blocks: outcome.prompt_blocks,
+            hit_blocks: outcome.hit_blocks,
+            hit_rate: outcome.hit_rate(),
+            host_hit_rate: None,
+            ttft_ms: ttft(timeline.ttft_ms),
+            makespan_s: timeline.makespan_s,
+            gap_closed: None,
+            evictions: outcome.evictions,
+            prefetched_blocks: None,
+            prefetch_used_blocks: None,
+        },
+        seed: setting.options.seed,
+        bypassed_calls: outcome.bypassed_calls,
+        forced_evictions: outcome.forced_evictions,
+        lru_hit_rate: 0.0,
+        min_hit_rate: 0.0,
+        replay_s,
+    }
+}
+
+/// Mean and nearest-rank percentiles.
+fn ttft(mut ms: Vec<f64>) -> TtftMs {
+    if ms.is_empty() {
+        return TtftMs { mean: 0.0, p50: 0.0, p99: 0.0 };
+    }
+    let mean = ms.iter().sum::<f64>() / ms.len() as f64;
+    ms.sort_by(f64::total_cmp);
+    let rank = |q: f64| ms[((q * ms.len() as f64).ceil() as usize).clamp(1, ms.len()) - 1];
+    TtftMs { mean, p50: rank(0.50), p99: rank(0.99) }
+}
