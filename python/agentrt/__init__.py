@@ -1,11 +1,29 @@
 """agentrt: a runtime layer between agent frameworks and LLM serving engines."""
 
+from __future__ import annotations
+
+import importlib as _importlib
 import warnings as _warnings
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from agentrt._core import build_info, is_debug_build
+from agentrt.errors import AgentRTError
 
-__all__ = ["build_info"]
-__version__ = "0.1.0"
+if _TYPE_CHECKING:
+    from agentrt import errors, replay, report
+
+__all__ = ["AgentRTError", "build_info", "errors", "replay", "report"]
+__version__ = build_info().split()[1]
+
+# Parts that load when they are first used, so that `import agentrt` stays light.
+_LAZY = ("replay", "report")
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return _importlib.import_module(f"agentrt.{name}")
+    raise AttributeError(f"module 'agentrt' has no attribute {name!r}")
+
 
 if is_debug_build():
     _warnings.warn(

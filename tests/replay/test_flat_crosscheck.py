@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agentrt._core import replay_flat
 from numpy.typing import NDArray
+
+from agentrt._core import replay_flat
 
 Keys = NDArray[np.uint32]
 

@@ -3,7 +3,10 @@
 //! One file per room: each registers its classes and functions in the module below.
 #![deny(unsafe_code)]
 
+mod errors;
 mod flat;
+mod python_policy;
+mod replay;
 
 use pyo3::prelude::*;
 
@@ -23,7 +26,11 @@ fn is_debug_build() -> bool {
 #[pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
-    use super::flat::replay_flat;
+    use crate::flat::replay_flat;
     #[pymodule_export]
     use super::{build_info, is_debug_build};
+    #[pymodule_export]
+    use crate::python_policy::ReplayCall;
+    #[pymodule_export]
+    use crate::replay::{models, policies, replay, workloads, Trace};
 }

@@ -1,0 +1,124 @@
+"""Errors of agentrt: one base class, one subclass per cause, with the parts of the message as attributes.
+
+The compiled core raises these classes, so ``except agentrt.AgentRTError`` catches every error that is agentrt's own.
+Every message names the remedy.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AgentRTError",
+    "BadLineError",
+    "BadOptionError",
+    "BadTraceError",
+    "FileAccessError",
+    "MissingExtraError",
+    "PolicyError",
+    "UnknownPolicyError",
+    "UnknownWorkloadError",
+]
+
+
+class AgentRTError(Exception):
+    """Base of all errors that agentrt raises on purpose."""
+
+
+class FileAccessError(AgentRTError):
+    """A file cannot be opened, read or written."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class BadTraceError(AgentRTError, ValueError):
+    """A trace as a whole is not usable: empty, truncated, of an unknown schema."""
+
+    def __init__(self, path: str, problem: str, remedy: str) -> None:
+        super().__init__(path, problem, remedy)
+        self.path = path
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}; {self.remedy}"
+
+
+class BadLineError(AgentRTError, ValueError):
+    """A line of a trace is not usable."""
+
+    def __init__(self, path: str, line: int, field: str, problem: str, remedy: str) -> None:
+        super().__init__(path, line, field, problem, remedy)
+        self.path = path
+        self.line = line
+        self.field = field
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: field `{self.field}`: {self.problem}; {self.remedy}"
+
+
+class UnknownPolicyError(AgentRTError, ValueError):
+    """A policy name that does not exist; `known` is a comma-separated list."""
+
+    def __init__(self, name: str, known: str) -> None:
+        super().__init__(name, known)
+        self.name = name
+        self.known = known
+
+    def __str__(self) -> str:
+        return f"unknown policy `{self.name}`; known policies: {self.known}"
+
+
+class UnknownWorkloadError(AgentRTError, ValueError):
+    """A built-in workload name that does not exist; `known` is a comma-separated list."""
+
+    def __init__(self, name: str, known: str) -> None:
+        super().__init__(name, known)
+        self.name = name
+        self.known = known
+
+    def __str__(self) -> str:
+        return f"unknown workload `{self.name}`; known workloads: {self.known}"
+
+
+class BadOptionError(AgentRTError, ValueError):
+    """An option outside its range."""
+
+    def __init__(self, option: str, problem: str, remedy: str) -> None:
+        super().__init__(option, problem, remedy)
+        self.option = option
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.option}: {self.problem}; {self.remedy}"
+
+
+class PolicyError(AgentRTError):
+    """A policy written in Python raised, or answered with something else than block ids; the cause is chained."""
+
+    def __init__(self, policy: str, problem: str) -> None:
+        super().__init__(policy, problem)
+        self.policy = policy
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"policy `{self.policy}`: {self.problem}"
+
+
+class MissingExtraError(AgentRTError, ImportError):
+    """An optional part is not installed."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(what, extra)
+        self.what = what
+        self.extra = extra
+
+    def __str__(self) -> str:
+        return f"{self.what} needs an optional part; run: pip install 'agentrt[{self.extra}]'"
