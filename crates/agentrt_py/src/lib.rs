@@ -26,9 +26,9 @@ fn is_debug_build() -> bool {
 #[pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
-    use crate::flat::replay_flat;
-    #[pymodule_export]
     use super::{build_info, is_debug_build};
+    #[pymodule_export]
+    use crate::flat::replay_flat;
     #[pymodule_export]
     use crate::python_policy::ReplayCall;
     #[pymodule_export]

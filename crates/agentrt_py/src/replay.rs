@@ -1,4 +1,5 @@
 //! The replay for Python: traces as opaque objects, sweeps that run in Rust threads while Python shows progress.
+#![expect(clippy::needless_pass_by_value, reason = "PyO3 hands extracted arguments over by value")]
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -112,7 +113,13 @@ impl Trace {
 
     fn __repr__(&self) -> String {
         let t = &self.inner;
-        format!("Trace({:?}, sessions={}, calls={}, blocks={})", t.workload, t.sessions.len(), t.calls.len(), t.n_blocks)
+        format!(
+            "Trace({:?}, sessions={}, calls={}, blocks={})",
+            t.workload,
+            t.sessions.len(),
+            t.calls.len(),
+            t.n_blocks
+        )
     }
 }
 
@@ -179,7 +186,9 @@ pub(crate) fn replay(
             PolicyArgument::Name(name) => Contender::Named(name),
             PolicyArgument::Factory(name, factory) => {
                 if !factory.bind(py).is_callable() {
-                    return Err(PyTypeError::new_err(format!("policy `{name}`: pass a class or a function that makes one")));
+                    return Err(PyTypeError::new_err(format!(
+                        "policy `{name}`: pass a class or a function that makes one"
+                    )));
                 }
                 let shared = Arc::new(Shared {
                     name: name.clone(),
@@ -231,7 +240,9 @@ pub(crate) fn replay(
             Ok(results) => break results,
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
-                return Err(pyo3::exceptions::PyRuntimeError::new_err("the replay thread panicked; please report this"));
+                return Err(pyo3::exceptions::PyRuntimeError::new_err(
+                    "the replay thread panicked; please report this",
+                ));
             }
         }
     };

@@ -209,7 +209,10 @@ pub fn run(traces: &[Arc<Trace>], options: &SweepOptions, progress: &Progress) -
     })?;
     // One job at a time per thread: jobs differ a hundredfold in length.
     let outcomes: Vec<Option<SweepResult>> = pool.install(|| {
-        jobs.par_iter().with_max_len(1).map(|(setting, contender)| replay(setting, contender, progress)).collect::<Result<_>>()
+        jobs.par_iter()
+            .with_max_len(1)
+            .map(|(setting, contender)| replay(setting, contender, progress))
+            .collect::<Result<_>>()
     })?;
     if progress.cancelled.load(Ordering::Relaxed) {
         return Ok(Vec::new());
@@ -278,7 +281,13 @@ fn settings<'a>(traces: &'a [Arc<Trace>], options: &SweepOptions) -> Vec<Setting
                         trace,
                         workload: workload.clone(),
                         capacity,
-                        options: ScheduleOptions { order: options.order, sessions, seed, capacity_blocks, model: options.model },
+                        options: ScheduleOptions {
+                            order: options.order,
+                            sessions,
+                            seed,
+                            capacity_blocks,
+                            model: options.model,
+                        },
                         schedule: OnceLock::new(),
                     });
                 }
@@ -322,10 +331,11 @@ fn summarise(
     replay_s: f64,
 ) -> SweepResult {
     let trace = setting.trace;
-    let timeline = sim::timeline(trace, schedule, &setting.options.model, &|call| match outcome.call_hits[call as usize] {
-        u32::MAX => (0.0, 0.0),
-        hit => (f64::from(hit) * f64::from(trace.block_size), 0.0),
-    });
+    let timeline =
+        sim::timeline(trace, schedule, &setting.options.model, &|call| match outcome.call_hits[call as usize] {
+            u32::MAX => (0.0, 0.0),
+            hit => (f64::from(hit) * f64::from(trace.block_size), 0.0),
+        });
     SweepResult {
         cell: Cell {
             workload: setting.workload.clone(),
