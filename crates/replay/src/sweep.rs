@@ -301,10 +301,9 @@ fn replay(setting: &Setting<'_>, contender: &Contender, progress: &Progress) -> 
     if progress.cancelled.load(Ordering::Relaxed) {
         return Ok(None);
     }
-    let schedule = match setting.schedule.get_or_init(|| Schedule::new(setting.trace, setting.options)) {
-        Ok(schedule) => schedule,
+    let Ok(schedule) = setting.schedule.get_or_init(|| Schedule::new(setting.trace, setting.options)) else {
         // The error is the same for every policy of the setting: make it anew for whoever reports it.
-        Err(_) => return Schedule::new(setting.trace, setting.options).map(|_| None),
+        return Schedule::new(setting.trace, setting.options).map(|_| None);
     };
     let mut policy = match contender {
         Contender::Named(name) => policies::build(name, setting.trace, schedule)?,
@@ -331,11 +330,11 @@ fn summarise(
     replay_s: f64,
 ) -> SweepResult {
     let trace = setting.trace;
-    let timeline =
-        sim::timeline(trace, schedule, &setting.options.model, &|call| match outcome.call_hits[call as usize] {
-            u32::MAX => (0.0, 0.0),
-            hit => (f64::from(hit) * f64::from(trace.block_size), 0.0),
-        });
+    let hit_tokens = |call: u32| {
+        let hit = outcome.call_hits[call as usize];
+        (if hit == u32::MAX { 0.0 } else { f64::from(hit) * f64::from(trace.block_size) }, 0.0)
+    };
+    let timeline = sim::timeline(trace, schedule, &setting.options.model, &hit_tokens);
     SweepResult {
         cell: Cell {
             workload: setting.workload.clone(),
