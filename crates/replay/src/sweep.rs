@@ -175,6 +175,8 @@ pub struct SweepResult {
     pub lru_hit_rate: f64,
     /// Hit rate of `min` in this setting.
     pub min_hit_rate: f64,
+    /// Mean time to first token of `lru` in this setting, milliseconds.
+    pub lru_ttft_mean_ms: f64,
     /// Wall seconds of the replay, without its latency model.
     pub replay_s: f64,
 }
@@ -221,14 +223,15 @@ pub fn run(traces: &[Arc<Trace>], options: &SweepOptions, progress: &Progress) -
     let mut results: Vec<SweepResult> = outcomes.into_iter().flatten().collect();
     let asked = options.policies.len();
     for row in results.chunks_mut(contenders.len()) {
-        let hits = |name: &str| {
+        let find = |name: &str| {
             let cell = row.iter().map(|r| &r.cell).find(|c| c.policy == name).expect("always among the contenders");
-            (cell.hit_blocks as f64, cell.hit_rate)
+            (cell.hit_blocks as f64, cell.hit_rate, cell.ttft_ms.mean)
         };
-        let ((lru, lru_rate), (min, min_rate)) = (hits("lru"), hits("min"));
+        let ((lru, lru_hit_rate, lru_ttft_mean_ms), (min, min_hit_rate, _)) = (find("lru"), find("min"));
         for result in row {
-            result.lru_hit_rate = lru_rate;
-            result.min_hit_rate = min_rate;
+            result.lru_hit_rate = lru_hit_rate;
+            result.min_hit_rate = min_hit_rate;
+            result.lru_ttft_mean_ms = lru_ttft_mean_ms;
             result.cell.gap_closed = (min > lru).then(|| (result.cell.hit_blocks as f64 - lru) / (min - lru));
         }
     }
@@ -253,6 +256,12 @@ fn check(traces: &[Arc<Trace>], options: &SweepOptions) -> Result<()> {
         });
     }
     for (i, contender) in options.policies.iter().enumerate() {
+        // Known names are checked before anything runs; a name may fail an hour into the sweep otherwise.
+        if let Contender::Named(name) = contender {
+            if !policies::names().contains(&name.as_str()) {
+                return Err(Error::UnknownPolicy { name: name.clone(), known: policies::names().join(", ") });
+            }
+        }
         if options.policies[..i].iter().any(|c| c.name() == contender.name()) {
             return Err(Error::BadOption {
                 option: "--policy".into(),
@@ -362,6 +371,7 @@ fn summarise(
         forced_evictions: outcome.forced_evictions,
         lru_hit_rate: 0.0,
         min_hit_rate: 0.0,
+        lru_ttft_mean_ms: 0.0,
         replay_s,
     }
 }
