@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 from tests.support import Run
 
 KEYS = [
@@ -138,3 +142,16 @@ def test_every_policy_is_listed_with_a_line_on_what_it_does(agentrt_cli: Run) ->
     assert {"lru", "agentrt", "min"} <= {line.split()[0] for line in lines}
     for line in lines:
         assert len(line.split()) > 2, line
+
+
+def test_ctrl_c_stops_at_once_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "agentrt", "replay", "--policy", "agentrt,lhd", "--capacity", "5%,6%,7%,8%,9%"]
+    command += ["--seed", ",".join(map(str, range(40))), "--json", "out.json"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.communicate(timeout=3)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert (stdout, stderr.strip()) == ("", "interrupted")
+    assert list(tmp_path.iterdir()) == []

@@ -2,52 +2,41 @@
 
 from __future__ import annotations
 
-from itertools import islice
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tests.support import ROOT
 
 from agentrt import errors, replay
 
 
-# [lru in Python: docs/guide shows this class]
-class PythonLru:
-    """Least recently used, leaf first."""
-
-    def __init__(self) -> None:
-        self.idle: dict[int, None] = {}  # blocks nobody uses, oldest first: a dict keeps insertion order
-
-    def call_start(self, call: replay.ReplayCall) -> None:
-        for block in call.prompt:  # in use from now on
-            self.idle.pop(block, None)
-
-    def call_finish(self, call: replay.ReplayCall) -> None:
-        for block in reversed(call.released):  # deepest first, so that children go before their parents
-            self.idle[block] = None
-
-    def evict(self, n: int, time_us: int) -> list[int]:
-        victims = list(islice(self.idle, n))
-        for block in victims:
-            del self.idle[block]
-        return victims
+def _policy_of_the_docs() -> Any:
+    """The class that docs/replay.md shows."""
+    text = (ROOT / "docs" / "replay.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(snippet, scope)
+    return scope["MyLru"]
 
 
-# [end]
+MyLru: Any = _policy_of_the_docs()
 
 
 def test_lru_in_python_equals_the_built_in_one(tiny_trace: Path) -> None:
     for order in ("closed", "file"):
-        done = replay.run([tiny_trace], policies=["lru", PythonLru], capacities=["10%", "30%"], sessions=4, order=order)
+        done = replay.run([tiny_trace], policies=["lru", MyLru], capacities=["10%", "30%"], sessions=4, order=order)
         hits: dict[str, list[int]] = {}
         for result in done.results:
             hits.setdefault(result.policy, []).append(result.hit_blocks)
             assert result.forced_evictions == 0
-        assert hits["PythonLru"] == hits["lru"]
-        assert done.invalid_victims == {"PythonLru": 0}
+        assert hits["MyLru"] == hits["lru"]
+        assert done.invalid_victims == {"MyLru": 0}
 
 
 def test_victims_that_cannot_go_are_skipped_counted_and_replaced(tiny_trace: Path) -> None:
-    class Nonsense(PythonLru):
+    class Nonsense(MyLru):  # type: ignore[misc]
         def evict(self, n: int, time_us: int) -> list[int]:
             return [4_000_000_000, 0, 0]
 
@@ -60,9 +49,9 @@ def test_victims_that_cannot_go_are_skipped_counted_and_replaced(tiny_trace: Pat
 
 @pytest.mark.parametrize("answer", [None, "abc", [-1], [2**40], [1.5]])
 def test_an_answer_that_is_no_list_of_blocks_stops_the_replay(answer: object, tiny_trace: Path) -> None:
-    class Wrong(PythonLru):
-        def evict(self, n: int, time_us: int) -> list[int]:
-            return answer  # type: ignore[return-value]
+    class Wrong(MyLru):  # type: ignore[misc]
+        def evict(self, n: int, time_us: int) -> object:
+            return answer
 
     with pytest.raises(errors.PolicyError, match="evict") as error:
         replay.run([tiny_trace], policies=[Wrong], capacities=["10%"])
@@ -70,7 +59,7 @@ def test_an_answer_that_is_no_list_of_blocks_stops_the_replay(answer: object, ti
 
 
 def test_an_exception_of_the_policy_is_chained(tiny_trace: Path) -> None:
-    class Broken(PythonLru):
+    class Broken(MyLru):  # type: ignore[misc]
         def call_finish(self, call: replay.ReplayCall) -> None:
             raise RuntimeError("on purpose")
 
@@ -80,10 +69,10 @@ def test_an_exception_of_the_policy_is_chained(tiny_trace: Path) -> None:
 
 
 def test_each_replay_gets_a_policy_of_its_own(tiny_trace: Path) -> None:
-    made = []
+    made: list[Any] = []
 
-    def make() -> PythonLru:
-        made.append(PythonLru())
+    def make() -> Any:
+        made.append(MyLru())
         return made[-1]
 
     replay.run([tiny_trace], policies=[make], capacities=["10%", "20%", "30%"])

@@ -135,6 +135,8 @@ class Result:
     #: Hit rates of ``lru`` and ``min`` in the same setting.
     lru_hit_rate: float
     min_hit_rate: float
+    #: Mean time to first token of ``lru`` in the same setting.
+    lru_ttft_mean_ms: float
     #: Wall seconds of this replay; the only field that differs between two equal runs.
     replay_s: float
 
@@ -150,9 +152,22 @@ class Result:
         """Hit rate of MIN minus that of LRU: what any policy could gain here."""
         return self.min_hit_rate - self.lru_hit_rate
 
+    @property
+    def ttft_change(self) -> float:
+        """Mean time to first token relative to ``lru``: -0.1 is ten percent less."""
+        return self.ttft_ms.mean / self.lru_ttft_mean_ms - 1 if self.lru_ttft_mean_ms else 0.0
+
 
 #: Fields of :class:`Result` that the result file does not hold.
-_NOT_IN_FILE = ("seed", "bypassed_calls", "forced_evictions", "lru_hit_rate", "min_hit_rate", "replay_s")
+_NOT_IN_FILE = (
+    "seed",
+    "bypassed_calls",
+    "forced_evictions",
+    "lru_hit_rate",
+    "min_hit_rate",
+    "lru_ttft_mean_ms",
+    "replay_s",
+)
 
 
 @dataclass(frozen=True)

@@ -35,20 +35,12 @@ class PolicySummary:
 def summarise(replay: Replay) -> list[PolicySummary]:
     """One summary per policy, session count and seed, in the order of the results."""
     groups: dict[tuple[str, int, int], list[Result]] = {}
-    lru_ttft: dict[tuple[str, int, int, str], float] = {}
     for result in replay.results:
         groups.setdefault((result.policy, result.sessions, result.seed), []).append(result)
-        if result.policy == "lru":
-            lru_ttft[result.workload, result.sessions, result.seed, result.capacity] = result.ttft_ms.mean
     summaries = []
     for (policy, sessions, seed), results in groups.items():
         room = [r for r in results if r.headroom * 100 >= HEADROOM_POINTS]
         worst = min(results, key=lambda r: r.hit_rate - r.lru_hit_rate)
-        ttft = []
-        for r in room:
-            lru = lru_ttft.get((r.workload, sessions, seed, r.capacity))
-            if lru:
-                ttft.append(r.ttft_ms.mean / lru - 1)
         summaries.append(
             PolicySummary(
                 policy=policy,
@@ -58,7 +50,7 @@ def summarise(replay: Replay) -> list[PolicySummary]:
                 all_cells=len(results),
                 gap_closed=fmean(r.gap_closed or 0.0 for r in room) if room else None,
                 lift_points=fmean((r.hit_rate - r.lru_hit_rate) * 100 for r in room) if room else None,
-                ttft_change=fmean(ttft) if ttft else None,
+                ttft_change=fmean(r.ttft_change for r in room) if room else None,
                 worst_points=(worst.hit_rate - worst.lru_hit_rate) * 100,
                 worst_cell=f"{worst.workload} {worst.capacity}",
             )
@@ -78,6 +70,7 @@ class MeanResult:
     gap_closed: float | None
     ttft_mean_ms: float
     ttft_p99_ms: float
+    ttft_change: float
     makespan_s: float
     lru_hit_rate: float
     min_hit_rate: float
@@ -101,6 +94,7 @@ def average_seeds(replay: Replay) -> list[MeanResult]:
                 gap_closed=fmean(gaps) if gaps else None,
                 ttft_mean_ms=fmean(r.ttft_ms.mean for r in results),
                 ttft_p99_ms=fmean(r.ttft_ms.p99 for r in results),
+                ttft_change=fmean(r.ttft_change for r in results),
                 makespan_s=fmean(r.makespan_s for r in results),
                 lru_hit_rate=fmean(r.lru_hit_rate for r in results),
                 min_hit_rate=fmean(r.min_hit_rate for r in results),

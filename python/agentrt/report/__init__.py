@@ -46,9 +46,12 @@ def _headline(replay: Replay, summaries: list[PolicySummary]) -> list[str]:
             "offline optimum"
         )
         if s.ttft_change is not None:
-            text += f"; modelled mean time to first token changes by {s.ttft_change * 100:+.0f} %"
-        worst = f"{s.worst_points:+.1f} points ({s.worst_cell})" if s.worst_points < 0 else "none below LRU"
-        sentences.append(f"{text}. Worst cell against LRU: {worst}.")
+            verb = "falls" if s.ttft_change < 0 else "rises"
+            text += f"; the modelled mean time to first token {verb} by {abs(s.ttft_change) * 100:.0f} %"
+        loss = "No cell is below LRU."
+        if s.worst_points < 0:
+            loss = f"The worst cell is {s.worst_cell}: {s.worst_points:+.1f} points against LRU."
+        sentences.append(f"{text}. {loss}")
     return sentences
 
 

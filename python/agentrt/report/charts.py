@@ -25,7 +25,7 @@ _CONFIG = {
         "domainColor": "#b0bec5",
         "tickColor": "#b0bec5",
     },
-    "legend": {"labelFontSize": 12, "title": None, "orient": "top", "columns": 8, "symbolStrokeWidth": 3},
+    "legend": {"labelFontSize": 12, "title": None, "orient": "top", "columns": 10, "symbolStrokeWidth": 3},
     "header": {"labelFontSize": 13, "labelFontWeight": "bold", "title": None, "labelAnchor": "start"},
 }
 
@@ -37,11 +37,10 @@ class Metric:
     field: str
     title: str
     scale: float
-    shared: bool
 
 
-HIT_RATE = Metric("hit_rate", "hit rate, % of prompt blocks", 100.0, shared=True)
-TTFT = Metric("ttft_mean_ms", "mean TTFT, ms", 1.0, shared=False)
+HIT_RATE = Metric("hit_rate", "hit rate, % of prompt blocks", 100.0)
+TTFT = Metric("ttft_change", "mean TTFT against LRU, %", 100.0)
 
 
 def _colours(policies: list[str]) -> dict[str, Any]:
@@ -73,7 +72,10 @@ def gap_closed(summaries: list[PolicySummary]) -> dict[str, Any]:
                         "field": "gap",
                         "type": "quantitative",
                         "title": "% of the way from LRU (0) to the optimum MIN (100)",
-                        "scale": {"domainMax": max([60.0, *means.values()]), "nice": True},
+                        "scale": {
+                            "domain": [min([0.0, *means.values()]) * 1.4, max([60.0, *means.values()])],
+                            "nice": True,
+                        },
                     },
                     "tooltip": [{"field": "policy"}, {"field": "gap", "title": "gap closed, %"}],
                 },
@@ -117,7 +119,7 @@ def by_capacity(cells: list[MeanResult], metric: Metric) -> dict[str, Any]:
         "axis": {"labelAngle": 0},
         "scale": {"padding": 0.25},
     }
-    y = {"field": "value", "type": "quantitative", "title": metric.title, "scale": {"zero": True}}
+    y = {"field": "value", "type": "quantitative", "title": metric.title, "scale": {"zero": False}}
     emphasis = "datum.policy == 'agentrt' || datum.policy == 'lru' || datum.policy == 'min'"
     encoding = {
         "x": x,
@@ -138,7 +140,7 @@ def by_capacity(cells: list[MeanResult], metric: Metric) -> dict[str, Any]:
         "columns": 3,
         "align": "all",
         "facet": {"field": "workload", "type": "nominal", "sort": list(dict.fromkeys(c.workload for c in cells))},
-        "resolve": {"scale": {"y": "shared" if metric.shared else "independent"}, "axis": {"x": "independent"}},
+        "resolve": {"scale": {"y": "independent"}, "axis": {"x": "independent"}},
         "spec": {
             "width": 280,
             "height": 210,
