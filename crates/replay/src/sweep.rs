@@ -67,7 +67,7 @@ pub type CustomPolicy = Arc<dyn Fn(&Trace) -> Result<Box<dyn CachePolicy>> + Sen
 /// A policy of the sweep.
 #[derive(Clone)]
 pub enum Contender {
-    /// One of [`policies::NAMES`].
+    /// One of [`policies::names`].
     Named(String),
     /// The caller's own, under a name for reports.
     Custom(String, CustomPolicy),
