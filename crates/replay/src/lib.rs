@@ -5,6 +5,7 @@
 //! | [`trace`] | the in-memory trace, readers, the writer, workload profiles |
 //! | [`generate`] | the built-in synthetic workloads |
 //! | [`schedule`] | which call runs when: one order per (trace, sessions, capacity, seed), the same for every policy |
+//! | [`host`] | the host tier: blocks that left the pool |
 //! | [`pool`] | the simulated KV pool: residency, pins, prefix closure |
 //! | [`policy`] | the trait that every cache policy of the replay implements |
 //! | [`policies`] | baselines, the optimum, the oracles and the adapter to agentrt's own policy |
@@ -14,6 +15,7 @@
 
 pub mod error;
 pub mod generate;
+pub mod host;
 pub mod latency;
 pub mod policies;
 pub mod policy;

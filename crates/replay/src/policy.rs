@@ -5,6 +5,7 @@
 //! start and finish in between - `evict` again if room is needed for the output, then
 //! [`call_finish`](CachePolicy::call_finish), after which its blocks are unpinned.
 
+use crate::host::HostTier;
 use crate::pool::Pool;
 
 /// What a policy may know of a call.
@@ -52,4 +53,13 @@ pub trait CachePolicy: Send {
 
     /// The session has made its last call. Only policies that are *given* this hint use it.
     fn session_end(&mut self, _session: u32, _now_us: u64) {}
+
+    /// Between calls, with a host tier: names chains of blocks (root first, each the parent of the next) to bring back,
+    /// most wanted first. Those that are not in the host tier, or whose parent is not in the pool, are left out.
+    fn prefetch(&mut self, _now_us: u64, _budget_blocks: usize, _pool: &Pool, _host: &HostTier) -> Vec<Vec<u32>> {
+        Vec::new()
+    }
+
+    /// `blocks`, a part of the `chain`-th chain that [`prefetch`](Self::prefetch) just named, are in the pool again.
+    fn prefetched(&mut self, _chain: usize, _blocks: &[u32], _now_us: u64, _pool: &Pool) {}
 }

@@ -9,12 +9,15 @@ use crate::trace::{Trace, NO_BLOCK};
 pub struct Pool {
     capacity: usize,
     resident: usize,
+    pinned: usize,
     /// Bit 31: resident. Bits 0..16: pins.
     state: Vec<u32>,
     children: Vec<u32>,
     parents: Vec<u32>,
     depths: Vec<u32>,
     evictions: u64,
+    /// Blocks evicted since they were last asked for; kept only where there is a host tier.
+    left: Option<Vec<u32>>,
 }
 
 const RESIDENT: u32 = 1 << 31;
@@ -41,11 +44,13 @@ impl Pool {
         Self {
             capacity,
             resident: 0,
+            pinned: 0,
             state: vec![0; n],
             children: vec![0; n],
             parents: trace.parents.clone(),
             depths,
             evictions: 0,
+            left: None,
         }
     }
 
@@ -119,7 +124,19 @@ impl Pool {
         }
         self.resident -= 1;
         self.evictions += 1;
+        if let Some(left) = &mut self.left {
+            left.push(block);
+        }
         true
+    }
+
+    pub(crate) fn keep_evicted(&mut self) {
+        self.left = Some(Vec::new());
+    }
+
+    /// The blocks evicted since the last call, in order.
+    pub(crate) fn take_evicted(&mut self) -> Vec<u32> {
+        self.left.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     pub(crate) fn insert(&mut self, block: u32) {
@@ -134,13 +151,21 @@ impl Pool {
     }
 
     pub(crate) fn pin(&mut self, block: u32) {
+        self.pinned += usize::from(!self.is_pinned(block));
         self.state[block as usize] += 1;
+    }
+
+    /// Blocks that running calls use.
+    pub fn pinned(&self) -> usize {
+        self.pinned
     }
 
     /// Returns true when no call uses the block any more.
     pub(crate) fn unpin(&mut self, block: u32) -> bool {
         self.state[block as usize] -= 1;
-        self.state[block as usize] & PINS == 0
+        let free = !self.is_pinned(block);
+        self.pinned -= usize::from(free);
+        free
     }
 
     /// Checks the prefix-closure invariant over all blocks; for tests.

@@ -1,9 +1,10 @@
 //! Runs one policy over one schedule.
 
+use crate::host::{HostCounts, HostOptions, HostTier};
 use crate::latency::LatencyModel;
 use crate::policy::{CachePolicy, CallView};
 use crate::pool::Pool;
-use crate::schedule::{EventKind, Schedule};
+use crate::schedule::{Event, EventKind, Schedule};
 use crate::trace::Trace;
 
 /// What a policy achieved.
@@ -23,6 +24,10 @@ pub struct Outcome {
     pub forced_evictions: u64,
     /// Hit blocks of each call, by call index; `u32::MAX` for a call that bypassed.
     pub call_hits: Vec<u32>,
+    /// What the host tier did; `None` without one.
+    pub host: Option<HostCounts>,
+    /// Blocks that each call loaded from the host; empty without a host tier.
+    pub call_loads: Vec<u32>,
 }
 
 impl Outcome {
@@ -32,78 +37,183 @@ impl Outcome {
     }
 }
 
-/// Runs `policy` over `schedule` from an empty pool.
+/// Runs `policy` over `schedule` from an empty pool, without a host tier.
 ///
 /// `progress` is called with the number of events done, every few hundred events.
 pub fn run(trace: &Trace, schedule: &Schedule, policy: &mut dyn CachePolicy, progress: &mut dyn FnMut(u64)) -> Outcome {
-    let mut pool = Pool::new(trace, schedule.options.capacity_blocks);
-    let mut outcome = Outcome { call_hits: vec![u32::MAX; trace.calls.len()], ..Outcome::default() };
-    let (mut prompt, mut output, mut released) = (Vec::new(), Vec::new(), Vec::new());
+    run_with_host(trace, schedule, policy, None, progress)
+}
+
+/// Runs `policy` over `schedule` from an empty pool and an empty host tier.
+pub fn run_with_host(
+    trace: &Trace,
+    schedule: &Schedule,
+    policy: &mut dyn CachePolicy,
+    host: Option<HostOptions>,
+    progress: &mut dyn FnMut(u64),
+) -> Outcome {
+    let mut run = Run {
+        trace,
+        policy,
+        pool: Pool::new(trace, schedule.options.capacity_blocks),
+        host: host.map(|options| HostTier::new(options, trace.n_blocks as usize)),
+        outcome: Outcome { call_hits: vec![u32::MAX; trace.calls.len()], ..Outcome::default() },
+    };
+    if run.host.is_some() {
+        run.pool.keep_evicted();
+        run.outcome.host = Some(HostCounts::default());
+        run.outcome.call_loads = vec![0; trace.calls.len()];
+    }
+    let mut buffers = Buffers::default();
     for (done, event) in schedule.events.iter().enumerate() {
         if done % 256 == 0 {
             progress(done as u64);
         }
-        let call = &trace.calls[event.call as usize];
+        run.step(event, &mut buffers);
+    }
+    progress(schedule.events.len() as u64);
+    run.outcome.evictions = run.pool.evictions();
+    run.outcome
+}
+
+#[derive(Default)]
+struct Buffers {
+    prompt: Vec<u32>,
+    output: Vec<u32>,
+    released: Vec<u32>,
+}
+
+struct Run<'a> {
+    trace: &'a Trace,
+    policy: &'a mut dyn CachePolicy,
+    pool: Pool,
+    host: Option<HostTier>,
+    outcome: Outcome,
+}
+
+impl Run<'_> {
+    fn step(&mut self, event: &Event, Buffers { prompt, output, released }: &mut Buffers) {
+        let call = &self.trace.calls[event.call as usize];
         prompt.clear();
-        trace.expand(call.prompt, &mut prompt);
+        self.trace.expand(call.prompt, prompt);
         let mut view = CallView {
             call: event.call,
             session: call.session,
             agent: call.agent,
             step: call.step,
             time_us: event.time_us,
-            prompt: &prompt,
+            prompt,
             hit: 0,
             prompt_tokens: call.prompt_tokens,
             tool: None,
         };
-        let last = trace.sessions[call.session as usize].calls.last() == Some(&event.call);
         match event.kind {
             EventKind::Bypass => {
-                outcome.bypassed_calls += 1;
-                policy.call_bypassed(&view);
+                self.outcome.bypassed_calls += 1;
+                self.policy.call_bypassed(&view);
             }
             EventKind::Start => {
-                view.hit = prompt.iter().take_while(|&&b| pool.is_resident(b)).count();
-                outcome.calls += 1;
-                outcome.prompt_blocks += prompt.len() as u64;
-                outcome.hit_blocks += view.hit as u64;
-                outcome.call_hits[event.call as usize] = view.hit as u32;
-                prompt[..view.hit].iter().for_each(|&b| pool.pin(b));
-                policy.call_start(&view, &pool);
-                let missing = &prompt[view.hit..];
-                make_room(missing.len(), event.time_us, &mut pool, policy, &mut outcome);
-                for &b in missing {
-                    pool.insert(b);
-                    pool.pin(b);
-                }
-                policy.inserted(&view, missing, &pool);
+                view.hit = prompt.iter().take_while(|&&b| self.pool.is_resident(b)).count();
+                self.outcome.calls += 1;
+                self.outcome.prompt_blocks += prompt.len() as u64;
+                self.outcome.hit_blocks += view.hit as u64;
+                self.outcome.call_hits[event.call as usize] = view.hit as u32;
+                prompt[..view.hit].iter().for_each(|&b| self.pool.pin(b));
+                self.load(event, &prompt[..view.hit], &prompt[view.hit..]);
+                self.policy.call_start(&view, &self.pool);
+                self.insert_pinned(&prompt[view.hit..], event.time_us);
+                self.policy.inserted(&view, &prompt[view.hit..], &self.pool);
             }
             EventKind::Finish => {
-                view.hit = outcome.call_hits[event.call as usize] as usize;
+                view.hit = self.outcome.call_hits[event.call as usize] as usize;
                 view.tool = call.tool;
                 output.clear();
-                trace.expand(call.output, &mut output);
-                let known = output.iter().take_while(|&&b| pool.is_resident(b)).count();
-                output[..known].iter().for_each(|&b| pool.pin(b));
-                make_room(output.len() - known, event.time_us, &mut pool, policy, &mut outcome);
-                for &b in &output[known..] {
-                    pool.insert(b);
-                    pool.pin(b);
-                }
-                policy.inserted(&view, &output[known..], &pool);
+                self.trace.expand(call.output, output);
+                let known = output.iter().take_while(|&&b| self.pool.is_resident(b)).count();
+                output[..known].iter().for_each(|&b| self.pool.pin(b));
+                self.insert_pinned(&output[known..], event.time_us);
+                self.policy.inserted(&view, &output[known..], &self.pool);
                 released.clear();
-                released.extend(prompt.iter().chain(&output).copied().filter(|&b| pool.unpin(b)));
-                policy.call_finish(&view, &output, &released, &pool);
+                released.extend(prompt.iter().chain(&*output).copied().filter(|&b| self.pool.unpin(b)));
+                self.policy.call_finish(&view, output, released, &self.pool);
             }
         }
-        if last && event.kind != EventKind::Start {
-            policy.session_end(call.session, event.time_us);
+        if event.kind != EventKind::Start {
+            if self.trace.sessions[call.session as usize].calls.last() == Some(&event.call) {
+                self.policy.session_end(call.session, event.time_us);
+            }
+            self.prefetch(event.time_us);
         }
     }
-    progress(schedule.events.len() as u64);
-    outcome.evictions = pool.evictions();
-    outcome
+
+    fn insert_pinned(&mut self, blocks: &[u32], now_us: u64) {
+        make_room(blocks.len(), now_us, &mut self.pool, self.policy, &mut self.outcome);
+        for &b in blocks {
+            self.pool.insert(b);
+            self.pool.pin(b);
+        }
+        self.write_back();
+    }
+
+    /// What left the pool enters the host tier.
+    fn write_back(&mut self) {
+        if let (Some(host), Some(counts)) = (&mut self.host, &mut self.outcome.host) {
+            for b in self.pool.take_evicted() {
+                counts.prefetch_wasted_blocks += u64::from(host.evicted(b));
+            }
+        }
+    }
+
+    /// A call loads what follows its hits from the host; prefetched hits whose copy is under way count as loaded too.
+    fn load(&mut self, event: &Event, hits: &[u32], missing: &[u32]) {
+        let (Some(host), Some(counts)) = (&mut self.host, &mut self.outcome.host) else { return };
+        let mut waiting = 0;
+        for &b in hits {
+            if let Some(complete) = host.used(b, event.time_us) {
+                counts.prefetch_used_blocks += 1;
+                waiting += u32::from(!complete);
+            }
+        }
+        let loaded = missing.iter().take_while(|&&b| host.holds(b)).count();
+        missing[..loaded].iter().for_each(|&b| host.loaded(b));
+        counts.loaded_blocks += loaded as u64;
+        self.outcome.call_loads[event.call as usize] = waiting + loaded as u32;
+    }
+
+    fn prefetch(&mut self, now_us: u64) {
+        let Some(host) = &mut self.host else { return };
+        let mut budget = host.budget_blocks(now_us);
+        if budget == 0 {
+            return;
+        }
+        let chains = self.policy.prefetch(now_us, budget, &self.pool, host);
+        for (number, chain) in chains.iter().enumerate() {
+            let Some(host) = &self.host else { return };
+            let resident = chain.iter().take_while(|&&b| self.pool.is_resident(b)).count();
+            let wanted = chain[resident..].iter().take_while(|&&b| host.holds(b)).count().min(budget);
+            let evictable = self.pool.capacity() - self.pool.pinned();
+            let wanted = &chain[resident..resident + wanted.min(evictable.saturating_sub(resident))];
+            if wanted.is_empty() {
+                continue;
+            }
+            chain[..resident].iter().for_each(|&b| self.pool.pin(b));
+            self.insert_pinned(wanted, now_us);
+            for &b in &chain[..resident + wanted.len()] {
+                self.pool.unpin(b);
+            }
+            budget -= wanted.len();
+            if let (Some(host), Some(counts)) = (&mut self.host, &mut self.outcome.host) {
+                for &b in wanted {
+                    // A block on its way back may have made room for itself.
+                    if host.holds(b) {
+                        host.prefetched(b, now_us);
+                        counts.prefetched_blocks += 1;
+                    }
+                }
+            }
+            self.policy.prefetched(number, wanted, now_us, &self.pool);
+        }
+    }
 }
 
 fn make_room(n: usize, now_us: u64, pool: &mut Pool, policy: &mut dyn CachePolicy, outcome: &mut Outcome) {

@@ -33,7 +33,7 @@ mod lhd;
 mod lru;
 mod lru_session_end;
 mod min;
-mod queue;
+pub(crate) mod queue;
 mod s3fifo;
 mod sieve;
 

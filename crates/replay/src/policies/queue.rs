@@ -6,7 +6,7 @@ use crate::trace::NO_BLOCK;
 const ABSENT: u32 = NO_BLOCK - 1;
 
 /// Blocks in the order in which they are considered for eviction: the front goes first.
-pub(super) struct Queue {
+pub(crate) struct Queue {
     next: Vec<u32>,
     previous: Vec<u32>,
     front: u32,
@@ -15,31 +15,31 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    pub(super) fn new(n_blocks: usize) -> Self {
+    pub(crate) fn new(n_blocks: usize) -> Self {
         Self { next: vec![ABSENT; n_blocks], previous: vec![ABSENT; n_blocks], front: NO_BLOCK, back: NO_BLOCK, len: 0 }
     }
 
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.len
     }
 
-    pub(super) fn contains(&self, block: u32) -> bool {
+    pub(crate) fn contains(&self, block: u32) -> bool {
         self.next[block as usize] != ABSENT
     }
 
-    pub(super) fn front(&self) -> Option<u32> {
+    pub(crate) fn front(&self) -> Option<u32> {
         (self.front != NO_BLOCK).then_some(self.front)
     }
 
     /// The block behind `block`, which is in the queue.
-    pub(super) fn after(&self, block: u32) -> Option<u32> {
+    pub(crate) fn after(&self, block: u32) -> Option<u32> {
         let next = self.next[block as usize];
         (next != NO_BLOCK).then_some(next)
     }
 
     /// Appends a block that is not in the queue.
     #[inline]
-    pub(super) fn push_back(&mut self, block: u32) {
+    pub(crate) fn push_back(&mut self, block: u32) {
         debug_assert!(!self.contains(block));
         self.previous[block as usize] = self.back;
         self.next[block as usize] = NO_BLOCK;
@@ -53,7 +53,7 @@ impl Queue {
     }
 
     /// Puts a block that is not in the queue at its front.
-    pub(super) fn push_front(&mut self, block: u32) {
+    pub(crate) fn push_front(&mut self, block: u32) {
         match self.front() {
             Some(front) => self.insert_before(front, block),
             None => self.push_back(block),
@@ -61,7 +61,7 @@ impl Queue {
     }
 
     /// Puts a block that is not in the queue before one that is.
-    pub(super) fn insert_before(&mut self, position: u32, block: u32) {
+    pub(crate) fn insert_before(&mut self, position: u32, block: u32) {
         debug_assert!(!self.contains(block) && self.contains(position));
         let previous = self.previous[position as usize];
         self.previous[block as usize] = previous;
@@ -75,7 +75,7 @@ impl Queue {
         self.len += 1;
     }
 
-    pub(super) fn pop_front(&mut self) -> Option<u32> {
+    pub(crate) fn pop_front(&mut self) -> Option<u32> {
         let block = self.front()?;
         self.remove(block);
         Some(block)
@@ -83,7 +83,7 @@ impl Queue {
 
     /// Takes a block out; false where it is not in the queue.
     #[inline]
-    pub(super) fn remove(&mut self, block: u32) -> bool {
+    pub(crate) fn remove(&mut self, block: u32) -> bool {
         if !self.contains(block) {
             return false;
         }
