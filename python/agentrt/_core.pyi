@@ -100,6 +100,9 @@ def replay(
     seeds: list[int],
     capacities: list[str],
     model: str,
+    host: str | None = None,
+    host_bandwidth: float | None = None,
+    prefetch_bandwidth: float | None = None,
     threads: int = 0,
     progress: Callable[[int, int], object] | None = None,
 ) -> str:

@@ -10,7 +10,7 @@ use std::time::Duration;
 use ::replay::latency::LatencyModel;
 use ::replay::policy::CachePolicy;
 use ::replay::schedule::Order;
-use ::replay::sweep::{self, Capacity, Contender, CustomPolicy, Progress, SweepOptions};
+use ::replay::sweep::{self, Capacity, Contender, CustomPolicy, Host, HostSize, Progress, SweepOptions};
 use ::replay::{generate, trace, Error};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
@@ -153,6 +153,32 @@ fn model(name: &str) -> PyResult<LatencyModel> {
     })
 }
 
+/// The host tier of `--host`, with bandwidths in bytes per second.
+fn host(size: Option<&str>, bandwidth: Option<f64>, prefetch: Option<f64>) -> PyResult<Option<Host>> {
+    let bad = |option: &str, problem: &str, remedy: &str| {
+        let (option, problem, remedy) = (option.to_owned(), problem.to_owned(), remedy.to_owned());
+        from_replay(Error::BadOption { option, problem, remedy })
+    };
+    let Some(size) = size else {
+        if bandwidth.is_some() || prefetch.is_some() {
+            return Err(bad("--host", "a bandwidth is given, but no host tier", "add its size, for example --host 4x"));
+        }
+        return Ok(None);
+    };
+    if bandwidth.is_some_and(|b| !b.is_finite() || b <= 0.0) {
+        return Err(bad("--host-bandwidth", "is not above zero", "pass gigabytes per second, for example 25"));
+    }
+    if prefetch.is_some_and(|b| !b.is_finite() || b < 0.0) {
+        return Err(bad(
+            "--prefetch-bandwidth",
+            "is negative",
+            "pass gigabytes per second; 0 switches prefetching off",
+        ));
+    }
+    let size = HostSize::parse(size).map_err(from_replay)?;
+    Ok(Some(Host { size, bytes_per_s: bandwidth, prefetch_bytes_per_s: prefetch }))
+}
+
 /// A built-in by name, or `(name, factory)` for a policy in Python.
 #[derive(FromPyObject)]
 pub(crate) enum PolicyArgument {
@@ -164,7 +190,7 @@ pub(crate) enum PolicyArgument {
 ///
 /// `progress(done, total)` is called some ten times a second. An exception in it, Ctrl-C included, stops the sweep.
 #[pyfunction]
-#[pyo3(signature = (traces, policies, *, order, sessions, seeds, capacities, model, threads = 0, progress = None))]
+#[pyo3(signature = (traces, policies, *, order, sessions, seeds, capacities, model, host = None, host_bandwidth = None, prefetch_bandwidth = None, threads = 0, progress = None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub(crate) fn replay(
     py: Python<'_>,
@@ -175,6 +201,9 @@ pub(crate) fn replay(
     seeds: Vec<u64>,
     capacities: Vec<String>,
     model: &str,
+    host: Option<&str>,
+    host_bandwidth: Option<f64>,
+    prefetch_bandwidth: Option<f64>,
     threads: usize,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<String> {
@@ -211,6 +240,7 @@ pub(crate) fn replay(
         capacities: capacities.iter().map(|c| Capacity::parse(c)).collect::<Result<_, _>>().map_err(from_replay)?,
         policies: contenders,
         model: self::model(model)?,
+        host: self::host(host, host_bandwidth, prefetch_bandwidth)?,
         threads,
     };
     let traces: Vec<Arc<trace::Trace>> = traces.iter().map(|t| Arc::clone(&t.inner)).collect();

@@ -26,14 +26,26 @@ pub struct Outcome {
     pub call_hits: Vec<u32>,
     /// What the host tier did; `None` without one.
     pub host: Option<HostCounts>,
-    /// Blocks that each call loaded from the host; empty without a host tier.
+    /// Blocks that each call loaded from the host, prefetches still under way included; empty without a host tier.
     pub call_loads: Vec<u32>,
+    /// Of each call's hits, those whose prefetch was still under way; empty without a host tier.
+    pub call_waits: Vec<u32>,
 }
 
 impl Outcome {
     /// Hit blocks over prompt blocks.
     pub fn hit_rate(&self) -> f64 {
         self.hit_blocks as f64 / self.prompt_blocks.max(1) as f64
+    }
+
+    /// Tokens that a call found on the device, and tokens that it loaded from the host.
+    pub fn cached_tokens(&self, call: u32, block_size: u32) -> (f64, f64) {
+        let at = |of: &[u32]| of.get(call as usize).copied().unwrap_or(0);
+        let tokens = |blocks: u32| f64::from(blocks) * f64::from(block_size);
+        match self.call_hits[call as usize] {
+            u32::MAX => (0.0, 0.0),
+            hits => (tokens(hits - at(&self.call_waits)), tokens(at(&self.call_loads))),
+        }
     }
 }
 
@@ -63,6 +75,7 @@ pub fn run_with_host(
         run.pool.keep_evicted();
         run.outcome.host = Some(HostCounts::default());
         run.outcome.call_loads = vec![0; trace.calls.len()];
+        run.outcome.call_waits = vec![0; trace.calls.len()];
     }
     let mut buffers = Buffers::default();
     for (done, event) in schedule.events.iter().enumerate() {
@@ -178,6 +191,7 @@ impl Run<'_> {
         missing[..loaded].iter().for_each(|&b| host.loaded(b));
         counts.loaded_blocks += loaded as u64;
         self.outcome.call_loads[event.call as usize] = waiting + loaded as u32;
+        self.outcome.call_waits[event.call as usize] = waiting;
     }
 
     fn prefetch(&mut self, now_us: u64) {

@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
+use crate::host::HostOptions;
 use crate::latency::LatencyModel;
 use crate::policies;
 use crate::policy::CachePolicy;
@@ -61,6 +62,62 @@ impl Capacity {
     }
 }
 
+/// Host tier of a sweep.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Host {
+    /// How many blocks it holds.
+    pub size: HostSize,
+    /// Bytes per second between host and device; the latency model's where `None`.
+    pub bytes_per_s: Option<f64>,
+    /// Bytes per second that prefetching may use; half the bandwidth where `None`, 0 switches it off.
+    pub prefetch_bytes_per_s: Option<f64>,
+}
+
+/// Size of a host tier.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum HostSize {
+    /// A multiple of the pool.
+    TimesPool(f64),
+    /// Number of blocks.
+    Blocks(usize),
+}
+
+impl HostSize {
+    /// Reads `4x` or `20000`.
+    pub fn parse(text: &str) -> Result<Self> {
+        let bad = || Error::BadOption {
+            option: "--host".into(),
+            problem: format!("`{text}` is not a size"),
+            remedy: "write a multiple of the pool such as 4x, or a number of blocks such as 20000".into(),
+        };
+        match text.trim().strip_suffix('x') {
+            Some(times) => match times.parse::<f64>() {
+                Ok(times) if times.is_finite() && times > 0.0 => Ok(Self::TimesPool(times)),
+                _ => Err(bad()),
+            },
+            None => match text.trim().parse::<u32>() {
+                Ok(blocks) if blocks > 0 => Ok(Self::Blocks(blocks as usize)),
+                _ => Err(bad()),
+            },
+        }
+    }
+}
+
+impl Host {
+    fn options(self, pool_blocks: usize, block_size: u32, model: &LatencyModel) -> HostOptions {
+        let bytes_per_s = self.bytes_per_s.unwrap_or(model.host_bytes_per_s);
+        HostOptions {
+            blocks: match self.size {
+                HostSize::TimesPool(times) => (times * pool_blocks as f64).round() as usize,
+                HostSize::Blocks(blocks) => blocks,
+            },
+            bytes_per_s,
+            prefetch_bytes_per_s: self.prefetch_bytes_per_s.unwrap_or(bytes_per_s / 2.0),
+            block_bytes: model.kv_bytes_per_token * f64::from(block_size),
+        }
+    }
+}
+
 /// Makes a fresh policy of the caller's own for each replay.
 pub type CustomPolicy = Arc<dyn Fn(&Trace) -> Result<Box<dyn CachePolicy>> + Send + Sync>;
 
@@ -97,6 +154,8 @@ pub struct SweepOptions {
     pub policies: Vec<Contender>,
     /// The latency model.
     pub model: LatencyModel,
+    /// The host tier; none without.
+    pub host: Option<Host>,
     /// Worker threads; 0 takes one per core.
     pub threads: usize,
 }
@@ -186,6 +245,7 @@ struct Setting<'a> {
     workload: String,
     capacity: Capacity,
     options: ScheduleOptions,
+    host: Option<HostOptions>,
     schedule: OnceLock<Result<Schedule>>,
 }
 
@@ -297,6 +357,7 @@ fn settings<'a>(traces: &'a [Arc<Trace>], options: &SweepOptions) -> Vec<Setting
                             capacity_blocks,
                             model: options.model,
                         },
+                        host: options.host.map(|host| host.options(capacity_blocks, trace.block_size, &options.model)),
                         schedule: OnceLock::new(),
                     });
                 }
@@ -322,7 +383,7 @@ fn replay(setting: &Setting<'_>, contender: &Contender, progress: &Progress) -> 
     let events = schedule.events.len().max(1) as u64;
     let mut reported = 0;
     let begin = Instant::now();
-    let outcome = sim::run(setting.trace, schedule, policy.as_mut(), &mut |done| {
+    let outcome = sim::run_with_host(setting.trace, schedule, policy.as_mut(), setting.host, &mut |done| {
         let now = done * calls / events;
         progress.done.fetch_add(now - reported, Ordering::Relaxed);
         reported = now;
@@ -339,11 +400,12 @@ fn summarise(
     replay_s: f64,
 ) -> SweepResult {
     let trace = setting.trace;
-    let hit_tokens = |call: u32| {
-        let hit = outcome.call_hits[call as usize];
-        (if hit == u32::MAX { 0.0 } else { f64::from(hit) * f64::from(trace.block_size) }, 0.0)
-    };
-    let timeline = sim::timeline(trace, schedule, &setting.options.model, &hit_tokens);
+    let hit_tokens = |call: u32| outcome.cached_tokens(call, trace.block_size);
+    let mut model = setting.options.model;
+    if let Some(host) = setting.host {
+        model.host_bytes_per_s = host.bytes_per_s;
+    }
+    let timeline = sim::timeline(trace, schedule, &model, &hit_tokens);
     SweepResult {
         cell: Cell {
             workload: setting.workload.clone(),
@@ -358,13 +420,13 @@ fn summarise(
             prompt_blocks: outcome.prompt_blocks,
             hit_blocks: outcome.hit_blocks,
             hit_rate: outcome.hit_rate(),
-            host_hit_rate: None,
+            host_hit_rate: outcome.host.map(|h| h.loaded_blocks as f64 / outcome.prompt_blocks.max(1) as f64),
             ttft_ms: ttft(timeline.ttft_ms),
             makespan_s: timeline.makespan_s,
             gap_closed: None,
             evictions: outcome.evictions,
-            prefetched_blocks: None,
-            prefetch_used_blocks: None,
+            prefetched_blocks: outcome.host.map(|h| h.prefetched_blocks),
+            prefetch_used_blocks: outcome.host.map(|h| h.prefetch_used_blocks),
         },
         seed: setting.options.seed,
         bypassed_calls: outcome.bypassed_calls,

@@ -22,6 +22,7 @@ fn options(policies: &[&str]) -> SweepOptions {
         capacities: vec![Capacity::Fraction(0.1), Capacity::Fraction(0.3)],
         policies: policies.iter().map(|p| Contender::Named((*p).into())).collect(),
         model: LatencyModel::LLAMA_3_1_8B_H100,
+        host: None,
         threads: 2,
     }
 }

@@ -11,6 +11,7 @@
 //! | [`Runtime::score_blocks`] | wait-free | no | one hash probe a block |
 //! | [`Runtime::score_agents`], [`Runtime::predict`] | wait-free | no | 64 rows of 8 |
 //! | [`Runtime::evict`] | one writer, as above | no | one scoring per session that changed since the last call, 16 for age, one list step a block |
+//! | [`Runtime::expected`], [`Runtime::restored`] | one writer, as above | no | 64 sessions; one hash probe a block |
 //! | [`Runtime::workload`], [`Runtime::new`] | blocking, cold | yes | |
 //!
 //! Times are microseconds of any monotone clock. A time that runs backwards counts as "now", see [`Repairs`].
@@ -22,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::ids::{mix, SessionKey, WorkloadId};
 use crate::kv::index::Published;
 use crate::kv::workload::{self, Sessions, MAX_WORKLOADS};
-use crate::kv::{self, Config, FutureStarts, Hint, KvCache, Prediction, Repairs, Workload, Workloads};
+use crate::kv::{self, Config, Expected, FutureStarts, Hint, KvCache, Prediction, Repairs, Workload, Workloads};
 use crate::sessions::SessionHandle;
 
 /// What happened; the codes of [`Events::kinds`].
@@ -303,6 +304,7 @@ impl Runtime {
                         (id.0, learned),
                         handle,
                         event.call,
+                        event.session.0 ^ mix(u64::from(id.0)),
                         event.agent,
                         event.time_us,
                         event.blocks,
@@ -412,7 +414,7 @@ impl Runtime {
     /// Gives an oracle the starts of the session's next calls.
     pub fn foretell(&self, workload: WorkloadId, session: u64, starts: FutureStarts) -> Result<()> {
         let (handle, _) = self.sessions.enter(Self::key(workload, session));
-        self.writer()?.foretell(handle, workload.0, starts);
+        self.writer()?.foretell(handle, workload.0, session, starts);
         Ok(())
     }
 
@@ -479,6 +481,21 @@ impl Runtime {
     pub fn evict(&self, n: usize, now_us: u64, victim: impl FnMut(u64)) -> Result<usize> {
         let mut pool = self.writer()?;
         Ok(pool.evict(&self.workloads, &self.sessions, n, now_us, victim))
+    }
+
+    /// Fills `out` with sessions that will call an agent next with at least the given probability, and for which bringing
+    /// blocks of the agent's last prompt back is worth more than what would have to go, best first.
+    pub fn expected(&self, now_us: u64, least_probability: f32, out: &mut [Expected]) -> Result<usize> {
+        Ok(self.writer()?.expected(&self.workloads, &self.sessions, now_us, least_probability, out))
+    }
+
+    /// The pool holds all of `blocks` (a chain from the root) again: a lower tier gave back what was missing.
+    pub fn restored(&self, workload: WorkloadId, session: u64, agent: u16, time_us: u64, blocks: &[u64]) -> Result<()> {
+        let learned = self.learned(workload)?;
+        if let Some(handle) = self.sessions.find(Self::key(workload, session)) {
+            self.writer()?.restored(learned, handle, agent, time_us, blocks);
+        }
+        Ok(())
     }
 
     /// Blocks resident, as far as the index knows.

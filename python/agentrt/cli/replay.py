@@ -98,6 +98,14 @@ def _policies(text: str) -> list[engine.PolicyArgument]:
     show_default=True,
     help="Latency model.",
 )
+@click.option("--host", metavar="4x|BLOCKS", help="Size of a host tier for evicted blocks; none by default.")
+@click.option("--host-bandwidth", type=float, metavar="GB/S", help="Host link; by default the latency model's.")
+@click.option(
+    "--prefetch-bandwidth",
+    type=float,
+    metavar="GB/S",
+    help="Share of the host link that prefetching may use; half by default, 0 switches it off.",
+)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the results as JSON.")
 @click.option(
     "--html",
@@ -120,6 +128,9 @@ def replay(
     order: str,
     seed: str,
     model: str,
+    host: str | None,
+    host_bandwidth: float | None,
+    prefetch_bandwidth: float | None,
     json_path: Path | None,
     html_path: Path | None,
     skip_bad: bool,
@@ -137,6 +148,7 @@ def replay(
       agentrt replay my-trace.jsonl.gz --capacity 5%,10%,25% --html report.html
       agentrt replay a.jsonl b.jsonl --policy lru,agentrt,min --sessions 64 --seed 0,1,2 --json results.json
       agentrt replay my-trace.jsonl --policy lru,my_policy.py:MyPolicy
+      agentrt replay my-trace.jsonl --host 4x --host-bandwidth 25
     """
     if html_path:
         from agentrt import report
@@ -182,6 +194,9 @@ def replay(
             sessions=session_counts,
             seed=seeds,
             model=model,
+            host=host,
+            host_bandwidth=host_bandwidth,
+            prefetch_bandwidth=prefetch_bandwidth,
             progress=lambda done, total: bar.update(task, completed=done, total=total or None),
         )
 

@@ -238,6 +238,9 @@ def run(
     sessions: int | Iterable[int] = 16,
     seed: int | Iterable[int] = 0,
     model: str = DEFAULT_MODEL,
+    host: str | int | None = None,
+    host_bandwidth: float | None = None,
+    prefetch_bandwidth: float | None = None,
     skip_bad: bool = False,
     share_system_prefix: bool = True,
     threads: int = 0,
@@ -253,6 +256,9 @@ def run(
         sessions: Concurrent sessions; several run one after the other.
         seed: Fixes the order of sessions and all drawn times; several run one after the other.
         model: Latency model, one of :func:`model_names`.
+        host: Size of a host tier for evicted blocks: ``"4x"`` the pool, or blocks; none by default.
+        host_bandwidth: Gigabytes per second between host and device; by default the latency model's.
+        prefetch_bandwidth: Of these, what prefetching may use; half by default, 0 switches it off.
         skip_bad: Leave out unusable lines of trace files and count them, instead of raising.
         share_system_prefix: Let sessions with the same recorded system prefix share its blocks.
         threads: Worker threads; 0 takes one per core.
@@ -277,6 +283,9 @@ def run(
         seeds=seeds,
         capacities=[str(c) for c in capacities],
         model=model,
+        host=None if host is None else str(host),
+        host_bandwidth=None if host_bandwidth is None else host_bandwidth * 1e9,
+        prefetch_bandwidth=None if prefetch_bandwidth is None else prefetch_bandwidth * 1e9,
         threads=threads,
         progress=progress,
     )

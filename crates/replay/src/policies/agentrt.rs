@@ -1,11 +1,12 @@
 //! agentrt's own policy, driven through the core's events exactly as an engine adapter drives it.
 
 use runtime_core::ids::WorkloadId;
-use runtime_core::kv::{Config, FutureStarts, Hint, Oracle};
+use runtime_core::kv::{Config, Expected, FutureStarts, Hint, Oracle};
 use runtime_core::runtime::Options;
 use runtime_core::Runtime;
 use rustc_hash::FxHashMap;
 
+use crate::host::HostTier;
 use crate::policy::{CachePolicy, CallView};
 use crate::pool::Pool;
 use crate::schedule::{EventKind, Schedule};
@@ -49,6 +50,9 @@ pub fn config(name: &str) -> Option<Config> {
     Some(config)
 }
 
+/// Blocks are brought back for calls at least this likely.
+const PREFETCH_PROBABILITY: f32 = 0.6;
+
 const ONE_THREAD: &str = "one thread uses the runtime";
 
 /// Adapter from the replay's events to the core.
@@ -58,6 +62,9 @@ pub struct AgentRt {
     keys: Vec<u64>,
     victims: Vec<u32>,
     future: Option<Future>,
+    /// The last prompt and answer of each (session, agent), for prefetching.
+    last: FxHashMap<(u32, u16), Vec<u32>>,
+    expected: Vec<(u32, u16)>,
 }
 
 /// What the oracles know: of every use of a block its next use by the same and by another session, of every session
@@ -124,7 +131,15 @@ impl AgentRt {
         let options = Options { config, ..Options::for_pool(capacity) };
         let runtime = Runtime::new(options).expect("a schedule has a capacity of at least one block");
         let workload = runtime.workload(&trace.workload).expect("the first workload has room");
-        Self { runtime, workload, keys: Vec::new(), victims: Vec::new(), future }
+        Self {
+            runtime,
+            workload,
+            keys: Vec::new(),
+            victims: Vec::new(),
+            future,
+            last: FxHashMap::default(),
+            expected: Vec::new(),
+        }
     }
 
     fn foretell(&mut self, call: &CallView<'_>) {
@@ -194,9 +209,43 @@ impl CachePolicy for AgentRt {
     }
 
     fn call_finish(&mut self, call: &CallView<'_>, output: &[u32], _released: &[u32], _pool: &Pool) {
+        let last = self.last.entry((call.session, call.agent)).or_default();
+        last.clear();
+        last.extend(call.prompt.iter().chain(output));
         self.foretell(call);
         let tool = call.tool.map_or(0, |t| t + 1);
         self.ended(call, output, tool);
+    }
+
+    fn prefetch(&mut self, now_us: u64, budget_blocks: usize, pool: &Pool, _host: &HostTier) -> Vec<Vec<u32>> {
+        let none = Expected { session: 0, workload: 0, agent: 0, probability: 0.0, score: 0.0 };
+        let mut expected = [none; 8];
+        let found = self.runtime.expected(now_us, PREFETCH_PROBABILITY, &mut expected).expect(ONE_THREAD);
+        self.expected.clear();
+        let mut chains = Vec::new();
+        let mut wanted = 0;
+        for e in &expected[..found] {
+            let lane = (e.session as u32, e.agent);
+            if let Some(chain) = self.last.get(&lane) {
+                let missing = chain.iter().filter(|&&b| !pool.is_resident(b)).count();
+                if missing > 0 && wanted < budget_blocks {
+                    wanted += missing;
+                    self.expected.push(lane);
+                    chains.push(chain.clone());
+                }
+            }
+        }
+        chains
+    }
+
+    fn prefetched(&mut self, chain: usize, blocks: &[u32], now_us: u64, pool: &Pool) {
+        let lane = self.expected[chain];
+        let Some(last) = blocks.last() else { return };
+        self.keys.clear();
+        let all = self.last[&lane].iter().take_while(|&&b| pool.is_resident(b));
+        self.keys.extend(all.map(|&b| u64::from(b) + 1));
+        debug_assert!(self.keys.contains(&(u64::from(*last) + 1)));
+        self.runtime.restored(self.workload, u64::from(lane.0), lane.1, now_us, &self.keys).expect(ONE_THREAD);
     }
 
     fn call_bypassed(&mut self, call: &CallView<'_>) {

@@ -149,6 +149,8 @@ struct Lane {
 #[derive(Clone, Copy, Debug)]
 struct Tenant {
     next_refresh_us: u64,
+    /// The caller's name of the session.
+    session: u64,
     lanes: u32,
     generation: u16,
     workload: u16,
@@ -170,6 +172,42 @@ struct Running {
     prompt_len: u32,
     /// Blocks that could not be indexed: nothing may be hung below.
     cut: bool,
+}
+
+/// Where new blocks come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// A prompt of so many blocks.
+    Prompt(u32),
+    /// A decoded answer.
+    Output,
+    /// A lower tier: the session has used them before.
+    Restored,
+}
+
+impl Origin {
+    fn class(self, position: u32) -> u8 {
+        match self {
+            Self::Prompt(len) => content::first_class(len.saturating_sub(position + 1)),
+            Self::Output => content::OUTPUT,
+            Self::Restored => content::used_class(2),
+        }
+    }
+}
+
+/// A session that is expected to call an agent soon.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Expected {
+    /// The caller's name of the session.
+    pub session: u64,
+    /// The workload.
+    pub workload: u32,
+    /// The agent.
+    pub agent: u16,
+    /// P(the session's next call is made, and by this agent).
+    pub probability: f32,
+    /// Hits per second that holding one block of the agent's last prompt promises.
+    pub score: f32,
 }
 
 /// What is known of one session at one moment.
@@ -197,6 +235,7 @@ pub(crate) struct KvCache {
     path: Vec<u32>,
     view: View,
     hand: usize,
+    expected_hand: usize,
     now_us: u64,
     /// Moving mean of a call's duration.
     pub(crate) service_s: f32,
@@ -222,8 +261,15 @@ impl KvCache {
             head: NONE,
             next: if i + 1 == n_lanes { NONE } else { i as u32 + 1 },
         };
-        let vacant =
-            Tenant { next_refresh_us: u64::MAX, lanes: NONE, generation: 0, workload: 0, dirty: false, active: false };
+        let vacant = Tenant {
+            next_refresh_us: u64::MAX,
+            session: 0,
+            lanes: NONE,
+            generation: 0,
+            workload: 0,
+            dirty: false,
+            active: false,
+        };
         Self {
             config,
             lanes: (0..n_lanes).map(lane).collect(),
@@ -242,6 +288,7 @@ impl KvCache {
                 weights: [Weights::default(); LANES],
             },
             hand: 0,
+            expected_hand: 0,
             now_us: 0,
             service_s: 1.0,
             eviction_interval_s: 0.01,
@@ -271,7 +318,7 @@ impl KvCache {
     // ---- sessions and lanes ----
 
     /// The tenant of a slot, made ready for this session.
-    fn tenant(&mut self, handle: SessionHandle, workload: u32) -> &mut Tenant {
+    fn tenant(&mut self, handle: SessionHandle, workload: u32, session: u64) {
         let slot = handle.slot();
         if self.tenants[slot].generation != handle.generation() {
             // Another session has the slot now: the old one's blocks stay, known to be nobody's.
@@ -287,6 +334,7 @@ impl KvCache {
             let Tenant { dirty, active, .. } = self.tenants[slot];
             self.tenants[slot] = Tenant {
                 next_refresh_us: u64::MAX,
+                session,
                 lanes: NONE,
                 generation: handle.generation(),
                 workload: workload as u16,
@@ -297,7 +345,6 @@ impl KvCache {
                 *starts = [u64::MAX; STEPS];
             }
         }
-        &mut self.tenants[slot]
     }
 
     fn release_lane(&mut self, lane: u32) {
@@ -381,6 +428,7 @@ impl KvCache {
         workload: (u32, &Workload),
         handle: SessionHandle,
         call: u64,
+        session: u64,
         agent: u16,
         now_us: u64,
         keys: &[u64],
@@ -388,7 +436,7 @@ impl KvCache {
     ) -> usize {
         let now_us = self.clock(now_us);
         let slot = handle.slot() as u32;
-        self.tenant(handle, workload.0);
+        self.tenant(handle, workload.0, session);
         // The resident prefix.
         self.path.clear();
         let (mut hint, mut parent) = (NONE, NONE);
@@ -617,7 +665,8 @@ impl KvCache {
         }
         let first = tail;
         let (keys, hints) = (&keys[skip..], hints.get(skip..).unwrap_or(&[]));
-        let cut = !self.append(workload, &run, now_us, keys, hints, output, &mut tail, &mut len);
+        let origin = if output { Origin::Output } else { Origin::Prompt(run.prompt_len) };
+        let cut = !self.append(workload, run.lane, now_us, keys, hints, origin, &mut tail, &mut len);
         if tail != first {
             self.pin(tail);
             if first != NONE {
@@ -635,16 +684,16 @@ impl KvCache {
     fn append(
         &mut self,
         workload: &Workload,
-        run: &Running,
+        lane: u32,
         now_us: u64,
         keys: &[u64],
         hints: &[Hint],
-        output: bool,
+        origin: Origin,
         tail: &mut u32,
         len: &mut u32,
     ) -> bool {
         let (mut anchor_len, mut anchor_degree) = (0, 0);
-        if self.config.anchors && !output {
+        if self.config.anchors && origin != Origin::Output {
             for (i, &key) in keys.iter().enumerate() {
                 let degree = workload.sharing.recall(key);
                 if degree > 0 {
@@ -655,8 +704,7 @@ impl KvCache {
         let mut segment = NONE;
         let mut class_now = 0;
         for (i, &key) in keys.iter().enumerate() {
-            let class =
-                if output { content::OUTPUT } else { content::first_class(run.prompt_len.saturating_sub(*len + 1)) };
+            let class = origin.class(*len);
             let boundary = segment == NONE
                 || class != class_now
                 || i == anchor_len
@@ -668,10 +716,10 @@ impl KvCache {
                     self.repairs.untracked_blocks += (keys.len() - i) as u64;
                     return false;
                 }
-                let touch_call = self.lanes[run.lane as usize].calls;
+                let touch_call = self.lanes[lane as usize].calls;
                 let x = self.index.seg_mut(fresh);
                 x.class = class;
-                x.touches = 1;
+                x.touches = if origin == Origin::Restored { 2 } else { 1 };
                 x.degree = if i < anchor_len { anchor_degree.saturating_add(1) } else { 1 };
                 x.depth = *len;
                 x.touch_call = touch_call;
@@ -679,7 +727,7 @@ impl KvCache {
                 if let Some(&hint) = hints.get(i) {
                     self.hints[fresh as usize] = hint;
                 }
-                self.lane_link(fresh, run.lane);
+                self.lane_link(fresh, lane);
                 self.index.recency_push(fresh);
                 if above != NONE {
                     self.index.dequeue(above);
@@ -742,6 +790,95 @@ impl KvCache {
         }
     }
 
+    /// Blocks of the agent's last prompt were brought back from a lower tier: `keys` is the chain from the root, of
+    /// which the pool now holds all.
+    pub(crate) fn restored(
+        &mut self,
+        workload: &Workload,
+        handle: SessionHandle,
+        agent: u16,
+        now_us: u64,
+        keys: &[u64],
+    ) {
+        let now_us = self.clock(now_us);
+        if self.tenants[handle.slot()].generation != handle.generation() {
+            return;
+        }
+        let lane = self.lane(handle.slot() as u32, agent);
+        if lane == NONE {
+            return;
+        }
+        let (mut tail, mut len) = (NONE, 0);
+        for &key in keys {
+            let slot = self.index.find_after(tail, key);
+            if slot == NONE || self.index.parent(slot) != tail {
+                break;
+            }
+            (tail, len) = (slot, len + 1);
+        }
+        if tail != NONE {
+            let segment = self.index.segment_of(tail);
+            let x = *self.index.seg(segment);
+            if x.tail != tail && self.split(segment, tail, len - x.depth) == NONE {
+                return;
+            }
+            self.pin(tail);
+        }
+        let (above, from) = (tail, len as usize);
+        self.append(workload, lane, now_us, &keys[from..], &[], Origin::Restored, &mut tail, &mut len);
+        if above != NONE {
+            self.unpin(above);
+        }
+        if tail != above {
+            self.queue_unscored(self.index.segment_of(tail));
+        }
+        self.mark(handle.slot() as u32);
+    }
+
+    /// Fills `out` with sessions that are likelier than `least` to call an agent next and whose blocks would be worth
+    /// more than what would have to go for them, best first. Visits some sessions, round robin.
+    pub(crate) fn expected(
+        &mut self,
+        workloads: &Workloads,
+        sessions: &Sessions,
+        now_us: u64,
+        least: f32,
+        out: &mut [Expected],
+    ) -> usize {
+        self.clock(now_us);
+        let lowest = self.index.lowest();
+        let floor = match lowest {
+            NONE => 0.0,
+            lowest => density::bucket_score(self.index.seg(lowest).bucket),
+        };
+        let mut filled = 0;
+        for _ in 0..VISITS.min(self.active.len()) {
+            self.expected_hand = if self.expected_hand + 1 < self.active.len() { self.expected_hand + 1 } else { 0 };
+            let slot = self.active[self.expected_hand];
+            let tenant = self.tenants[slot as usize];
+            let Some(workload) = workloads.get(tenant.workload as usize) else { continue };
+            self.look(workload, sessions, slot);
+            for i in 0..self.view.n {
+                let first = self.view.weights[i].0[0];
+                let probability = first[0] * self.view.times[0][GRID - 1];
+                if probability < least || filled == out.len() {
+                    continue;
+                }
+                let agent = self.lanes[self.view.lanes[i] as usize].agent;
+                let rate = workload.content.rates(agent, 0, content::used_class(2), &self.config)[0];
+                let private = Foreign::At(f32::INFINITY);
+                let score = density::score(&self.view.times, &first.map(|p| p * rate), &private, None);
+                if score > floor {
+                    let workload = u32::from(tenant.workload);
+                    out[filled] = Expected { session: tenant.session, workload, agent, probability, score };
+                    filled += 1;
+                }
+            }
+        }
+        out[..filled].sort_unstable_by(|a, b| b.score.total_cmp(&a.score));
+        filled
+    }
+
     /// The session and workload of a call in flight.
     pub(crate) fn running(&self, call: u64) -> Option<(SessionHandle, u32)> {
         self.running.iter().find(|r| r.call == call).map(|r| (r.handle, r.workload))
@@ -755,8 +892,8 @@ impl KvCache {
     }
 
     /// Gives an oracle the starts of the session's next calls.
-    pub(crate) fn foretell(&mut self, handle: SessionHandle, workload: u32, starts: FutureStarts) {
-        self.tenant(handle, workload);
+    pub(crate) fn foretell(&mut self, handle: SessionHandle, workload: u32, session: u64, starts: FutureStarts) {
+        self.tenant(handle, workload, session);
         if let Some(at) = self.starts.get_mut(handle.slot()) {
             *at = starts;
         }

@@ -55,7 +55,7 @@ impl Workload {
 }
 
 /// Workloads that one runtime serves at most.
-pub const MAX_WORKLOADS: usize = 64;
+pub(crate) const MAX_WORKLOADS: usize = 64;
 
 /// The registered workloads: appended to, never removed, read without a lock.
 #[derive(Debug)]
