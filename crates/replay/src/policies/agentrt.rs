@@ -4,7 +4,7 @@ use runtime_core::ids::WorkloadId;
 use runtime_core::kv::{Config, Expected, FutureStarts, Hint, Oracle};
 use runtime_core::runtime::Options;
 use runtime_core::Runtime;
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::host::HostTier;
 use crate::policy::{CachePolicy, CallView};
@@ -63,8 +63,24 @@ pub struct AgentRt {
     victims: Vec<u32>,
     future: Option<Future>,
     /// The last prompt and answer of each (session, agent), for prefetching.
-    last: FxHashMap<(u32, u16), Vec<u32>>,
+    last: FxHashMap<(u32, u16), Last>,
     expected: Vec<(u32, u16)>,
+    /// Sessions and agents whose blocks were brought back since the session's last call: once is enough.
+    served: FxHashSet<(u32, u16)>,
+}
+
+/// What a lane sent last, and how much of what it had sent before came again.
+#[derive(Default)]
+struct Last {
+    chain: Vec<u32>,
+    dropped: usize,
+}
+
+impl Last {
+    /// What will come again if the next prompt drops as much of this one as this one dropped of the one before.
+    fn stable(&self) -> &[u32] {
+        &self.chain[..self.chain.len().saturating_sub(self.dropped)]
+    }
 }
 
 /// What the oracles know: of every use of a block its next use by the same and by another session, of every session
@@ -139,6 +155,7 @@ impl AgentRt {
             future,
             last: FxHashMap::default(),
             expected: Vec::new(),
+            served: FxHashSet::default(),
         }
     }
 
@@ -166,6 +183,7 @@ impl AgentRt {
 
 impl CachePolicy for AgentRt {
     fn call_start(&mut self, call: &CallView<'_>, _pool: &Pool) {
+        self.served.retain(|lane| lane.0 != call.session);
         self.foretell(call);
         self.keys.clear();
         self.keys.extend(call.prompt.iter().map(|&b| u64::from(b) + 1));
@@ -210,8 +228,10 @@ impl CachePolicy for AgentRt {
 
     fn call_finish(&mut self, call: &CallView<'_>, output: &[u32], _released: &[u32], _pool: &Pool) {
         let last = self.last.entry((call.session, call.agent)).or_default();
-        last.clear();
-        last.extend(call.prompt.iter().chain(output));
+        let kept = last.chain.iter().zip(call.prompt).take_while(|(before, now)| before == now).count();
+        last.dropped = last.chain.len() - kept;
+        last.chain.clear();
+        last.chain.extend(call.prompt.iter().chain(output));
         self.foretell(call);
         let tool = call.tool.map_or(0, |t| t + 1);
         self.ended(call, output, tool);
@@ -226,12 +246,13 @@ impl CachePolicy for AgentRt {
         let mut wanted = 0;
         for e in &expected[..found] {
             let lane = (e.session as u32, e.agent);
-            if let Some(chain) = self.last.get(&lane) {
+            if let Some(last) = self.last.get(&lane) {
+                let chain = last.stable();
                 let missing = chain.iter().filter(|&&b| !pool.is_resident(b)).count();
-                if missing > 0 && wanted < budget_blocks {
+                if missing > 0 && wanted < budget_blocks && self.served.insert(lane) {
                     wanted += missing;
                     self.expected.push(lane);
-                    chains.push(chain.clone());
+                    chains.push(chain.to_vec());
                 }
             }
         }
@@ -242,7 +263,7 @@ impl CachePolicy for AgentRt {
         let lane = self.expected[chain];
         let Some(last) = blocks.last() else { return };
         self.keys.clear();
-        let all = self.last[&lane].iter().take_while(|&&b| pool.is_resident(b));
+        let all = self.last[&lane].stable().iter().take_while(|&&b| pool.is_resident(b));
         self.keys.extend(all.map(|&b| u64::from(b) + 1));
         debug_assert!(self.keys.contains(&(u64::from(*last) + 1)));
         self.runtime.restored(self.workload, u64::from(lane.0), lane.1, now_us, &self.keys).expect(ONE_THREAD);

@@ -115,6 +115,8 @@ pub(crate) struct Segment {
     pub(crate) touches: u8,
     /// Sessions that have used it, saturating.
     pub(crate) degree: u8,
+    /// Brought back from a lower tier and not used since.
+    pub(crate) restored: bool,
 }
 
 pub(crate) const NOT_QUEUED: u16 = u16::MAX;
@@ -140,6 +142,7 @@ impl Segment {
         class: 0,
         touches: 0,
         degree: 0,
+        restored: false,
     };
 }
 
@@ -490,6 +493,33 @@ impl Index {
             }
         }
         NONE
+    }
+
+    /// The score of the leaf that is reached after `blocks` blocks of leaves, lowest first; visits at most `most`.
+    pub(crate) fn score_at(&self, blocks: usize, most: usize) -> f32 {
+        let (mut seen, mut visits, mut score) = (0, 0, 0.0);
+        for (word, &bits) in self.bitmap.iter().enumerate() {
+            let mut bits = bits;
+            while bits != 0 {
+                let head = self.heads[word * 64 + bits.trailing_zeros() as usize];
+                bits &= bits - 1;
+                let mut s = head;
+                loop {
+                    let x = self.seg(s);
+                    score = self.published_score(s);
+                    seen += x.len as usize;
+                    visits += 1;
+                    if seen >= blocks || visits == most {
+                        return score;
+                    }
+                    s = x.queue_next;
+                    if s == head {
+                        break;
+                    }
+                }
+            }
+        }
+        score
     }
 
     // ---- recency list ----

@@ -39,6 +39,12 @@ pub use workload::{Workload, STATE_BUDGET_BYTES};
 const VISITS: usize = 64;
 /// Of these, scored again at most.
 const REFRESHES: usize = 16;
+/// Share of blocks brought back that must be used for prefetching to go on.
+const MIN_PRECISION: f32 = 0.6;
+/// One in so many opportunities is taken while it does not pay.
+const RETRY: u32 = 64;
+/// Leaves visited to find what a block must be worth to stay for a while.
+const FLOOR_LEAVES: usize = 256;
 /// Calls in flight that are tracked.
 const MAX_RUNNING: usize = 4096;
 /// Score class of a leaf that has not been scored yet: it goes last.
@@ -243,6 +249,10 @@ pub(crate) struct KvCache {
     eviction_interval_s: f32,
     last_eviction_us: u64,
     pool_blocks: usize,
+    /// Blocks brought back that a call then used, and that went without; both fade.
+    restored_used: u64,
+    restored_wasted: u64,
+    asked: u32,
     pub(crate) repairs: Repairs,
     hints: Vec<Hint>,
     starts: Vec<FutureStarts>,
@@ -294,6 +304,9 @@ impl KvCache {
             eviction_interval_s: 0.01,
             last_eviction_us: 0,
             pool_blocks,
+            restored_used: 0,
+            restored_wasted: 0,
+            asked: 0,
             repairs: Repairs::default(),
             hints: if oracle { vec![Hint::NONE; index.n_segments()] } else { Vec::new() },
             starts: if oracle { vec![[u64::MAX; STEPS]; sessions] } else { Vec::new() },
@@ -557,7 +570,11 @@ impl KvCache {
                 self.lane_unlink(segment);
                 self.lane_link(segment, lane);
             }
+            if old.restored {
+                self.restored_used += n as u64;
+            }
             let x = self.index.seg_mut(segment);
+            x.restored = false;
             x.touch_call = calls + 1;
             x.last_use_us = now_us;
             if same_session {
@@ -720,6 +737,7 @@ impl KvCache {
                 let x = self.index.seg_mut(fresh);
                 x.class = class;
                 x.touches = if origin == Origin::Restored { 2 } else { 1 };
+                x.restored = origin == Origin::Restored;
                 x.degree = if i < anchor_len { anchor_degree.saturating_add(1) } else { 1 };
                 x.depth = *len;
                 x.touch_call = touch_call;
@@ -846,11 +864,19 @@ impl KvCache {
         out: &mut [Expected],
     ) -> usize {
         self.clock(now_us);
-        let lowest = self.index.lowest();
-        let floor = match lowest {
-            NONE => 0.0,
-            lowest => density::bucket_score(self.index.seg(lowest).bucket),
-        };
+        // Bringing blocks back has to pay: while too few are used, only every so often a try is made.
+        self.asked = self.asked.wrapping_add(1);
+        let seen = self.restored_used + self.restored_wasted;
+        if seen > 4096 {
+            self.restored_used /= 2;
+            self.restored_wasted /= 2;
+        }
+        let pays = self.restored_used as f32 >= MIN_PRECISION * seen as f32;
+        if seen > 256 && !pays && self.asked % RETRY != 0 {
+            return 0;
+        }
+        // Not only more than the next victims: enough to still be there when the call comes.
+        let floor = self.index.score_at(self.pool_blocks / 4, FLOOR_LEAVES);
         let mut filled = 0;
         for _ in 0..VISITS.min(self.active.len()) {
             self.expected_hand = if self.expected_hand + 1 < self.active.len() { self.expected_hand + 1 } else { 0 };
@@ -868,7 +894,7 @@ impl KvCache {
                 let rate = workload.content.rates(agent, 0, content::used_class(2), &self.config)[0];
                 let private = Foreign::At(f32::INFINITY);
                 let score = density::score(&self.view.times, &first.map(|p| p * rate), &private, None);
-                if score > floor {
+                if score > 2.0 * floor {
                     let workload = u32::from(tenant.workload);
                     out[filled] = Expected { session: tenant.session, workload, agent, probability, score };
                     filled += 1;
@@ -1123,6 +1149,9 @@ impl KvCache {
                 }
             }
             let take = (n - done).min(x.len as usize);
+            if x.restored {
+                self.restored_wasted += take as u64;
+            }
             let exposed = self.take_from(segment, take, &mut victim);
             done += take;
             if exposed != NONE {
