@@ -111,7 +111,7 @@ def _summary(replay: Replay) -> Table:
             "-" if s.lift_points is None else f"{s.lift_points:+.1f}",
             "-" if s.ttft_change is None else f"{s.ttft_change * 100:+.0f} %",
             f"{s.worst_points:+.1f}",
-            s.worst_cell if s.worst_points < 0 else "",
+            s.worst_cell if s.loses else "",
         ]
         table.add_row(*row, style=_style(s.policy))
     return table

@@ -31,6 +31,11 @@ class PolicySummary:
     worst_points: float
     worst_cell: str
 
+    @property
+    def loses(self) -> bool:
+        """Whether the largest loss shows at one decimal."""
+        return self.worst_points <= -0.05
+
 
 def summarise(replay: Replay) -> list[PolicySummary]:
     """One summary per policy, session count and seed, in the order of the results."""

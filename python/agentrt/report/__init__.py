@@ -48,8 +48,8 @@ def _headline(replay: Replay, summaries: list[PolicySummary]) -> list[str]:
         if s.ttft_change is not None:
             verb = "falls" if s.ttft_change < 0 else "rises"
             text += f"; the modelled mean time to first token {verb} by {abs(s.ttft_change) * 100:.0f} %"
-        loss = "No cell is below LRU."
-        if s.worst_points < 0:
+        loss = "No cell is below LRU by 0.05 points or more."
+        if s.loses:
             loss = f"The worst cell is {s.worst_cell}: {s.worst_points:+.1f} points against LRU."
         sentences.append(f"{text}. {loss}")
     return sentences

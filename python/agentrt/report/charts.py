@@ -25,7 +25,7 @@ _CONFIG = {
         "domainColor": "#b0bec5",
         "tickColor": "#b0bec5",
     },
-    "legend": {"labelFontSize": 12, "title": None, "orient": "top", "columns": 10, "symbolStrokeWidth": 3},
+    "legend": {"labelFontSize": 12, "title": None, "orient": "top", "labelLimit": 240, "symbolStrokeWidth": 3},
     "header": {"labelFontSize": 13, "labelFontWeight": "bold", "title": None, "labelAnchor": "start"},
 }
 
@@ -73,7 +73,10 @@ def gap_closed(summaries: list[PolicySummary]) -> dict[str, Any]:
                         "type": "quantitative",
                         "title": "% of the way from LRU (0) to the optimum MIN (100)",
                         "scale": {
-                            "domain": [min([0.0, *means.values()]) * 1.4, max([60.0, *means.values()])],
+                            "domain": [
+                                1.2 * min([0.0, *means.values()]) - 4 * any(gap < 0 for gap in means.values()),
+                                max([60.0, *means.values()]),
+                            ],
                             "nice": True,
                         },
                     },
@@ -124,7 +127,12 @@ def by_capacity(cells: list[MeanResult], metric: Metric) -> dict[str, Any]:
     encoding = {
         "x": x,
         "y": y,
-        "color": {"field": "policy", "type": "nominal", "scale": _colours(policies)},
+        "color": {
+            "field": "policy",
+            "type": "nominal",
+            "scale": _colours(policies),
+            "legend": {"columns": 10 if len(policies) <= 10 else 5},
+        },
         "opacity": {"condition": {"param": "shown", "value": 1}, "value": 0.08},
         "tooltip": [
             {"field": "workload"},
