@@ -23,7 +23,9 @@ use crate::error::{Error, Result};
 use crate::ids::{mix, SessionKey, WorkloadId};
 use crate::kv::index::Published;
 use crate::kv::workload::{self, Sessions, MAX_WORKLOADS};
-use crate::kv::{self, Config, Expected, FutureStarts, Hint, KvCache, Prediction, Repairs, Workload, Workloads};
+use crate::kv::{
+    self, CallStart, Config, Expected, FutureStarts, Hint, KvCache, Prediction, Repairs, Workload, Workloads,
+};
 use crate::sessions::SessionHandle;
 
 /// What happened; the codes of [`Events::kinds`].
@@ -300,16 +302,15 @@ impl Runtime {
             EventKind::CallStart => {
                 let handle = learned.call_started(&self.sessions, event.session, event.agent, event.time_us);
                 if let Some(pool) = pool {
-                    return pool.call_started(
-                        (id.0, learned),
-                        handle,
-                        event.call,
-                        event.session.0 ^ mix(u64::from(id.0)),
-                        event.agent,
-                        event.time_us,
-                        event.blocks,
-                        event.hints,
-                    );
+                    let start = CallStart {
+                        call: event.call,
+                        session: event.session.0 ^ mix(u64::from(id.0)),
+                        agent: event.agent,
+                        now_us: event.time_us,
+                        keys: event.blocks,
+                        hints: event.hints,
+                    };
+                    return pool.call_started((id.0, learned), handle, &start);
                 }
             }
             EventKind::Stored => {
@@ -364,7 +365,7 @@ impl Runtime {
     }
 
     /// One call starts, with hints for oracles. As [`Runtime::observe`] with one event.
-    #[allow(clippy::too_many_arguments)]
+    #[expect(clippy::too_many_arguments, reason = "one argument per field of an event")]
     pub fn call_started(
         &self,
         workload: WorkloadId,
@@ -388,7 +389,7 @@ impl Runtime {
     }
 
     /// One call ends; `tool` (from 1, 0 for none) runs next.
-    #[allow(clippy::too_many_arguments)]
+    #[expect(clippy::too_many_arguments, reason = "one argument per field of an event")]
     pub fn call_ended(
         &self,
         workload: WorkloadId,

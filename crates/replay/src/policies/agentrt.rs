@@ -17,7 +17,7 @@ use crate::trace::Trace;
 const VARIANTS: &[(&str, &str, fn(&mut Config))] = &[
     ("agentrt", "learned content, time and sharing; hit density", |_| {}),
     ("agentrt-no-prediction", "ablation: every agent of a session is equally likely to be next", |c| {
-        c.prediction = false
+        c.prediction = false;
     }),
     ("agentrt-order-1", "ablation: transitions of order 1 only", |c| c.order2 = false),
     ("agentrt-no-superseded", "ablation: misses of earlier calls are ignored", |c| c.superseded = false),

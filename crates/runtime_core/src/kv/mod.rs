@@ -180,6 +180,20 @@ struct Running {
     cut: bool,
 }
 
+/// A call that starts.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CallStart<'a> {
+    pub(crate) call: u64,
+    /// The caller's name of the session.
+    pub(crate) session: u64,
+    pub(crate) agent: u16,
+    pub(crate) now_us: u64,
+    /// The prompt's blocks, root first.
+    pub(crate) keys: &'a [u64],
+    /// The future of each, for oracles; else empty.
+    pub(crate) hints: &'a [Hint],
+}
+
 /// Where new blocks come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Origin {
@@ -435,18 +449,14 @@ impl KvCache {
 
     // ---- events ----
 
-    /// A call starts with `keys` as its prompt's blocks, root first. Pins the resident prefix; returns its length.
+    /// A call starts. Pins the resident prefix; returns its length.
     pub(crate) fn call_started(
         &mut self,
         workload: (u32, &Workload),
         handle: SessionHandle,
-        call: u64,
-        session: u64,
-        agent: u16,
-        now_us: u64,
-        keys: &[u64],
-        hints: &[Hint],
+        start: &CallStart<'_>,
     ) -> usize {
+        let &CallStart { call, session, agent, now_us, keys, hints } = start;
         let now_us = self.clock(now_us);
         let slot = handle.slot() as u32;
         self.tenant(handle, workload.0, session);
@@ -697,7 +707,7 @@ impl KvCache {
     }
 
     /// Hangs new blocks below `tail`. False where not all found room.
-    #[allow(clippy::too_many_arguments)]
+    #[expect(clippy::too_many_arguments, reason = "a struct for one caller would say no more")]
     fn append(
         &mut self,
         workload: &Workload,
@@ -1041,7 +1051,7 @@ impl KvCache {
         if self.config.oracle.any() {
             self.foretold(segment, lane, &mut first_use, &mut foreign);
         }
-        let horizon_s = (!self.config.density).then(|| self.eviction_interval_s * self.pool_blocks as f32);
+        let horizon_s = (!self.config.density).then_some(self.eviction_interval_s * self.pool_blocks as f32);
         density::score(&self.view.times, &first_use, &foreign, horizon_s)
     }
 
@@ -1341,7 +1351,7 @@ pub(crate) fn time_predictions(
 }
 
 /// P(the session calls `agent` within `horizon_s`), for each of `agents`. Wait-free.
-#[allow(clippy::too_many_arguments)]
+#[expect(clippy::too_many_arguments, reason = "a struct for one caller would say no more")]
 pub(crate) fn score_agents(
     workload: &Workload,
     sessions: &Sessions,

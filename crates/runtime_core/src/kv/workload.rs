@@ -57,10 +57,13 @@ impl Workload {
 /// Workloads that one runtime serves at most.
 pub(crate) const MAX_WORKLOADS: usize = 64;
 
+/// Name and learned state, set once.
+type Slot = OnceLock<(String, Box<Workload>)>;
+
 /// The registered workloads: appended to, never removed, read without a lock.
 #[derive(Debug)]
 pub(crate) struct Workloads {
-    slots: Box<[OnceLock<(String, Box<Workload>)>]>,
+    slots: Box<[Slot]>,
 }
 
 impl Workloads {

@@ -24,7 +24,7 @@ struct World {
 ///
 /// # Panics
 /// If an invariant does not hold: that is the finding.
-pub fn run(bytes: &[u8]) {
+pub(crate) fn run(bytes: &[u8]) {
     // As they are, the bytes are a publication from somewhere: an error at most.
     let mut merged = Merged::new(vec![Shape::Dense(8), Shape::Keyed(8)], 2);
     let before = merged.clone();
