@@ -14,7 +14,7 @@
 //! | parent | 4 |
 //! | hash table, load 3/4 | 5.3 |
 //! | segments and their scores, one for every twelve blocks | 6.3 |
-//! | together | 31.7, plus at most 80 kB for small pools |
+//! | together | 31.7, plus at most 160 kB for small pools |
 
 use std::sync::Arc;
 
@@ -156,6 +156,7 @@ pub(crate) struct Index {
     pub(crate) resident: usize,
     segments: Vec<Segment>,
     free_segment: u32,
+    live_segments: usize,
     heads: [u32; CLASSES],
     bitmap: [u64; CLASSES / 64],
     oldest: u32,
@@ -165,7 +166,7 @@ pub(crate) struct Index {
 impl Index {
     /// An index for `blocks` pool blocks.
     pub(crate) fn new(blocks: usize) -> Self {
-        Self::with_segments(blocks, (blocks / 12).max(blocks.min(1024)).max(16))
+        Self::with_segments(blocks, (blocks / 12).max(blocks.min(2048)).max(16))
     }
 
     /// An index with room for `segments` segments.
@@ -183,6 +184,7 @@ impl Index {
             resident: 0,
             segments: list(segments).map(|next| Segment { queue_next: next, ..Segment::EMPTY }).collect(),
             free_segment: 0,
+            live_segments: 0,
             heads: [NONE; CLASSES],
             bitmap: [0; CLASSES / 64],
             oldest: NONE,
@@ -219,6 +221,7 @@ impl Index {
         }
         self.free_block = if blocks == 0 { NONE } else { 0 };
         self.free_segment = 0;
+        self.live_segments = 0;
         self.resident = 0;
         self.heads = [NONE; CLASSES];
         self.bitmap = [0; CLASSES / 64];
@@ -343,10 +346,16 @@ impl Index {
         let s = self.free_segment;
         if s != NONE {
             self.free_segment = self.segments[s as usize].queue_next;
+            self.live_segments += 1;
             self.segments[s as usize] = Segment::EMPTY;
             self.publish_score(s, 0.0);
         }
         s
+    }
+
+    /// Less than a fifth of the segments is free: time to tell fewer apart.
+    pub(crate) fn segments_are_scarce(&self) -> bool {
+        self.live_segments * 5 > self.segments.len() * 4
     }
 
     pub(crate) fn has_free_segment(&self) -> bool {
@@ -358,6 +367,7 @@ impl Index {
         self.segments[s as usize].len = 0;
         self.segments[s as usize].queue_next = self.free_segment;
         self.free_segment = s;
+        self.live_segments -= 1;
     }
 
     /// The segment above, `NONE` at the root.

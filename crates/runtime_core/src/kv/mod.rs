@@ -618,10 +618,11 @@ impl KvCache {
         let (up, low) = (self.index.seg(upper), self.index.seg(lower));
         up.children == 1
             && up.pins == 0
-            && up.class == low.class
-            && up.touches.min(5) == low.touches.min(5)
-            && sharing::class(up.degree, up.depth) == sharing::class(low.degree, low.depth)
             && (self.hints.is_empty() || self.hints[upper as usize] == self.hints[lower as usize])
+            && (self.index.segments_are_scarce()
+                || (up.class == low.class
+                    && up.touches.min(5) == low.touches.min(5)
+                    && sharing::class(up.degree, up.depth) == sharing::class(low.degree, low.depth)))
     }
 
     /// Cuts a segment; the lower part stays with its owner. [`NONE`] where no segment can be had.
@@ -728,13 +729,14 @@ impl KvCache {
                 }
             }
         }
+        let scarce = self.index.segments_are_scarce();
         let mut segment = NONE;
         let mut class_now = 0;
         for (i, &key) in keys.iter().enumerate() {
             let class = origin.class(*len);
             let boundary = segment == NONE
-                || class != class_now
                 || i == anchor_len
+                || (class != class_now && !scarce)
                 || (!hints.is_empty() && hints[i] != hints[i - 1]);
             let above = if *tail == NONE { NONE } else { self.index.segment_of(*tail) };
             if boundary && (self.have_segment(above) || segment == NONE) {
