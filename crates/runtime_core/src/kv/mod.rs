@@ -45,6 +45,8 @@ const MIN_PRECISION: f32 = 0.6;
 const RETRY: u32 = 64;
 /// Leaves visited to find what a block must be worth to stay for a while.
 const FLOOR_LEAVES: usize = 256;
+/// Sessions whose plans are remembered, direct-mapped.
+const PLANS: usize = 256;
 /// Calls in flight that are tracked.
 const MAX_RUNNING: usize = 4096;
 /// Score class of a leaf that has not been scored yet: it goes last.
@@ -241,6 +243,20 @@ struct View {
     weights: [Weights; LANES],
 }
 
+/// Which lane of a session calls when, as of its last call.
+#[derive(Clone, Debug)]
+struct Plan {
+    /// Slot, generation and step of the session.
+    identity: (u32, u16, u16),
+    n: usize,
+    lanes: [u32; LANES],
+    weights: [Weights; LANES],
+    /// Whether a call was in flight, and when the last one started and ended, when `times` were computed.
+    phase: (bool, u64, u64),
+    times_us: u64,
+    times: CallTimes,
+}
+
 /// The pool's index and the decisions about it. One writer.
 #[derive(Debug)]
 pub(crate) struct KvCache {
@@ -254,6 +270,7 @@ pub(crate) struct KvCache {
     running: Vec<Running>,
     path: Vec<u32>,
     view: View,
+    plans: Vec<Plan>,
     hand: usize,
     expected_hand: usize,
     now_us: u64,
@@ -311,6 +328,18 @@ impl KvCache {
                 lanes: [NONE; LANES],
                 weights: [Weights::default(); LANES],
             },
+            plans: vec![
+                Plan {
+                    identity: (NONE, 0, 0),
+                    n: 0,
+                    lanes: [NONE; LANES],
+                    weights: [Weights::default(); LANES],
+                    phase: (false, 0, 0),
+                    times_us: 0,
+                    times: [[0.0; GRID]; STEPS],
+                };
+                PLANS
+            ],
             hand: 0,
             expected_hand: 0,
             now_us: 0,
@@ -982,6 +1011,9 @@ impl KvCache {
         self.active.clear();
         self.running.clear();
         self.view.slot = NONE;
+        for plan in &mut self.plans {
+            plan.identity = (NONE, 0, 0);
+        }
     }
 
     // ---- scores ----
@@ -997,24 +1029,40 @@ impl KvCache {
         let tenant = self.tenants[slot as usize];
         let Some(handle) = sessions.at(slot as usize).filter(|h| h.generation() == tenant.generation) else { return };
         let Some(at) = standing(sessions, handle) else { return };
-        let mut agents = [0u16; LANES];
-        let mut lane = tenant.lanes;
-        while lane != NONE && self.view.n < LANES {
-            self.view.lanes[self.view.n] = lane;
-            agents[self.view.n] = self.lanes[lane as usize].agent;
-            self.view.n += 1;
-            lane = self.lanes[lane as usize].next;
+        // Who speaks next changes with the session's calls only, when it speaks with every moment.
+        let plan = &mut self.plans[slot as usize % PLANS];
+        let identity = (slot, handle.generation(), at.features.steps);
+        if plan.identity != identity {
+            plan.identity = identity;
+            plan.phase = (false, u64::MAX, u64::MAX);
+            plan.n = 0;
+            let mut agents = [0u16; LANES];
+            let mut lane = tenant.lanes;
+            while lane != NONE && plan.n < LANES {
+                plan.lanes[plan.n] = lane;
+                agents[plan.n] = self.lanes[lane as usize].agent;
+                plan.n += 1;
+                lane = self.lanes[lane as usize].next;
+            }
+            plan.weights = Chain::new(workload, &self.config, &agents[..plan.n]).weights(at.prev, at.last);
         }
-        self.view.weights = Chain::new(workload, &self.config, &agents[..self.view.n]).weights(at.prev, at.last);
-        self.view.times = if self.config.oracle.time {
-            let now_us = self.now_us;
-            density::known_call_times(self.starts[slot as usize].map(|start| match start {
+        (self.view.n, self.view.lanes, self.view.weights) = (plan.n, plan.lanes, plan.weights);
+        let now_us = self.now_us;
+        if self.config.oracle.time {
+            self.view.times = density::known_call_times(self.starts[slot as usize].map(|start| match start {
                 u64::MAX => f32::INFINITY,
                 start => start.saturating_sub(now_us) as f32 / 1e6,
-            }))
-        } else {
-            call_times(workload, &at, self.now_us, self.service_s, &self.config)
-        };
+            }));
+            return;
+        }
+        // Times hold for as long as the silence has hardly grown.
+        let phase = (at.in_flight, at.last_start_us, at.last_finish_us);
+        let since_us = now_us.saturating_sub(if at.in_flight { at.last_start_us } else { at.last_finish_us });
+        if plan.phase != phase || now_us.saturating_sub(plan.times_us) > since_us / 16 {
+            (plan.phase, plan.times_us) = (phase, now_us);
+            plan.times = call_times(workload, &at, now_us, self.service_s, &self.config);
+        }
+        self.view.times = plan.times;
     }
 
     /// Scores a leaf whose session's view is loaded (`None`: it has no session any more) and queues it accordingly.
