@@ -130,14 +130,13 @@ impl<'a> Chain<'a> {
                         continue;
                     }
                     let row = self.row(before, at);
-                    for (lane, p) in row.iter().enumerate().take(n + 1) {
-                        if lane == target {
-                            *reached += mass * p;
-                        } else {
-                            next[at * WIDTH + lane] += mass * p;
-                        }
+                    for (to, p) in next[at * WIDTH..][..WIDTH].iter_mut().zip(&row) {
+                        *to += mass * p;
                     }
                 }
+            }
+            for at in 0..=n {
+                *reached += std::mem::take(&mut next[at * WIDTH + target]);
             }
             now = next;
         }

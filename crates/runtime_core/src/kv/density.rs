@@ -118,16 +118,23 @@ pub(crate) fn call_times(silence: &Silence<'_>) -> CallTimes {
         cycle[j] = ended - cycle_before;
         cycle_before = ended;
     }
+    // One cycle more is a linear map of the grid: F_(i+1)(t_j) = sum_b P(cycle in cell b) F_i(t_j - middle of b).
+    let mut map = [[0.0f32; GRID]; GRID];
+    for (row, minus) in map.iter_mut().zip(&grid.minus) {
+        for (&mass, &At { i, f }) in cycle.iter().zip(minus) {
+            if i < 0 || mass <= 1e-6 {
+                continue;
+            }
+            row[i as usize] += mass * f;
+            if i > 0 {
+                row[i as usize - 1] += mass * (1.0 - f);
+            }
+        }
+    }
     for i in 1..STEPS {
         let previous = times[i - 1];
-        for j in 0..GRID {
-            let mut sum = 0.0;
-            for b in 0..=j {
-                if cycle[b] > 1e-6 {
-                    sum += cycle[b] * eval(&previous, grid.minus[j][b]);
-                }
-            }
-            times[i][j] = sum;
+        for (time, row) in times[i].iter_mut().zip(&map) {
+            *time = row.iter().zip(&previous).map(|(m, f)| m * f).sum();
         }
     }
     times
