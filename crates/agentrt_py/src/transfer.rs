@@ -18,6 +18,7 @@ fn words(array: &PyReadonlyArray1<'_, i64>) -> PyResult<Vec<usize>> {
 ///
 /// Every range must lie inside one of `arrays`, and no destination may overlap another range: a `ValueError` names the
 /// offender and nothing has moved. Other threads run meanwhile.
+#[expect(clippy::needless_pass_by_value, reason = "PyO3 extracts arguments by value")]
 #[pyfunction]
 #[pyo3(signature = (arrays, sources, destinations, sizes, max_threads, /))]
 pub(crate) fn copy_host_blocks(
