@@ -77,16 +77,26 @@ pub struct Batch {
     bytes: usize,
 }
 
-/// True if each of the `starts`/`sizes` ranges lies inside one of the sorted regions; otherwise the index of the first that does not.
+/// Sorted regions, those that meet or touch joined: a run may cross from one buffer into the next.
+fn joined(regions: &[Region]) -> Vec<Region> {
+    let mut sorted = regions.to_vec();
+    sorted.sort_unstable();
+    let mut joined: Vec<Region> = Vec::with_capacity(sorted.len());
+    for region in sorted {
+        match joined.last_mut() {
+            Some(last) if region.start <= last.end => last.end = last.end.max(region.end),
+            _ => joined.push(region),
+        }
+    }
+    joined
+}
+
+/// Index of the first range that lies in none of the joined regions.
 fn first_outside(regions: &[Region], starts: &[usize], sizes: &[usize]) -> Option<usize> {
     starts.iter().zip(sizes).position(|(&start, &bytes)| {
         let after = regions.partition_point(|region| region.start <= start);
-        // Regions may overlap (two views of one buffer), so every region that begins before the range is a candidate.
-        !regions[..after].iter().rev().any(|region| {
-            start
-                .checked_add(bytes)
-                .is_some_and(|end| end <= region.end)
-        })
+        let end = start.checked_add(bytes);
+        after == 0 || end.is_none_or(|end| end > regions[after - 1].end)
     })
 }
 
@@ -105,8 +115,7 @@ impl Batch {
                 sizes: sizes.len(),
             });
         }
-        let mut regions = regions.to_vec();
-        regions.sort_unstable();
+        let regions = joined(regions);
         for (role, starts) in [("source", sources), ("destination", destinations)] {
             if let Some(index) = first_outside(&regions, starts, sizes) {
                 return Err(CopyError::OutsideRegion {
@@ -279,6 +288,22 @@ mod tests {
             Batch::new(&[], &[1], &[], &[]),
             Err(CopyError::LengthMismatch { .. })
         ));
+    }
+
+    #[test]
+    fn a_run_may_cross_between_regions_that_touch() {
+        let (mut from, mut to) = (vec![7u8; 64], vec![0u8; 64]);
+        let (low, high) = from.split_at_mut(24);
+        let regions = [region(high), region(low), region(&mut to)];
+        let batch = Batch::new(
+            &regions,
+            &[regions[1].start + 8],
+            &[regions[2].start],
+            &[32],
+        )
+        .unwrap();
+        batch.run(1);
+        assert_eq!(to[..32], [7; 32]);
     }
 
     proptest! {

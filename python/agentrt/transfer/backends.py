@@ -90,7 +90,7 @@ def merge(src_pool: BlockPool, dst_pool: BlockPool, src: Ids, dst: Ids, buffers:
     src, dst = src[order], dst[order]
     lengths = np.ones(len(src), np.int64)
     # Neighbouring blocks continue each other only where a run of layers fills the whole stride of both pools.
-    if np.all(widths == src_pool.stride_bytes) and np.all(widths == dst_pool.stride_bytes):
+    if len(src) and np.all(widths == src_pool.stride_bytes) and np.all(widths == dst_pool.stride_bytes):
         starts = np.flatnonzero(np.append(True, (np.diff(src) != 1) | (np.diff(dst) != 1)))
         lengths = np.diff(np.append(starts, len(src)))
         src, dst = src[starts], dst[starts]

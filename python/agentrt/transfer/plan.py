@@ -233,7 +233,7 @@ class CopyPlan:
         if not chosen:
             raise PairError("no layers to copy: pass None for all of them")
         per = self.src.buffers_per_layer
-        return (np.array(chosen, np.int64)[:, None] * per + np.arange(per)).ravel(), chosen
+        return (np.sort(np.array(chosen, np.int64))[:, None] * per + np.arange(per)).ravel(), chosen
 
     def _admit(
         self, handle: CopyHandle, src: Ids, dst: Ids, buffers: Ids, stream: object, after: Sequence[object]
@@ -289,6 +289,8 @@ class CopyPlan:
                 "it does not serve these pools" if name in known else f"unknown, use one of {known}"
             )
             raise BackendUnavailable(f"backend {name} is not available: {reason}")
+        if name == "dma_2d" and not all(backends.pitch(pool, job.buffers) for pool in (self.src, self.dst)):
+            raise BackendUnavailable("backend dma_2d is not available: the chosen layers are not evenly spaced")
         if name == "dma_batch" and job.stream == 0:
             raise BackendUnavailable("backend dma_batch is not available: the default stream takes no batched copies")
         return name
