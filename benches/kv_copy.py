@@ -7,8 +7,9 @@
 
 Every method is checked byte for byte on random data, untouched blocks included, before it is timed; one that fails the check is
 reported and never timed. The bulk-copy kernel runs first in a process of its own with a time limit, so that a hang ends there.
-Times are wall clock from submission to completion, so they hold what a caller waits for. Rates are bytes that arrive, in GB/s.
-C is the best contiguous page-locked copy of the same direction in the same run.
+Rates are bytes that arrive per second of stream time, in GB/s: from the first driver call of a copy to its last byte, host submission
+included. The wall column adds the library's checks, from the Python call to completion. C is the best contiguous page-locked copy of
+the same direction in the same run, timed the same way.
 
 Sections, each skipped when the budget is spent: ring check, ceilings, calibration, sweep, layers, CTAs, latency, interference, int8,
 graph, both directions, bars.
@@ -118,7 +119,12 @@ class Row:
     ctas: int = 0
     gb_per_s: float = 0.0
     of_c: float = 0.0
+    wall_gb_per_s: float = 0.0
     note: str = ""
+
+
+#: Runs a copy of these pairs, with at most that many CTAs, to its end; returns seconds on its stream.
+Run = Callable[[Any, "int | None"], float]
 
 
 @dataclass
@@ -141,6 +147,7 @@ class Bench:
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     arenas: dict[str, list[Allocation]] = field(default_factory=dict)
     _checked: dict[tuple[Any, ...], bool] = field(default_factory=dict)
+    _staging: BlockPool | None = None
 
     def __post_init__(self) -> None:
         self.stream = self.driver.stream_create(self.device)
@@ -208,10 +215,11 @@ class Bench:
 
     # ---- results ------------------------------------------------------------------------------------------------------
 
-    def add(self, section: str, direction: str, method: str, seconds: float, nbytes: int, **more: Any) -> Row:
-        """Records a rate."""
-        rate = nbytes / seconds / 1e9 if seconds > 0 else 0.0
-        row = Row(section, direction, method, gb_per_s=rate, of_c=rate / self.ceiling.get(direction, 0.0) if self.ceiling.get(direction) else 0.0, **more)
+    def add(self, section: str, direction: str, method: str, seconds: tuple[float, float], nbytes: int, **more: Any) -> Row:
+        """Records a rate; `seconds` are stream and wall time."""
+        rate, wall = (nbytes / s / 1e9 if s > 0 else 0.0 for s in seconds)
+        ceiling = self.ceiling.get(direction, 0.0)
+        row = Row(section, direction, method, gb_per_s=rate, of_c=rate / ceiling if ceiling else 0.0, wall_gb_per_s=wall, **more)
         self.rows.append(row)
         return row
 
@@ -225,122 +233,147 @@ class Bench:
 
     # ---- methods ------------------------------------------------------------------------------------------------------
 
-    def timed(self, work: Callable[[], None], repeats: int | None = None) -> float:
-        """The best of some runs after one to warm up: what the path can do, without the host's hiccups."""
+    def timed(self, work: Callable[[], float], repeats: int | None = None) -> tuple[float, float]:
+        """Best stream and wall time of some runs after one to warm up: what the path can do, without the host's hiccups."""
         work()
-        best = float("inf")
+        stream = wall = float("inf")
         for _ in range(repeats or self.scale.repeats):
             start = time.perf_counter()
-            work()
-            best = min(best, time.perf_counter() - start)
-        return best
+            stream = min(stream, work())
+            wall = min(wall, time.perf_counter() - start)
+        return stream, wall
 
-    def methods(self, plan: CopyPlan) -> dict[str, Callable[[Any, int | None], None]]:
-        """Every way to run a plan: (pairs, max_ctas) -> None, complete when it returns."""
-        found: dict[str, Callable[[Any, int | None], None]] = {}
+    def on_stream(self, submit: Callable[[], None], stream: int) -> float:
+        """Stream seconds of raw driver calls."""
+        driver, device = self.driver, self.device
+        first, last = driver.event_create(device), driver.event_create(device)
+        driver.event_record(device, first, stream)
+        submit()
+        driver.event_record(device, last, stream)
+        driver.event_wait(device, last)
+        seconds = driver.event_seconds(device, first, last)
+        driver.event_destroy(device, first)
+        driver.event_destroy(device, last)
+        return seconds
 
-        def backend(name: str) -> Callable[[Any, int | None], None]:
-            return lambda pairs, ctas: bool(plan.copy(pairs, self.stream, backend=name, max_ctas=ctas).wait()) and None
+    def methods(self, plan: CopyPlan, variants: bool = True) -> dict[str, Run]:
+        """Every way to run a plan."""
+        found: dict[str, Run] = {}
+        driver = self.driver
+
+        def backend(plan: CopyPlan, name: str) -> Run:
+            return lambda pairs, ctas: plan.copy(pairs, self.stream, backend=name, max_ctas=ctas).seconds
 
         for name in plan.available:
             if name != "bulk" or not self.ring:
-                found[name] = backend(name)
-        driver = self.driver
+                found[name] = backend(plan, name)
+        auto = CopyPlan(plan.src, plan.dst, driver=driver, calibration=self.table)
+        found["auto"] = backend(auto, "auto")
+        if not variants:
+            return found
         if "dma_batch" in found:
 
-            def batch(order: int, flags: int) -> Callable[[Any, int | None], None]:
-                def run(pairs: Any, ctas: int | None) -> None:
+            def batch(order: int, flags: int) -> Run:
+                def run(pairs: Any, ctas: int | None) -> float:
                     if isinstance(driver, CudaDriver):
                         driver.batch_options(order, flags)
                     try:
-                        plan.copy(pairs, self.stream, backend="dma_batch").wait()
+                        return plan.copy(pairs, self.stream, backend="dma_batch").seconds
                     finally:
                         if isinstance(driver, CudaDriver):
                             driver.batch_options(ORDER_STREAM, 0)
 
                 return run
 
-            def pieces(pairs: Any, ctas: int | None) -> None:
-                handles = [plan.copy(pairs[n : n + 256], self.stream, backend="dma_batch") for n in range(0, len(pairs), 256)]
-                for handle in handles:
-                    handle.wait()
+            def pieces(pairs: Any, ctas: int | None) -> float:
+                def submit() -> None:
+                    for n in range(0, len(pairs), 256):
+                        plan.copy(pairs[n : n + 256], self.stream, backend="dma_batch")
+
+                return self.on_stream(submit, self.stream)
 
             found["dma_batch any order"] = batch(ORDER_ANY, 0)
             found["dma_batch overlap"] = batch(ORDER_STREAM, FLAG_OVERLAP)
             found["dma_batch by 256"] = pieces
+        block = plan.src.block_bytes
+        specs: dict[str, tuple[str, device_code.KernelSpec]] = {}
         if "triton" in found:
-            block = plan.src.block_bytes
-            for label, spec in {
-                "triton 8 B": device_code.copy_spec(block, 8),
-                "triton 16 KiB tile": device_code.copy_spec(block, 16, tile=16 * KIB, warps=8),
-                "triton 64 KiB tile": device_code.copy_spec(block, 16, tile=64 * KIB, warps=32),
-            }.items():
-                found[label] = self.variant(plan, "triton", spec)
+            specs["triton 8 B"] = ("triton", device_code.copy_spec(block, 8))
+            specs["triton 16 KiB tile"] = ("triton", device_code.copy_spec(block, 16, tile=16 * KIB, warps=8))
+            specs["triton 64 KiB tile"] = ("triton", device_code.copy_spec(block, 16, tile=64 * KIB, warps=32))
         if "bulk" in found:
-            spec = device_code.bulk_spec(plan.src.block_bytes, warps=4)
-            found["bulk 4 warps"] = self.variant(plan, "bulk", spec)
-        auto = CopyPlan(plan.src, plan.dst, driver=driver, calibration=self.table)
-        found["auto"] = lambda pairs, ctas: bool(auto.copy(pairs, self.stream, max_ctas=ctas).wait()) and None
+            specs["bulk 4 warps"] = ("bulk", device_code.bulk_spec(block, warps=4))
+        for label, (name, spec) in specs.items():
+            # A kernel backend with other compile-time constants.
+            other = CopyPlan(plan.src, plan.dst, driver=driver, calibration=NO_TABLE)
+            other._path(name).kernel = driver.load(spec, self.device)
+            found[label] = backend(other, name)
         return found
 
-    def variant(self, plan: CopyPlan, backend: str, spec: device_code.KernelSpec) -> Callable[[Any, int | None], None]:
-        """A kernel backend with other compile-time constants."""
-        other = CopyPlan(plan.src, plan.dst, driver=self.driver, calibration=NO_TABLE)
-        other._path(backend).kernel = self.driver.load(spec, self.device)
-        return lambda pairs, ctas: bool(other.copy(pairs, self.stream, backend=backend, max_ctas=ctas).wait()) and None
-
-    def correct(self, key: tuple[Any, ...], plan: CopyPlan, run: Callable[[Any, int | None], None]) -> bool:
+    def correct(self, key: tuple[Any, ...], plan: CopyPlan, run: Run) -> bool:
         """Byte-for-byte check of a method on random data, untouched blocks included; each key once."""
         if key not in self._checked:
-            count = min(64, plan.src.num_blocks // 2)
-            pairs = self.pairs(plan.src, plan.dst, count)
-            before, expected = self.content(plan.src), self.content(plan.dst)
-            # Other bytes than before in every target, so that a copy that does nothing is found out.
-            self.scribble(plan.dst, pairs[:, 1])
             try:
-                run(pairs, None)
+                problem = self.check(plan, run)
             except Exception as error:  # noqa: BLE001 - a method that fails is a result
-                self.wrong.append(f"{key}: {error}")
-                self._checked[key] = False
-                return False
-            expected[:, pairs[:, 1]] = before[:, pairs[:, 0]]
-            good = np.array_equal(self.content(plan.dst), expected) and np.array_equal(self.content(plan.src), before)
-            if not good:
-                self.wrong.append(f"{key}: bytes differ from the reference")
-            self._checked[key] = good
+                problem = f"{type(error).__name__}: {error}"
+            if problem:
+                self.wrong.append(f"{' '.join(map(str, key))}: {problem}")
+            self._checked[key] = not problem
         return self._checked[key]
 
-    #: Bytes looked at on either side of a check: blocks beyond are not used by it.
-    CHECKED_BLOCKS = 4096
+    def check(self, plan: CopyPlan, run: Run) -> str:
+        """What is wrong with a method; empty if nothing is. Looks at a window of the first blocks of both pools."""
+        bytes_per_block = plan.src.block_bytes * len(plan.src.bases)
+        window = min(plan.src.num_blocks, plan.dst.num_blocks, max(8, min(128, 16 * MIB // bytes_per_block)))
+        half = window // 2
+        pairs = np.stack([2 * self.rng.permutation(half), 2 * self.rng.permutation(half)], axis=1).astype(np.int64)
+        # Half of the pairs, so that every kind of neighbour stays untouched.
+        pairs = pairs[: max(1, half * 3 // 4)]
+        source = self.content(plan.src, window)
+        # Other bytes than before in every target, so that a copy that does nothing is found out.
+        self.fill(plan.dst, window, 0xA5)
+        run(pairs, None)
+        expected = np.full_like(source, 0xA5)
+        expected[:, pairs[:, 1]] = source[:, pairs[:, 0]]
+        good = np.array_equal(self.content(plan.dst, window), expected)
+        kept = np.array_equal(self.content(plan.src, window), source)
+        # Random bytes again, for the next check that reads them.
+        self.fill(plan.dst, window, None)
+        return "" if good and kept else "source was changed" if good else "bytes differ from the reference"
 
-    def content(self, pool: BlockPool) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Bytes of a pool, from wherever they are."""
+    def staging(self, nbytes: int) -> BlockPool:
+        """Page-locked scratch memory, kept from call to call."""
+        if self._staging is None or self._staging.block_bytes < nbytes:
+            self._staging = BlockPool.allocate(
+                layers=1, num_blocks=1, block_bytes=nbytes, space=Space.PINNED, driver=self.driver, device=self.device
+            )
+        return self._staging
+
+    def content(self, pool: BlockPool, window: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Bytes [buffers, window, block] of the first blocks, from wherever they are."""
         if pool.space is not Space.DEVICE:
-            return pool.view().copy()
-        staged = BlockPool.allocate(
-            layers=1, num_blocks=1, block_bytes=self.scale.arena, space=Space.PINNED, driver=self.driver, device=self.device
-        )
-        first = int(pool.bases.min())
-        self.driver.copy(self.device, int(staged.bases[0]), first, pool.total_bytes, self.stream)
+            return pool.view()[:, :window].copy()
+        # Device pools are layers-first here: the first blocks of a buffer are one run.
+        run = window * pool.block_bytes
+        staged = self.staging(run * len(pool.bases))
+        for buffer, base in enumerate(pool.bases.tolist()):
+            self.driver.copy(self.device, int(staged.bases[0]) + buffer * run, base, run, self.stream)
         self.driver.stream_synchronize(self.device, self.stream)
-        strides = (int(pool.bases[1] - pool.bases[0]) if len(pool.bases) > 1 else pool.total_bytes, pool.stride_bytes, 1)
-        shape = (len(pool.bases), pool.num_blocks, pool.block_bytes)
-        flat = staged.view()[0, 0]
-        return np.lib.stride_tricks.as_strided(flat, shape, strides).copy()
+        return staged.view()[0, 0, : run * len(pool.bases)].reshape(len(pool.bases), window, pool.block_bytes).copy()
 
-    def scribble(self, pool: BlockPool, blocks: np.ndarray[Any, np.dtype[np.int64]]) -> None:
-        """Overwrites blocks with a pattern by the plainest means."""
-        noise = BlockPool.allocate(
-            layers=len(pool.bases), num_blocks=1, block_bytes=pool.block_bytes, space=Space.PINNED, driver=self.driver
-        )
-        noise.view()[:] = 0xA5
-        for block in blocks.tolist():
-            if pool.space is Space.DEVICE:
-                for buffer, base in enumerate(pool.bases.tolist()):
-                    address = base + block * pool.stride_bytes
-                    self.driver.copy(self.device, address, int(noise.bases[buffer]), pool.block_bytes, self.stream)
-            else:
-                pool.view()[:, block] = 0xA5
+    def fill(self, pool: BlockPool, window: int, value: int | None) -> None:
+        """Sets the first blocks to a value, or to random bytes, by the plainest means."""
+        shape = (len(pool.bases), window, pool.block_bytes)
+        nbytes = shape[0] * shape[1] * shape[2]
+        data = np.full(nbytes, value, np.uint8) if value is not None else self.random[:nbytes]
+        if pool.space is not Space.DEVICE:
+            pool.view()[:, :window] = data.reshape(shape)
+            return
+        staged, run = self.staging(nbytes), window * pool.block_bytes
+        staged.view()[0, 0, :nbytes] = data
+        for buffer, base in enumerate(pool.bases.tolist()):
+            self.driver.copy(self.device, base, int(staged.bases[0]) + buffer * run, run, self.stream)
         self.driver.stream_synchronize(self.device, self.stream)
 
 
@@ -398,9 +431,8 @@ def ceilings(bench: Bench) -> None:
         src, dst = bench.arenas[direction[0]][0].address, bench.arenas[direction[2]][1].address
         for size in usable:
 
-            def work(src: int = src, dst: int = dst, size: int = size) -> None:
-                driver.copy(device, dst, src, size, bench.stream)
-                driver.stream_synchronize(device, bench.stream)
+            def work(src: int = src, dst: int = dst, size: int = size) -> float:
+                return bench.on_stream(lambda: driver.copy(device, dst, src, size, bench.stream), bench.stream)
 
             row = bench.add("ceiling", direction, "contiguous memcpy", bench.timed(work), size, block_bytes=size, count=1)
             bench.ceiling[direction] = max(bench.ceiling.get(direction, 0.0), row.gb_per_s)
@@ -409,11 +441,13 @@ def ceilings(bench: Bench) -> None:
             row.of_c = row.gb_per_s / bench.ceiling[row.direction]
     size = usable[-1]
 
-    def both() -> None:
+    def both() -> float:
+        start = time.perf_counter()
         driver.copy(device, bench.arenas["d"][0].address, bench.arenas["h"][0].address, size, bench.stream)
         driver.copy(device, bench.arenas["h"][1].address, bench.arenas["d"][1].address, size, bench.other_stream)
         driver.stream_synchronize(device, bench.stream)
         driver.stream_synchronize(device, bench.other_stream)
+        return time.perf_counter() - start
 
     row = bench.add("ceiling", "both", "contiguous memcpy", bench.timed(both), 2 * size, block_bytes=size, count=2)
     row.of_c = row.gb_per_s / bench.ceiling["h2d"]
@@ -428,8 +462,8 @@ def ceilings(bench: Bench) -> None:
             count = min(bench.scale.cell_bytes, bench.scale.arena) // block
             pairs = np.stack([np.arange(count), np.arange(count)], axis=1)
 
-            def run(pairs: Any, ctas: int | None, plan: CopyPlan = plan, backend: str = backend) -> None:
-                plan.copy(pairs, bench.stream, backend=backend, max_ctas=ctas).wait()
+            def run(pairs: Any, ctas: int | None, plan: CopyPlan = plan, backend: str = backend) -> float:
+                return plan.copy(pairs, bench.stream, backend=backend, max_ctas=ctas).seconds
 
             if bench.correct(("ceiling", direction, backend), plan, run):
                 seconds = bench.timed(lambda: run(pairs, multiprocessors))  # noqa: B023 - called at once
@@ -463,7 +497,7 @@ def sweep(bench: Bench) -> None:
     scale = bench.scale
     for direction in ("h2d", "d2h", "d2d"):
         for size in scale.sizes:
-            if bench.out_of_time(f"sweep {direction} from {size} bytes", 120 if not bench.dry else 0):
+            if bench.out_of_time(f"sweep {direction} from {size} bytes", 15 if not bench.dry else 0):
                 break
             plan = CopyPlan(*bench.pools(direction, size), driver=bench.driver, calibration=NO_TABLE)
             methods = bench.methods(plan)
@@ -482,7 +516,7 @@ def sweep(bench: Bench) -> None:
                         bench.add("sweep", direction, name, seconds, count * size, block_bytes=size, count=count)
 
 
-def staged_by_torch(bench: Bench, plan: CopyPlan) -> Callable[[Any, int | None], None] | None:
+def staged_by_torch(bench: Bench, plan: CopyPlan) -> Run | None:
     """What a framework does without a copy library: gather on the device, one copy; or one copy, scatter on the device."""
     if bench.dry or plan.direction == "d2d":
         return None
@@ -498,8 +532,9 @@ def staged_by_torch(bench: Bench, plan: CopyPlan) -> Callable[[Any, int | None],
     most = max(count for count in bench.scale.counts if count * size <= bench.scale.cell_bytes)
     staging = torch.empty(max(most, 64), words, dtype=torch.int64, pin_memory=True)
 
-    def run(pairs: Any, ctas: int | None) -> None:
+    def run(pairs: Any, ctas: int | None) -> float:
         n = len(pairs)
+        start = time.perf_counter()
         with torch.cuda.stream(stream):
             if plan.direction == "h2d":
                 np.take(host, pairs[:, 0], axis=0, out=staging[:n].numpy())
@@ -511,6 +546,7 @@ def staged_by_torch(bench: Bench, plan: CopyPlan) -> Callable[[Any, int | None],
                 staging[:n].copy_(blocks.index_select(0, index), non_blocking=True)
                 stream.synchronize()
                 host[pairs[:, 1]] = staging[:n].numpy()
+        return time.perf_counter() - start
 
     return run
 
@@ -535,9 +571,7 @@ def layers(bench: Bench) -> None:
                 plan = CopyPlan(*pools, driver=bench.driver, calibration=NO_TABLE)
                 count = max(1, min(32, plan.src.num_blocks // 2))
                 pairs = bench.pairs(plan.src, plan.dst, count)
-                for name, run in bench.methods(plan).items():
-                    if name.startswith(("triton ", "bulk ")):
-                        continue
+                for name, run in bench.methods(plan, variants=False).items():
                     if bench.correct(("layers", n_layers, size, host_layout, direction, name), plan, run):
                         seconds = bench.timed(lambda: run(pairs, None))  # noqa: B023 - called at once
                         note = f"{n_layers} layers, host {host_layout}"
@@ -570,13 +604,14 @@ def latency(bench: Bench) -> None:
         for name, run in bench.methods(plan).items():
             if not bench.correct((direction, size, name), plan, run):
                 continue
-            times = []
+            times, on_stream = [], []
             for _ in range(200 if not bench.dry else 3):
                 start = time.perf_counter()
-                run(pairs, None)
+                on_stream.append(run(pairs, None))
                 times.append(time.perf_counter() - start)
             middle, slow = np.percentile(times, [50, 99])
-            row = bench.add("latency", direction, name, float(middle), 4 * size, block_bytes=size, count=4)
+            seconds = (float(np.median(on_stream)), float(middle))
+            row = bench.add("latency", direction, name, seconds, 4 * size, block_bytes=size, count=4)
             row.note = f"p50 {middle * 1e6:.1f} us, p99 {slow * 1e6:.1f} us"
 
 
@@ -597,12 +632,12 @@ def interference(bench: Bench) -> None:
                 if name not in plan.available or (name == "bulk" and bench.ring):
                     continue
 
-                def run(pairs: Any, limit: int | None, plan: CopyPlan = plan, name: str = name) -> None:
-                    plan.copy(pairs, bench.stream, backend=name, max_ctas=limit).wait()
+                def run(pairs: Any, limit: int | None, plan: CopyPlan = plan, name: str = name) -> float:
+                    return plan.copy(pairs, bench.stream, backend=name, max_ctas=limit).seconds
 
                 if not bench.correct((direction, size, name), plan, run):
                     continue
-                one = bench.timed(lambda: run(pairs, None), 2)  # noqa: B023 - called at once
+                one, _ = bench.timed(lambda: run(pairs, None), 2)  # noqa: B023 - called at once
                 # Enough copies to outlast the load by half, all in one stream and so in order.
                 copies = max(2, min(400, int(1.5 * alone / one) + 2))
                 handles = [plan.copy(pairs, bench.stream, backend=name) for _ in range(copies)]
@@ -611,7 +646,7 @@ def interference(bench: Bench) -> None:
                 for handle in handles:
                     handle.wait()
                 busy = sum(handle.seconds for handle in handles)
-                row = bench.add("interference", direction, name, busy, copies * count * size, block_bytes=size, count=count)
+                row = bench.add("interference", direction, name, (busy, busy), copies * count * size, block_bytes=size, count=count)
                 row.note = f"{label} {100 * (slowed / alone - 1):+.1f} %" + ("" if overlapped else " (copies ended first)")
 
 
@@ -694,8 +729,8 @@ def int8(bench: Bench) -> None:
         CopyPlan(host, plain, driver=bench.driver, calibration=NO_TABLE).copy(line, bench.stream).wait()
         out = CopyPlan(plain, coded, driver=bench.driver, calibration=NO_TABLE)
         home = CopyPlan(coded, back, driver=bench.driver, calibration=NO_TABLE)
-        down = bench.timed(lambda: bool(out.copy(line, bench.stream).wait()) and None)
-        up = bench.timed(lambda: bool(home.copy(line, bench.stream).wait()) and None)
+        down = bench.timed(lambda: out.copy(line, bench.stream).seconds)
+        up = bench.timed(lambda: home.copy(line, bench.stream).seconds)
         check = bench.pool("h", 0, plain_bytes)
         CopyPlan(back, check, driver=bench.driver, calibration=NO_TABLE).copy(line, bench.stream).wait()
     except BackendUnavailable as error:
@@ -722,14 +757,13 @@ def graph(bench: Bench) -> None:
     count = min(1024, bench.scale.cell_bytes // size, plan.src.num_blocks // 2)
     fixed = plan.graph_copy(count)
     with replayer(bench, fixed.enqueue) as (stream, replay):
-        handles: list[Any] = []
 
-        def run(pairs: Any, _: int | None) -> None:
+        def run(pairs: Any, _: int | None) -> float:
+            start = time.perf_counter()
             fixed.set_pairs(pairs)
             replay()
-            handle = fixed.launched(stream)
-            handle.wait()
-            handles[:] = [handle]
+            fixed.launched(stream).wait()
+            return time.perf_counter() - start
 
         if bench.correct(("graph", size), plan, run):
             changing = iter([bench.pairs(plan.src, plan.dst, count - n) for n in range(bench.scale.repeats + 1)])
@@ -770,11 +804,13 @@ def both_directions(bench: Bench) -> None:
             if name != "auto" and not (name in up.available and name in down.available):
                 continue
 
-            def run(up: CopyPlan = up, down: CopyPlan = down, name: str = name, pairs: Any = pairs) -> None:
+            def run(up: CopyPlan = up, down: CopyPlan = down, name: str = name, pairs: Any = pairs) -> float:
+                start = time.perf_counter()
                 a = up.copy(pairs, bench.stream, backend=name)
                 b = down.copy(pairs, bench.other_stream, backend=name)
                 a.wait()
                 b.wait()
+                return time.perf_counter() - start
 
             row = bench.add("both", "both", name, bench.timed(run), 2 * count * size, block_bytes=size, count=count)
             row.of_c = row.gb_per_s / bench.ceiling["h2d"]
@@ -873,14 +909,15 @@ def _numa_node(device: int) -> str:
 
 def table(rows: list[Row]) -> str:
     """All rows, aligned."""
-    head = f"{'section':<13}{'dir':<5}{'method':<52}{'block':>9}{'count':>7}{'CTAs':>5}{'GB/s':>9}{'of C':>7}  note"
+    head = f"{'section':<13}{'dir':<5}{'method':<52}{'block':>9}{'count':>7}{'CTAs':>5}{'GB/s':>9}{'of C':>7}{'wall':>9}  note"
     lines = [head, "-" * len(head)]
     for row in rows:
         size = f"{row.block_bytes / KIB:g} KiB" if row.block_bytes else ""
         rate = f"{row.gb_per_s:.2f}" if row.gb_per_s else ""
         share = f"{row.of_c:.3f}" if row.of_c else ""
+        wall = f"{row.wall_gb_per_s:.2f}" if row.wall_gb_per_s else ""
         count, limit = str(row.count or ""), str(row.ctas or "")
-        lines.append(f"{row.section:<13}{row.direction:<5}{row.method:<52}{size:>9}{count:>7}{limit:>5}{rate:>9}{share:>7}  {row.note}".rstrip())
+        lines.append(f"{row.section:<13}{row.direction:<5}{row.method:<52}{size:>9}{count:>7}{limit:>5}{rate:>9}{share:>7}{wall:>9}  {row.note}".rstrip())
     return "\n".join(lines)
 
 

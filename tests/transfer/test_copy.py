@@ -94,7 +94,7 @@ def test_merged_runs_cover_the_same_bytes(
     dst, _ = pool_over(shape.dst_layout, shape, shape.dst_blocks, "pageable", None, rng)
     array = np.array([pair for pair in pairs if min(pair) >= 0], np.int64).reshape(-1, 2)
     buffers = np.arange(len(src.bases))
-    runs = merge(src, dst, array[:, 0], array[:, 1], buffers)
+    runs = merge(src, dst, array[:, 0], array[:, 1], buffers).descriptors()
     moved = {
         (int(s) + i, int(d) + i) for s, d, n in zip(runs.src, runs.dst, runs.sizes, strict=True) for i in range(int(n))
     }
@@ -106,11 +106,11 @@ def test_merged_runs_cover_the_same_bytes(
 def test_blocks_side_by_side_on_both_sides_become_one_run() -> None:
     src = BlockPool.allocate(layers=3, num_blocks=8, block_bytes=32)
     dst = BlockPool.allocate(layers=3, num_blocks=8, block_bytes=32)
-    runs = merge(src, dst, np.array([4, 2, 3]), np.array([5, 3, 4]), np.arange(3))
+    runs = merge(src, dst, np.array([4, 2, 3]), np.array([5, 3, 4]), np.arange(3)).descriptors()
     assert runs.sizes.tolist() == [3 * 3 * 32]
-    split = merge(src, dst, np.array([4, 2, 3]), np.array([5, 3, 7]), np.arange(3))
+    split = merge(src, dst, np.array([4, 2, 3]), np.array([5, 3, 7]), np.arange(3)).descriptors()
     assert sorted(split.sizes.tolist()) == [96, 96, 96]
-    one_layer = merge(src, dst, np.array([2, 3]), np.array([2, 3]), np.array([1]))
+    one_layer = merge(src, dst, np.array([2, 3]), np.array([2, 3]), np.array([1])).descriptors()
     assert one_layer.sizes.tolist() == [32, 32]
 
 

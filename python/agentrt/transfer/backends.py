@@ -43,14 +43,43 @@ _MAX_PITCH = (1 << 31) - 1
 
 @dataclass(frozen=True)
 class Descriptors:
-    """Runs of bytes, as the copy engine wants them."""
+    """Addresses and sizes, as the copy engine wants them."""
 
     src: Ids
     dst: Ids
     sizes: Ids
 
+
+@dataclass(frozen=True)
+class Runs:
+    """A copy as runs contiguous on both sides: `lengths[i]` blocks from `src[i]` to `dst[i]`, in each group of joined layers.
+
+    Counting them is cheap; addresses are made only for the engines that need them.
+    """
+
+    src_bases: Ids
+    dst_bases: Ids
+    #: Bytes of one block in each group of layers.
+    widths: Ids
+    src: Ids
+    dst: Ids
+    lengths: Ids
+    strides: tuple[int, int]
+
     def __len__(self) -> int:
-        return len(self.sizes)
+        return len(self.widths) * len(self.lengths)
+
+    def mean_bytes(self) -> int:
+        """Average length of a run."""
+        return int(self.widths.sum()) * int(self.lengths.sum()) // max(len(self), 1)
+
+    def descriptors(self) -> Descriptors:
+        """Addresses and sizes."""
+        return Descriptors(
+            (self.src_bases[:, None] + self.src[None, :] * self.strides[0]).ravel(),
+            (self.dst_bases[:, None] + self.dst[None, :] * self.strides[1]).ravel(),
+            (self.widths[:, None] * self.lengths[None, :]).ravel(),
+        )
 
 
 @dataclass
@@ -64,41 +93,41 @@ class Job:
     buffers: Ids
     stream: int = 0
     max_ctas: int | None = None
-    _merged: Descriptors | None = field(default=None, repr=False)
+    _merged: Runs | None = field(default=None, repr=False)
 
     @property
-    def merged(self) -> Descriptors:
-        """The job as maximal runs that are contiguous on both sides."""
+    def merged(self) -> Runs:
+        """The job as runs contiguous on both sides."""
         if self._merged is None:
             self._merged = merge(self.src_pool, self.dst_pool, self.src, self.dst, self.buffers)
         return self._merged
 
 
-def merge(src_pool: BlockPool, dst_pool: BlockPool, src: Ids, dst: Ids, buffers: Ids) -> Descriptors:
-    """Runs contiguous on both sides: first layers that lie side by side in both pools, then blocks that do.
+def merge(src_pool: BlockPool, dst_pool: BlockPool, src: Ids, dst: Ids, buffers: Ids) -> Runs:
+    """Joins what is contiguous on both sides: first layers that lie side by side in both pools, then blocks that do.
 
-    Only ids are sorted, once for all layers, so the cost is `O(n log n)` in pairs and linear in descriptors.
+    Only ids are sorted, once for all layers and only where blocks can continue each other.
     """
     block = src_pool.block_bytes
     src_bases, dst_bases = src_pool.bases[buffers], dst_pool.bases[buffers]
-    order = np.argsort(src_bases, kind="stable")
-    src_bases, dst_bases = src_bases[order], dst_bases[order]
-    joined = (np.diff(src_bases) == block) & (np.diff(dst_bases) == block)
-    first = np.flatnonzero(np.append(True, ~joined))
-    widths = np.diff(np.append(first, len(buffers))) * block
-    order = np.argsort(src, kind="stable")
-    src, dst = src[order], dst[order]
+    widths = np.array([block])
+    if len(buffers) > 1:
+        order = np.argsort(src_bases)
+        src_bases, dst_bases = src_bases[order], dst_bases[order]
+        joined = (np.diff(src_bases) == block) & (np.diff(dst_bases) == block)
+        first = np.flatnonzero(np.append(True, ~joined))
+        widths = np.diff(np.append(first, len(buffers))) * block
+        src_bases, dst_bases = src_bases[first], dst_bases[first]
     lengths = np.ones(len(src), np.int64)
-    # Neighbouring blocks continue each other only where a run of layers fills the whole stride of both pools.
-    if len(src) and np.all(widths == src_pool.stride_bytes) and np.all(widths == dst_pool.stride_bytes):
+    # Neighbouring blocks continue each other only where a group of layers fills the whole stride of both pools.
+    strides = (src_pool.stride_bytes, dst_pool.stride_bytes)
+    if len(src) and strides[0] == strides[1] and (widths == strides[0]).all():
+        order = np.argsort(src)
+        src, dst = src[order], dst[order]
         starts = np.flatnonzero(np.append(True, (np.diff(src) != 1) | (np.diff(dst) != 1)))
         lengths = np.diff(np.append(starts, len(src)))
         src, dst = src[starts], dst[starts]
-    return Descriptors(
-        (src_bases[first][:, None] + src[None, :] * src_pool.stride_bytes).ravel(),
-        (dst_bases[first][:, None] + dst[None, :] * dst_pool.stride_bytes).ravel(),
-        (widths[:, None] * lengths[None, :]).ravel(),
-    )
+    return Runs(src_bases, dst_bases, widths, src, dst, lengths, strides)
 
 
 def alignment(*pools: BlockPool) -> int:
@@ -113,7 +142,7 @@ def alignment(*pools: BlockPool) -> int:
 
 def run_rust(job: Job) -> float:
     """Host to host through `agentrt._core`; returns the seconds it took."""
-    runs = job.merged
+    runs = job.merged.descriptors()
     arrays = [array.view(np.ndarray) for array in (*job.src_pool.arrays, *job.dst_pool.arrays)]
     start = time.perf_counter()
     copy_host_blocks(arrays, runs.src, runs.dst, runs.sizes, HOST_THREADS)
@@ -141,13 +170,13 @@ def run_reference(job: Job) -> float:
 
 def submit_merged(driver: Driver, device: int, job: Job) -> None:
     """One asynchronous copy per run."""
-    runs = job.merged
+    runs = job.merged.descriptors()
     driver.copy_many(device, runs.dst, runs.src, runs.sizes, job.stream)
 
 
 def submit_dma_batch(driver: Driver, device: int, job: Job) -> None:
     """All runs in one call."""
-    runs = job.merged
+    runs = job.merged.descriptors()
     driver.copy_batch(device, runs.dst, runs.src, runs.sizes, job.stream)
 
 

@@ -158,7 +158,7 @@ class CopyHandle:
         self.stream: object = None
         self._whole = len(buffers) == len(dst.bases)
         self._dst_blocks = dst_blocks
-        self._pins = ((src, Pin(self, src_blocks, buffers, False)), (dst, Pin(self, dst_blocks, buffers, True)))
+        self._pins: tuple[tuple[BlockPool, Pin], ...] = ((src, Pin(self, src_blocks, buffers, False)), (dst, Pin(self, dst_blocks, buffers, True)))
         self._completion: Completion | None = None
         self._error: CopyFault | None = None
         self._settled = threading.Event()
@@ -182,13 +182,15 @@ class CopyHandle:
                 return
             for pool, pin in self._pins:
                 pool._pins = [held for held in pool._pins if held is not pin]
-            ids = self._dst_blocks.tolist()
+            # The handle may outlive the pools' interest in it; without this it would keep itself alive until collected.
+            self._pins = ()
             if error is not None:
+                ids = self._dst_blocks.tolist()
                 self.dst._torn.update(ids)
                 self._error = CopyFault(f"copy failed, its {len(ids)} destination blocks are undefined: {error}", ids)
                 self._error.__cause__ = error
-            elif self._whole:
-                self.dst._torn.difference_update(ids)
+            elif self._whole and self.dst._torn:
+                self.dst._torn.difference_update(self._dst_blocks.tolist())
             _RUNNING.discard(self)
             self._settled.set()
 

@@ -194,18 +194,20 @@ class CopyPlan:
             raise PairError(f"block ids must be integers, got: {array.dtype}")
         if array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:
             raise PairError("block id is out of range", [int(array.max())])
-        array = array.astype(np.int64, copy=False)
-        array = array[(array >= 0).all(axis=1)]
-        src, dst = np.ascontiguousarray(array[:, 0]), np.ascontiguousarray(array[:, 1])
+        src, dst = array[:, 0].astype(np.int64), array[:, 1].astype(np.int64)
+        if src.min() < 0 or dst.min() < 0:
+            real = (src >= 0) & (dst >= 0)
+            src, dst = src[real], dst[real]
         for role, ids, pool in (("source", src, self.src), ("destination", dst, self.dst)):
-            if len(ids) and int(ids.max()) >= pool.num_blocks:
+            if len(ids) and ids.max() >= pool.num_blocks:
                 wrong = np.unique(ids[ids >= pool.num_blocks])
                 raise PairError(
                     f"{role} block is outside the pool's {pool.num_blocks} blocks: {wrong[:8].tolist()}", wrong.tolist()
                 )
         ordered = np.sort(dst)
-        twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-        if len(twice):
+        same = ordered[1:] == ordered[:-1]
+        if same.any():
+            twice = np.unique(ordered[1:][same])
             raise PairError(f"destination block is named twice: {twice[:8].tolist()}", twice.tolist())
         return src, dst
 
@@ -243,11 +245,15 @@ class CopyPlan:
             self.src._reap()
             self.dst._reap()
             self.src._refuse_torn(src)
-            conflicts = self.src._conflicts(src, buffers, False) + self.dst._conflicts(dst, buffers, True)
+
+            def ordered(other: CopyHandle) -> bool:
+                return (stream is not None and other.stream == stream) or any(other is one for one in after)
+
+            conflicts = self.src._conflicts(src, buffers, False, ordered)
+            conflicts += self.dst._conflicts(dst, buffers, True, ordered)
             for other, blocks in conflicts:
-                ordered = any(other is one for one in after) or (stream is not None and other.stream == stream)
                 # It may have completed since the pools looked.
-                if not ordered and not other.poll():
+                if not other.poll():
                     raise InFlightError(
                         f"blocks are in flight, put this copy on the same stream or pass after=[handle]: {blocks[:8].tolist()}",
                         blocks.tolist(),
@@ -270,10 +276,10 @@ class CopyPlan:
             return "merged"
         if self.calibration is not None:
             usable = set(self.available) - ({"dma_batch"} if job.stream == 0 else set())
-            best = self.calibration.best(self.direction, int(runs.sizes.sum()) // len(runs), len(runs), usable)
+            best = self.calibration.best(self.direction, runs.mean_bytes(), len(runs), usable)
             if best is not None:
                 return best
-        small = int(runs.sizes.sum()) // len(runs) < _KERNEL_BELOW_BYTES
+        small = runs.mean_bytes() < _KERNEL_BELOW_BYTES
         if "triton" in self.available and (
             self.direction == "d2d" or (self.direction == "h2d" and small and len(runs) >= _KERNEL_FROM_COUNT)
         ):

@@ -23,7 +23,7 @@ import enum
 import math
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -442,12 +442,18 @@ class BlockPool:
         if busy:
             raise InFlightError(f"blocks are in flight and cannot be reused, wait for their copy: {busy[:8]}", busy)
 
-    def _conflicts(self, blocks: Ids, buffers: Ids, writes: bool) -> list[tuple[CopyHandle, Ids]]:
-        """Running copies that touch these blocks, at least one side writing. Call with the ledger held, after `_reap`."""
+    def _conflicts(
+        self, blocks: Ids, buffers: Ids, writes: bool, ordered: Callable[[CopyHandle], bool]
+    ) -> list[tuple[CopyHandle, Ids]]:
+        """Running copies that touch these blocks, one side writing, and that the new copy is not ordered behind.
+
+        Call with the ledger held, after `_reap`.
+        """
         found = []
         for pool in (self, *self._neighbours):
             for pin in pool._pins:
-                if writes or pin.writes:
+                # The cheap questions first: hundreds of copies may be queued on one stream.
+                if (writes or pin.writes) and not ordered(pin.handle):
                     shared = self._meets(blocks, buffers, pool, pin.blocks, pin.buffers)
                     if shared.size:
                         found.append((pin.handle, shared))
