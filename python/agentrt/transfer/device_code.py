@@ -143,7 +143,7 @@ def compile_triton(spec: KernelSpec, sm: int) -> DeviceCode:
         signature={name: kinds.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": spec.warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": spec.warps, "enable_fp_fusion": False})
     metadata = compiled.metadata
     if getattr(metadata, "global_scratch_size", 0) or getattr(metadata, "profile_scratch_size", 0):
         raise BackendUnavailable("this Triton asks for scratch memory, which a copy kernel never needs")
