@@ -5,14 +5,14 @@
     python benches/kv_copy.py --json results.json
     python benches/kv_copy.py --dry-run           # the whole control flow on host memory, no GPU, numbers meaningless
 
-Every method is checked byte for byte on random data, untouched blocks included, before it is timed; one that fails the check is
-reported and never timed. The bulk-copy kernel runs first in a process of its own with a time limit, so that a hang ends there.
-Rates are bytes that arrive per second of stream time, in GB/s: from the first driver call of a copy to its last byte, host submission
-included. The wall column adds the library's checks, from the Python call to completion. C is the best contiguous page-locked copy of
-the same direction in the same run, timed the same way.
+Every method is checked byte for byte on random data, untouched blocks included, before it is timed; one that fails
+the check is reported and never timed. The bulk-copy kernel runs first in a process of its own with a time limit, so
+that a hang ends there. Rates are bytes that arrive per second of stream time, in GB/s: from the first driver call of
+a copy to its last byte, host submission included. The wall column adds the library's checks, from the Python call to
+completion. C is the best contiguous page-locked copy of the same direction in the same run, timed the same way.
 
-Sections, each skipped when the budget is spent: ring check, ceilings, calibration, sweep, layers, CTAs, latency, interference, int8,
-graph, both directions, bars.
+Sections, each skipped when the budget is spent: ring check, ceilings, calibration, sweep, layers, CTAs, latency,
+interference, int8, graph, both directions, bars.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from agentrt.transfer import (
-    BackendUnavailable,
+    BackendUnavailableError,
     BlockPool,
     Calibration,
     CopyPlan,
@@ -43,7 +43,15 @@ from agentrt.transfer import (
     calibrate,
     device_code,
 )
-from agentrt.transfer.driver import FLAG_OVERLAP, ORDER_ANY, ORDER_STREAM, Allocation, CudaDriver, Driver, default_driver
+from agentrt.transfer.driver import (
+    FLAG_OVERLAP,
+    ORDER_ANY,
+    ORDER_STREAM,
+    Allocation,
+    CudaDriver,
+    Driver,
+    default_driver,
+)
 
 KIB, MIB = 1 << 10, 1 << 20
 NO_TABLE = Calibration("", 0, "")
@@ -164,7 +172,7 @@ class Bench:
             self.driver.copy(self.device, arena.address, self.arenas["h"][0].address, size, self.stream)
         self.driver.stream_synchronize(self.device, self.stream)
 
-    # ---- memory -------------------------------------------------------------------------------------------------------
+    # ---- memory ------------------------------------------------------------------------------------------------------
 
     def host_bytes(self, arena: Allocation) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """A host arena as bytes."""
@@ -213,13 +221,23 @@ class Bench:
         b = 2 * self.rng.permutation(dst.num_blocks // 2)[:count]
         return np.stack([a, b], axis=1).astype(np.int64)
 
-    # ---- results ------------------------------------------------------------------------------------------------------
+    # ---- results -----------------------------------------------------------------------------------------------------
 
-    def add(self, section: str, direction: str, method: str, seconds: tuple[float, float], nbytes: int, **more: Any) -> Row:
+    def add(
+        self, section: str, direction: str, method: str, seconds: tuple[float, float], nbytes: int, **more: Any
+    ) -> Row:
         """Records a rate; `seconds` are stream and wall time."""
         rate, wall = (nbytes / s / 1e9 if s > 0 else 0.0 for s in seconds)
         ceiling = self.ceiling.get(direction, 0.0)
-        row = Row(section, direction, method, gb_per_s=rate, of_c=rate / ceiling if ceiling else 0.0, wall_gb_per_s=wall, **more)
+        row = Row(
+            section,
+            direction,
+            method,
+            gb_per_s=rate,
+            of_c=rate / ceiling if ceiling else 0.0,
+            wall_gb_per_s=wall,
+            **more,
+        )
         self.rows.append(row)
         return row
 
@@ -231,10 +249,10 @@ class Bench:
             self.skipped.append(what)
         return True
 
-    # ---- methods ------------------------------------------------------------------------------------------------------
+    # ---- methods -----------------------------------------------------------------------------------------------------
 
     def timed(self, work: Callable[[], float], repeats: int | None = None) -> tuple[float, float]:
-        """Best stream and wall time of some runs after one to warm up: what the path can do, without the host's hiccups."""
+        """Best stream and wall time of some runs after a warm-up: what the path can do, without the host's hiccups."""
         work()
         stream = wall = float("inf")
         for _ in range(repeats or self.scale.repeats):
@@ -377,14 +395,14 @@ class Bench:
         self.driver.stream_synchronize(self.device, self.stream)
 
 
-# ---- sections ---------------------------------------------------------------------------------------------------------
+# ---- sections --------------------------------------------------------------------------------------------------------
 
 
 def ring_check(bench: Bench) -> None:
     """The bulk kernel in a process of its own: a kernel that hangs takes only that process with it."""
     command = [sys.executable, __file__, "--child-ring-check"] + (["--dry-run"] if bench.dry else [])
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=90)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
         if result.returncode:
             bench.ring = (result.stderr.strip().splitlines() or ["failed without a word"])[-1]
     except subprocess.TimeoutExpired:
@@ -434,7 +452,9 @@ def ceilings(bench: Bench) -> None:
             def work(src: int = src, dst: int = dst, size: int = size) -> float:
                 return bench.on_stream(lambda: driver.copy(device, dst, src, size, bench.stream), bench.stream)
 
-            row = bench.add("ceiling", direction, "contiguous memcpy", bench.timed(work), size, block_bytes=size, count=1)
+            row = bench.add(
+                "ceiling", direction, "contiguous memcpy", bench.timed(work), size, block_bytes=size, count=1
+            )
             bench.ceiling[direction] = max(bench.ceiling.get(direction, 0.0), row.gb_per_s)
     for row in bench.rows:
         if row.section == "ceiling":
@@ -467,7 +487,16 @@ def ceilings(bench: Bench) -> None:
 
             if bench.correct(("ceiling", direction, backend), plan, run):
                 seconds = bench.timed(lambda: run(pairs, multiprocessors))  # noqa: B023 - called at once
-                row = bench.add("ceiling", direction, f"{backend}, all SMs", seconds, count * block, block_bytes=block, count=count, ctas=multiprocessors)
+                row = bench.add(
+                    "ceiling",
+                    direction,
+                    f"{backend}, all SMs",
+                    seconds,
+                    count * block,
+                    block_bytes=block,
+                    count=count,
+                    ctas=multiprocessors,
+                )
                 bench.sm_ceiling[direction] = max(bench.sm_ceiling.get(direction, 0.0), row.gb_per_s)
 
 
@@ -478,7 +507,11 @@ def calibration(bench: Bench) -> None:
     bench.table = calibrate(
         bench.device,
         driver=bench.driver,
-        sizes=[size for size in (4 * KIB, 64 * KIB, 16 * KIB, 8 * KIB, 32 * KIB, 256 * KIB, 1024 * KIB) if size in scale.sizes or not bench.dry],
+        sizes=[
+            size
+            for size in (4 * KIB, 64 * KIB, 16 * KIB, 8 * KIB, 32 * KIB, 256 * KIB, 1024 * KIB)
+            if size in scale.sizes or not bench.dry
+        ],
         counts=[count for count in (16, 1024, 4096, 256, 64, 4) if not bench.dry or count <= 16],
         budget_s=min(scale.calibration_s, left / 4),
         pool_bytes=scale.arena // 2,
@@ -517,7 +550,7 @@ def sweep(bench: Bench) -> None:
 
 
 def staged_by_torch(bench: Bench, plan: CopyPlan) -> Run | None:
-    """What a framework does without a copy library: gather on the device, one copy; or one copy, scatter on the device."""
+    """What a framework does without a copy library: gather, then one copy; or one copy, then scatter."""
     if bench.dry or plan.direction == "d2d":
         return None
     import torch
@@ -555,13 +588,15 @@ def _cuda_tensor(torch: Any, address: int, words: int, device: int) -> Any:
     """A torch view of device memory, by the interface NumPy-like CUDA libraries share."""
 
     class Memory:
-        __cuda_array_interface__ = {"shape": (words,), "typestr": "<i8", "data": (address, False), "version": 3}
+        @property
+        def __cuda_array_interface__(self) -> dict[str, Any]:
+            return {"shape": (words,), "typestr": "<i8", "data": (address, False), "version": 3}
 
     return torch.as_tensor(Memory(), device=f"cuda:{device}")
 
 
 def layers(bench: Bench) -> None:
-    """Whole blocks of many layers: device caches layer-first, host tier layer-first or with all layers of a block together."""
+    """Whole blocks of many layers: device caches layer-first, host tier layer-first or block-first."""
     for n_layers, size in bench.scale.layered:
         for host_layout in ("blocks_layers", "layers_blocks"):
             for direction in ("h2d", "d2h"):
@@ -575,7 +610,16 @@ def layers(bench: Bench) -> None:
                     if bench.correct(("layers", n_layers, size, host_layout, direction, name), plan, run):
                         seconds = bench.timed(lambda: run(pairs, None))  # noqa: B023 - called at once
                         note = f"{n_layers} layers, host {host_layout}"
-                        bench.add("layers", direction, name, seconds, count * n_layers * size, block_bytes=size, count=count, note=note)
+                        bench.add(
+                            "layers",
+                            direction,
+                            name,
+                            seconds,
+                            count * n_layers * size,
+                            block_bytes=size,
+                            count=count,
+                            note=note,
+                        )
 
 
 def ctas(bench: Bench) -> None:
@@ -642,12 +686,16 @@ def interference(bench: Bench) -> None:
                 copies = max(2, min(400, int(1.5 * alone / one) + 2))
                 handles = [plan.copy(pairs, bench.stream, backend=name) for _ in range(copies)]
                 slowed = compute()
-                overlapped = not handles[-1].done
+                overlapped = not handles[-1].done()
                 for handle in handles:
                     handle.wait()
                 busy = sum(handle.seconds for handle in handles)
-                row = bench.add("interference", direction, name, (busy, busy), copies * count * size, block_bytes=size, count=count)
-                row.note = f"{label} {100 * (slowed / alone - 1):+.1f} %" + ("" if overlapped else " (copies ended first)")
+                row = bench.add(
+                    "interference", direction, name, (busy, busy), copies * count * size, block_bytes=size, count=count
+                )
+                row.note = f"{label} {100 * (slowed / alone - 1):+.1f} %" + (
+                    "" if overlapped else " (copies ended first)"
+                )
 
 
 def loads(bench: Bench) -> Iterator[tuple[str, Callable[[], float]]]:
@@ -733,7 +781,7 @@ def int8(bench: Bench) -> None:
         up = bench.timed(lambda: home.copy(line, bench.stream).seconds)
         check = bench.pool("h", 0, plain_bytes)
         CopyPlan(back, check, driver=bench.driver, calibration=NO_TABLE).copy(line, bench.stream).wait()
-    except BackendUnavailable as error:
+    except BackendUnavailableError as error:
         bench.rows.append(Row("int8", "-", "int8", note=str(error)))
         return
     wanted = reference.to_float32(original, "bfloat16").reshape(count, rows, row_elements)
@@ -768,7 +816,16 @@ def graph(bench: Bench) -> None:
         if bench.correct(("graph", size), plan, run):
             changing = iter([bench.pairs(plan.src, plan.dst, count - n) for n in range(bench.scale.repeats + 1)])
             seconds = bench.timed(lambda: run(next(changing), None))
-            bench.add("graph", "h2d", "triton", seconds, count * size, block_bytes=size, count=count, note="new pairs each replay")
+            bench.add(
+                "graph",
+                "h2d",
+                "triton",
+                seconds,
+                count * size,
+                block_bytes=size,
+                count=count,
+                note="new pairs each replay",
+            )
 
 
 @contextlib.contextmanager
@@ -793,11 +850,15 @@ def replayer(bench: Bench, enqueue: Callable[[Any], None]) -> Iterator[tuple[int
 
 def both_directions(bench: Bench) -> None:
     """Eviction and prefetch at once, by `auto` and by each engine."""
-    for size in [size for size in (16 * KIB, 64 * KIB, 256 * KIB) if size in bench.scale.sizes] or [min(bench.scale.sizes)]:
+    for size in [size for size in (16 * KIB, 64 * KIB, 256 * KIB) if size in bench.scale.sizes] or [
+        min(bench.scale.sizes)
+    ]:
         if bench.out_of_time(f"both directions {size}", 15 if not bench.dry else 0):
             return
         up = CopyPlan(bench.pool("h", 0, size), bench.pool("d", 0, size), driver=bench.driver, calibration=bench.table)
-        down = CopyPlan(bench.pool("d", 1, size), bench.pool("h", 1, size), driver=bench.driver, calibration=bench.table)
+        down = CopyPlan(
+            bench.pool("d", 1, size), bench.pool("h", 1, size), driver=bench.driver, calibration=bench.table
+        )
         count = min(2048, bench.scale.cell_bytes // size, up.src.num_blocks // 2)
         pairs = bench.pairs(up.src, up.dst, count)
         for name in ("auto", "dma_batch", "triton"):
@@ -836,7 +897,12 @@ def bars(bench: Bench) -> None:
         bench.rows.append(Row("bar", "", what, note=note))
 
     for direction in ("h2d", "d2h"):
-        value = best("sweep", direction, lambda r: r.method == "auto" and r.block_bytes >= 32 * KIB and r.block_bytes * r.count >= 8 * MIB, True)
+        value = best(
+            "sweep",
+            direction,
+            lambda r: r.method == "auto" and r.block_bytes >= 32 * KIB and r.block_bytes * r.count >= 8 * MIB,
+            True,
+        )
         bar(f"auto {direction}, blocks >= 32 KiB, batch >= 8 MiB, of C", value, 0.95)
     for sizes, target in (((8 * KIB, 16 * KIB), 0.90), ((4 * KIB,), 0.80)):
         label = " and ".join(f"{size // KIB}" for size in sizes)
@@ -845,8 +911,21 @@ def bars(bench: Bench) -> None:
         cap = bench.sm_ceiling.get("h2d")
         if value is not None and cap:
             bar(f"kernel h2d {label} KiB, <= 8 CTAs, of what all SMs reach", value * bench.ceiling["h2d"] / cap, target)
-    bar("auto d2h, blocks >= 16 KiB, count >= 256, of C", best("sweep", "d2h", lambda r: r.method == "auto" and r.block_bytes >= 16 * KIB and r.count >= 256, True), 0.95)
-    bar("best kernel d2d, blocks >= 16 KiB, count >= 1024, of device memcpy", best("sweep", "d2d", lambda r: r.method.startswith(("triton", "bulk", "auto")) and r.block_bytes >= 16 * KIB and r.count >= 1024, True), 0.90)
+    bar(
+        "auto d2h, blocks >= 16 KiB, count >= 256, of C",
+        best("sweep", "d2h", lambda r: r.method == "auto" and r.block_bytes >= 16 * KIB and r.count >= 256, True),
+        0.95,
+    )
+    bar(
+        "best kernel d2d, blocks >= 16 KiB, count >= 1024, of device memcpy",
+        best(
+            "sweep",
+            "d2d",
+            lambda r: r.method.startswith(("triton", "bulk", "auto")) and r.block_bytes >= 16 * KIB and r.count >= 1024,
+            True,
+        ),
+        0.90,
+    )
     regrets = []
     cells: dict[tuple[str, int, int], dict[str, float]] = {}
     for row in bench.rows:
@@ -857,7 +936,11 @@ def bars(bench: Bench) -> None:
         if "auto" in rates and others and max(others) > 0:
             regrets.append(1 - rates["auto"] / max(others))
     bar("regret of auto against the best backend, worst cell", max(regrets) if regrets else None, 0.05, at_most=True)
-    slow = [float(r.note.split("%")[0].split()[-1]) / 100 for r in bench.rows if r.section == "interference" and "decode chain" in r.note and "%" in r.note]
+    slow = [
+        float(r.note.split("%")[0].split()[-1]) / 100
+        for r in bench.rows
+        if r.section == "interference" and "decode chain" in r.note and "%" in r.note
+    ]
     bar("decode slowdown while copying, worst method", max(slow) if slow else None, 0.05, at_most=True)
     both = [row.of_c for row in bench.rows if row.section == "both" and row.method == "auto"]
     bar("auto both directions at once, of C one way", max(both) if both else None, 1.4)
@@ -884,7 +967,8 @@ def environment(driver: Driver, device: int) -> dict[str, str]:
     found = {
         "device": f"{info.name}, sm_{info.sm}, {info.multiprocessors} SMs",
         "driver": f"CUDA {info.driver_version // 1000}.{info.driver_version % 1000 // 10}",
-        "host": f"{platform.machine()}, {os.cpu_count()} CPUs, Linux {platform.release()}, Python {platform.python_version()}",
+        "host": f"{platform.machine()}, {os.cpu_count()} CPUs, Linux {platform.release()}",
+        "python": platform.python_version(),
         "numa": _numa_node(device),
     }
     for name in ("torch", "triton"):
@@ -909,7 +993,8 @@ def _numa_node(device: int) -> str:
 
 def table(rows: list[Row]) -> str:
     """All rows, aligned."""
-    head = f"{'section':<13}{'dir':<5}{'method':<52}{'block':>9}{'count':>7}{'CTAs':>5}{'GB/s':>9}{'of C':>7}{'wall':>9}  note"
+    form = "{:<13}{:<5}{:<66}{:>9}{:>7}{:>5}{:>9}{:>7}{:>9}  {}"
+    head = form.format("section", "dir", "method", "block", "count", "CTAs", "GB/s", "of C", "wall", "note")
     lines = [head, "-" * len(head)]
     for row in rows:
         size = f"{row.block_bytes / KIB:g} KiB" if row.block_bytes else ""
@@ -917,7 +1002,11 @@ def table(rows: list[Row]) -> str:
         share = f"{row.of_c:.3f}" if row.of_c else ""
         wall = f"{row.wall_gb_per_s:.2f}" if row.wall_gb_per_s else ""
         count, limit = str(row.count or ""), str(row.ctas or "")
-        lines.append(f"{row.section:<13}{row.direction:<5}{row.method:<52}{size:>9}{count:>7}{limit:>5}{rate:>9}{share:>7}{wall:>9}  {row.note}".rstrip())
+        lines.append(
+            form.format(
+                row.section, row.direction, row.method, size, count, limit, rate, share, wall, row.note
+            ).rstrip()
+        )
     return "\n".join(lines)
 
 
@@ -926,15 +1015,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer cells, about two minutes")
     parser.add_argument("--json", type=Path, help="also write every row to this file")
-    parser.add_argument("--budget-s", type=float, default=480.0, help="seconds after which sections are skipped (default 480)")
+    parser.add_argument(
+        "--budget-s", type=float, default=480.0, help="seconds after which sections are skipped (default 480)"
+    )
     parser.add_argument("--device", type=int, default=0, help="CUDA device (default 0)")
-    parser.add_argument("--dry-run", action="store_true", help="the whole control flow on host memory; numbers mean nothing")
-    parser.add_argument("--sections", nargs="*", choices=[name for name, _, _ in SECTIONS], help="only these (ceilings always run)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="the whole control flow on host memory; numbers mean nothing"
+    )
+    parser.add_argument(
+        "--sections", nargs="*", choices=[name for name, _, _ in SECTIONS], help="only these (ceilings always run)"
+    )
     parser.add_argument("--child-ring-check", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     try:
         driver: Driver = SimulatedDriver() if options.dry_run else default_driver()
-    except BackendUnavailable as error:
+    except BackendUnavailableError as error:
         print(f"{error}\nUse --dry-run to see the control flow without a GPU.", file=sys.stderr)
         return 2
     if options.child_ring_check:
@@ -965,9 +1060,16 @@ def main(arguments: list[str] | None = None) -> int:
     for title, lines in (("failed", bench.wrong), ("skipped for lack of time", bench.skipped)):
         if lines:
             print(f"\n{title}:\n  " + "\n  ".join(lines))
-    print(f"\n{time.monotonic() - begin:.0f} s" + (", dry run: no figure above means anything" if options.dry_run else ""))
+    print(
+        f"\n{time.monotonic() - begin:.0f} s" + (", dry run: no figure above means anything" if options.dry_run else "")
+    )
     if options.json:
-        body = {"environment": facts, "rows": [asdict(row) for row in bench.rows], "failed": bench.wrong, "skipped": bench.skipped}
+        body = {
+            "environment": facts,
+            "rows": [asdict(row) for row in bench.rows],
+            "failed": bench.wrong,
+            "skipped": bench.skipped,
+        }
         options.json.write_text(json.dumps(body, indent=1))
     return 1 if bench.wrong else 0
 

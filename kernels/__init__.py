@@ -3,7 +3,7 @@
 | file | what it is |
 |---|---|
 | `kv_copy.py` | Triton: gather/scatter copy of blocks between any two memories the device can address |
-| `kv_copy_bulk.cu` | CUDA C++, sm_90 and later: the same copy through a shared-memory ring of bulk asynchronous copies |
+| `kv_copy_bulk.cu` | CUDA C++, sm_90 and later: the same copy through a shared-memory ring of bulk copies |
 | `kv_int8.py` | Triton: lossy transport, rows to int8 plus one float32 scale and back |
 | `reference.py` | the same operations in plain NumPy; tests and machines without a GPU use it |
 
@@ -13,6 +13,6 @@ All kernels read one **table** of int64 words, uploaded once per launch:
     [ base address of buffer b  ] x n_buffers   source pool
     [ base address of buffer b  ] x n_buffers   destination pool
 
-Block `i` of buffer `b` begins at `base[b] + i * stride`. One buffer is one layer's K or V (or both); all layers of a copy
-go in one launch. Importing this package imports neither torch nor triton; the two Triton files do.
+Block `i` of buffer `b` begins at `base[b] + i * stride`. One buffer is one layer's K or V (or both); all layers of a
+copy go in one launch. Importing this package imports neither torch nor triton; the two Triton files do.
 """

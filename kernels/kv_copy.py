@@ -1,17 +1,18 @@
 """Copy KV blocks between two pools, one launch for all layers (Triton, any CUDA device; sees bytes, not dtypes).
 
-Layout: the table described in `agentrt.kernels`. A block is NBYTES long and is seen as words of WORD bytes.
-Grid: persistent, one-dimensional, any size; work items are (buffer, group of PAIRS pairs, chunk of CHUNK bytes), dealt out
+Layout: the table described in `agentrt.kernels`. A block is NBYTES long and is seen as words of WORD bytes. Grid:
+persistent, one-dimensional, any size; work items are (buffer, group of PAIRS pairs, chunk of CHUNK bytes), dealt out
 round-robin. A program moves PAIRS x CHUNK bytes per step, so small blocks keep as many bytes in flight as large ones.
 Bytes moved: n_buffers * n_pairs * NBYTES read and as many written, plus 16 bytes of table per (buffer, pair, chunk).
 
 Pinned host memory is addressed directly, so the same kernel serves host to device, device to host and device to device.
 
-Two habits here carry measured reasons. The alignment hint sits on the pointer, after the cast from integer: on the integer it
-is dropped and every access is 8 instead of 16 bytes. The loop is a `while`: `tl.range` over a run-time bound fails in the
-interpreter with NumPy 2.4 and Triton 3.6.
+Two habits here carry measured reasons. The alignment hint sits on the pointer, after the cast from integer: on the
+integer it is dropped and every access is 8 instead of 16 bytes. The loop is a `while`: `tl.range` over a run-time
+bound fails in the interpreter with NumPy 2.4 and Triton 3.6.
 """
 
+# ruff: noqa: N803, N806 - compile-time constants are written in capitals
 import triton
 import triton.language as tl
 

@@ -1,14 +1,16 @@
 """Lossy transport of KV blocks: int8 with one float32 scale per row, quantised and restored on the fly (Triton).
 
-Layout: pools as in `agentrt.kernels`. A plain block is ROWS rows of ROW elements (float16, bfloat16 or float32). An encoded
-block is ROWS * ROW int8 values, then ROWS float32 scales: about half the bytes of a 16-bit block (0.516 at ROW = 128).
-Grid: persistent, one-dimensional; work items are (buffer, pair, group of TILE rows).
-Bytes moved: one plain and one encoded block per (buffer, pair).
+Layout: pools as in `agentrt.kernels`. A plain block is ROWS rows of ROW elements (float16, bfloat16 or float32). An
+encoded block is ROWS * ROW int8 values, then ROWS float32 scales: about half the bytes of a 16-bit block (0.516 at
+ROW = 128). Grid: persistent, one-dimensional; work items are (buffer, pair, group of TILE rows). Bytes moved: one
+plain and one encoded block per (buffer, pair).
 
-scale = absmax(row) / 127, value = round-half-away(x / scale). A restored element is within absmax / 254 of the original, plus
-the rounding of the element type: 0.8 % of the row's absmax at worst. Rows with an infinity or NaN do not survive.
+scale = absmax(row) / 127, value = round-half-away(x / scale). A restored element is within absmax / 254 of the
+original, plus the rounding of the element type: 0.8 % of the row's absmax at worst. Rows with an infinity or NaN do
+not survive.
 """
 
+# ruff: noqa: N803, N806 - compile-time constants are written in capitals
 import triton
 import triton.language as tl
 

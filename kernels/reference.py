@@ -1,5 +1,6 @@
-"""The kernels of this package in plain NumPy, on byte arrays: what the device code is compared with, and the int8 codec of
-machines without a GPU.
+"""The kernels of this package in plain NumPy, on byte arrays.
+
+The device code is compared with this file, and machines without a GPU use its int8 codec.
 
 Pools are given as `memory[b, i]`: uint8 arrays of shape [buffers, blocks, bytes] (any strides), pairs as rows
 (source id, destination id) with negative ids skipped. Nothing here is fast, everything is short.
@@ -7,10 +8,13 @@ Pools are given as `memory[b, i]`: uint8 arrays of shape [buffers, blocks, bytes
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]

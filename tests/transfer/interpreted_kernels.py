@@ -14,24 +14,37 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from tests.transfer.naive import Shape, copied, memory, pool_over
 
 from agentrt.kernels import kv_copy as copy_module
 from agentrt.kernels import kv_int8, reference
-from agentrt.transfer import device_code
+from agentrt.transfer import BlockPool, device_code
 from agentrt.transfer.backends import alignment, fill_table
-from tests.transfer.naive import Shape, copied, pool_over
+from agentrt.transfer.pool import Ids
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.float32]
 # (tokens, heads, elements) of a block; layers; blocks. From one element to odd shapes to a page.
-SHAPES = [((1, 1, 1), 1, 1), ((5, 3, 33), 1, 3), ((16, 2, 8), 3, 6), ((4, 1, 64), 2, 5), ((16, 4, 64), 1, 4), ((3, 5, 7), 2, 4)]
+SHAPES = [
+    ((1, 1, 1), 1, 1),
+    ((5, 3, 33), 1, 3),
+    ((16, 2, 8), 3, 6),
+    ((4, 1, 64), 2, 5),
+    ((16, 4, 64), 1, 4),
+    ((3, 5, 7), 2, 4),
+]
 
 
-def run_copy(src, dst, pairs, grid, tile):  # type: ignore[no-untyped-def]
-    """One launch of the kernel on pools, as `KernelPath` would make it, with a smaller tile to exercise several chunks."""
+def columns(pairs: list[tuple[int, int]]) -> tuple[Ids, Ids]:
+    rows = np.array(pairs, np.int64).reshape(-1, 2)
+    return rows[:, 0], rows[:, 1]
+
+
+def run_copy(src: BlockPool, dst: BlockPool, pairs: list[tuple[int, int]], grid: int, tile: int) -> None:
+    """One launch of the kernel on pools, as `KernelPath` makes it, but with a smaller tile, for several chunks."""
     buffers = len(src.bases)
-    pairs = np.array(pairs, np.int64).reshape(-1, 2)
-    words = np.zeros(2 * len(pairs) + 2 * buffers, np.int64)
-    fill_table(words, pairs[:, 0], pairs[:, 1], src.bases, dst.bases)
+    rows = np.array(pairs, np.int64).reshape(-1, 2)
+    words = np.zeros(2 * len(rows) + 2 * buffers, np.int64)
+    fill_table(words, rows[:, 0], rows[:, 1], src.bases, dst.bases)
     spec = device_code.copy_spec(src.block_bytes, alignment(src, dst), tile=tile)
     table = torch.from_numpy(words)
     arguments = (table, len(pairs), buffers, src.stride_bytes, dst.stride_bytes)
@@ -40,8 +53,12 @@ def run_copy(src, dst, pairs, grid, tile):  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s[0])))
-@pytest.mark.parametrize("layouts", [("layers_blocks", "blocks_layers"), ("blocks_layers", "layers_blocks")], ids="->".join)
-def test_copy_is_byte_exact(dtype: torch.dtype, shape: tuple[tuple[int, int, int], int, int], layouts: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    "layouts", [("layers_blocks", "blocks_layers"), ("blocks_layers", "layers_blocks")], ids="->".join
+)
+def test_copy_is_byte_exact(
+    dtype: torch.dtype, shape: tuple[tuple[int, int, int], int, int], layouts: tuple[str, str]
+) -> None:
     block, layers, blocks = shape
     rng = np.random.default_rng(37)
     size = int(np.prod(block)) * dtype.itemsize
@@ -50,13 +67,13 @@ def test_copy_is_byte_exact(dtype: torch.dtype, shape: tuple[tuple[int, int, int
     dst, target = pool_over(layouts[1], form, blocks + 1, "pageable", None, rng)
     # Repeated sources, padding on either side, one target left alone.
     pairs = [(n % max(1, blocks - 1), blocks - n) for n in range(blocks)] + [(-1, 0), (0, -1)]
-    surroundings = dst.owner[1].copy()
+    surroundings = memory(dst).copy()
     expected = copied(source, target, pairs, range(layers))
     run_copy(src, dst, pairs, grid=3, tile=2048)
     assert np.array_equal(target, expected)
     target[:] = 0
     np.lib.stride_tricks.as_strided(surroundings[16:], target.shape, target.strides)[:] = 0
-    assert np.array_equal(dst.owner[1], surroundings)
+    assert np.array_equal(memory(dst), surroundings)
     # The reference is the same operation.
     mirror = expected.copy()
     reference.copy(source, mirror, pairs)
@@ -108,17 +125,21 @@ def test_int8_kernels_agree_with_the_reference(dtype: str, rows: int, row: int) 
     coded_form = Shape(layers, 1, blocks, blocks, coded_bytes, "blocks_layers", "blocks_layers", gap=-coded_bytes % 16)
     plain, values = pool_over("layers_blocks", plain_form, blocks, "pageable", None, rng)
     coded, encoded = pool_over("blocks_layers", coded_form, blocks, "pageable", None, rng)
-    x = rng.normal(size=(layers, blocks, rows * row)).astype(np.float32) * 10.0 ** rng.integers(-3, 3, (layers, blocks, 1))
+    x = rng.normal(size=(layers, blocks, rows * row)).astype(np.float32) * 10.0 ** rng.integers(
+        -3, 3, (layers, blocks, 1)
+    )
     x[0, 0, :row] = 0
     values[:] = reference.from_float32(x, dtype)
     original = values.copy()
     pairs = [(0, 2), (2, 1), (-1, 0)]
     untouched = encoded[:, 0].copy()
     words = np.zeros(2 * len(pairs) + 2 * layers, np.int64)
-    fill_table(words, *np.array(pairs).T, plain.bases, coded.bases)
+    fill_table(words, *columns(pairs), plain.bases, coded.bases)
     options = device_code.int8_spec("kv_encode_int8", rows, row, dtype, alignment(plain, coded)).options
     options["TYPE"] = getattr(tl, dtype)
-    kv_int8.kv_encode_int8[(2,)](torch.from_numpy(words), len(pairs), layers, plain.stride_bytes, coded.stride_bytes, **options)
+    kv_int8.kv_encode_int8[(2,)](
+        torch.from_numpy(words), len(pairs), layers, plain.stride_bytes, coded.stride_bytes, **options
+    )
     assert np.array_equal(encoded[:, 0], untouched)
     for source, target in pairs[:2]:
         wanted = reference.encode_int8(original[:, source], row, dtype)
@@ -130,8 +151,10 @@ def test_int8_kernels_agree_with_the_reference(dtype: str, rows: int, row: int) 
         assert (values_apart != 0).mean() < 0.01
     values[:] = 0xEE
     back = [(2, 0), (1, 1), (0, -1)]
-    fill_table(words, *np.array(back).T, coded.bases, plain.bases)
-    kv_int8.kv_decode_int8[(2,)](torch.from_numpy(words), len(back), layers, coded.stride_bytes, plain.stride_bytes, **options)
+    fill_table(words, *columns(back), coded.bases, plain.bases)
+    kv_int8.kv_decode_int8[(2,)](
+        torch.from_numpy(words), len(back), layers, coded.stride_bytes, plain.stride_bytes, **options
+    )
     for source, target in back[:2]:
         wanted = reference.decode_int8(encoded[:, source], row, dtype)
         if dtype == "bfloat16":

@@ -34,24 +34,22 @@ class Shape:
 def pool_over(
     layout: str, shape: Shape, blocks: int, space: str, driver: SimulatedDriver | None, rng: np.random.Generator
 ) -> tuple[BlockPool, Bytes]:
-    """A pool of random bytes and a view [buffers, blocks, bytes] of the same memory. Guard bytes surround it and fill its gaps."""
+    """A pool of random bytes and a view [buffers, blocks, bytes] of it. Guard bytes surround it and fill its gaps."""
     buffers = shape.layers * shape.parts
     cell = shape.block_bytes + shape.gap
     total = buffers * blocks * cell + 64
     if space == "pageable":
-        memory = np.empty(total + 64, np.uint8)
-        owner: Any = memory
+        data = np.empty(total + 64, np.uint8)
+        owner: Any = data
         # Aligned, so that alignment depends on the block size alone.
-        first = -memory.ctypes.data % 16
-        memory = memory[first : first + total]
+        first = -data.ctypes.data % 16
+        data = data[first : first + total]
     else:
         assert driver is not None
-        raw = BlockPool.allocate(
-            layers=1, num_blocks=1, block_bytes=total, space=Space.PINNED, driver=driver
-        )
-        owner, memory = raw, raw.view()[0, 0]
-    memory[:] = rng.integers(0, 256, total, dtype=np.uint8)
-    base = memory.ctypes.data + 16
+        raw = BlockPool.allocate(layers=1, num_blocks=1, block_bytes=total, space=Space.PINNED, driver=driver)
+        owner, data = raw, raw.view()[0, 0]
+    data[:] = rng.integers(0, 256, total, dtype=np.uint8)
+    base = data.ctypes.data + 16
     if layout == "layers_blocks":
         bases, stride = [base + b * blocks * cell for b in range(buffers)], cell
         strides = (blocks * cell, cell, 1)
@@ -66,17 +64,24 @@ def pool_over(
         layers=shape.layers,
         space=space,
         device=0 if space == "device" else None,
-        owner=(owner, memory),
+        owner=(owner, data),
     )
-    view = np.lib.stride_tricks.as_strided(memory[16:], (buffers, blocks, shape.block_bytes), strides)
+    view: Bytes = np.lib.stride_tricks.as_strided(data[16:], (buffers, blocks, shape.block_bytes), strides)
     return pool, view
 
 
 def copied(src: Bytes, dst: Bytes, pairs: Iterable[tuple[int, int]], buffers: Iterable[int]) -> Bytes:
     """What `dst` holds afterwards."""
-    result = dst.copy()
+    result: Bytes = dst.copy()
     for buffer in buffers:
         for source, target in pairs:
             if source >= 0 and target >= 0:
                 result[buffer, target] = src[buffer, source]
     return result
+
+
+def memory(pool: BlockPool) -> Bytes:
+    """All bytes of a pool made by `pool_over`, guard bytes and gaps included."""
+    assert isinstance(pool.owner, tuple)
+    found: Bytes = pool.owner[1]
+    return found

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.transfer.naive import Shape, copied, memory, pool_over
 
+from agentrt.kernels import reference
 from agentrt.transfer import BlockPool, CopyPlan, HostStream, Int8Encoding, PairError, SimulatedDriver
 from agentrt.transfer.backends import merge
-from agentrt.kernels import reference
-from tests.transfer.naive import Shape, copied, pool_over
 
 LAYOUTS = ["layers_blocks", "blocks_layers"]
 WAYS = [
@@ -64,14 +66,14 @@ def test_every_backend_moves_exactly_the_named_blocks(
     buffers = [layer * shape.parts + part for layer in sorted(chosen) for part in range(shape.parts)]
     before = source.copy()
     # The whole memory, guard bytes and gaps included.
-    surroundings = dst.owner[1].copy()  # type: ignore[index]
+    surroundings = memory(dst).copy()
     expected = copied(source, target, pairs, buffers)
     plan = CopyPlan(src, dst, driver=driver if "device" in (src_space, dst_space) else None)
-    if backend == "dma_2d" and layers is not None and len({b - a for a, b in zip(buffers, buffers[1:], strict=False)}) > 1:
+    if backend == "dma_2d" and layers is not None and len({b - a for a, b in pairwise(buffers)}) > 1:
         backend = "merged"  # these layers are not evenly spaced
     handle = plan.copy(pairs, layers=layers, backend=backend)
     assert handle.wait()
-    assert handle.done
+    assert handle.done()
     assert np.array_equal(target, expected)
     assert np.array_equal(source, before)
     live = sum(1 for a, b in pairs if a >= 0 and b >= 0)
@@ -80,7 +82,7 @@ def test_every_backend_moves_exactly_the_named_blocks(
     assert not dst.in_flight
     target[:] = 0
     np.lib.stride_tricks.as_strided(surroundings[16:], target.shape, target.strides)[:] = 0
-    assert np.array_equal(dst.owner[1], surroundings)  # type: ignore[index]
+    assert np.array_equal(memory(dst), surroundings)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -134,7 +136,9 @@ def plan() -> CopyPlan:
         (np.array([[2**63 + 1, 0]], np.uint64), "out of range", (2**63 + 1,)),
     ],
 )
-def test_bad_pairs_raise_and_move_nothing(plan: CopyPlan, pairs: list[tuple[int, int]], message: str, blocks: tuple[int, ...]) -> None:
+def test_bad_pairs_raise_and_move_nothing(
+    plan: CopyPlan, pairs: list[tuple[int, int]], message: str, blocks: tuple[int, ...]
+) -> None:
     before = plan.dst.view().copy()
     with pytest.raises(PairError, match=message) as caught:
         plan.copy(pairs)
@@ -143,7 +147,9 @@ def test_bad_pairs_raise_and_move_nothing(plan: CopyPlan, pairs: list[tuple[int,
     assert not plan.dst.in_flight
 
 
-@pytest.mark.parametrize(("layers", "message"), [([2], "outside the pool's 2 layers"), ([0, 0], "twice"), ([], "no layers")])
+@pytest.mark.parametrize(
+    ("layers", "message"), [([2], "outside the pool's 2 layers"), ([0, 0], "twice"), ([], "no layers")]
+)
 def test_bad_layers_raise_and_move_nothing(plan: CopyPlan, layers: list[int], message: str) -> None:
     before = plan.dst.view().copy()
     with pytest.raises(PairError, match=message):
@@ -153,7 +159,7 @@ def test_bad_layers_raise_and_move_nothing(plan: CopyPlan, layers: list[int], me
 
 def test_an_empty_list_is_a_finished_copy(plan: CopyPlan) -> None:
     handle = plan.copy([])
-    assert handle.done
+    assert handle.done()
     assert handle.bytes == 0
     assert plan.copy([(-1, 3), (2, -1)]).bytes == 0
 
@@ -172,7 +178,10 @@ def test_within_one_pool_a_block_cannot_be_source_and_destination() -> None:
 
 def test_pools_that_share_memory_are_checked_by_address() -> None:
     array = np.arange(8 * 16, dtype=np.uint8).reshape(1, 8, 16)
-    lower, upper = BlockPool.from_array(array[:, :6], "layers_blocks"), BlockPool.from_array(array[:, 2:], "layers_blocks")
+    lower, upper = (
+        BlockPool.from_array(array[:, :6], "layers_blocks"),
+        BlockPool.from_array(array[:, 2:], "layers_blocks"),
+    )
     plan = CopyPlan(lower, upper)
     with pytest.raises(PairError, match="share memory"):
         plan.copy([(3, 0), (2, 4)])  # block 0 of the upper pool is block 2 of the lower
@@ -192,8 +201,8 @@ def test_layers_arrive_one_by_one() -> None:
     assert list(handles) == [2, 0, 1, 3]
     stream = plan._own_stream()
     for layer, handle in handles.items():
-        assert not handle.done
-        while not handle.done:
+        assert not handle.done()
+        while not handle.done():
             assert driver.run(stream, 1) == 1
         buffers = [2 * layer, 2 * layer + 1]
         assert np.array_equal(target[buffers][:, [5, 2]], source[buffers][:, [0, 3]])
@@ -210,11 +219,15 @@ def test_int8_transport_stays_within_its_stated_error(dtype: str, where: str) ->
     encoding = Int8Encoding(row=row, dtype=dtype)
     size = rows * row * item
     plain_shape = Shape(layers, 1, blocks, blocks, size, "layers_blocks", "layers_blocks")
-    coded_shape = Shape(layers, 1, blocks, blocks, encoding.encoded_bytes(size), "blocks_layers", "blocks_layers", gap=8)
+    coded_shape = Shape(
+        layers, 1, blocks, blocks, encoding.encoded_bytes(size), "blocks_layers", "blocks_layers", gap=8
+    )
     plain, values = pool_over("layers_blocks", plain_shape, blocks, where if driver else "pageable", driver, rng)
     host, _ = pool_over("blocks_layers", coded_shape, blocks, "pinned" if driver else "pageable", driver, rng)
     host.encoding = encoding
-    x = rng.normal(size=(layers, blocks, rows * row)).astype(np.float32) * 10.0 ** rng.integers(-3, 3, (layers, blocks, 1))
+    x = rng.normal(size=(layers, blocks, rows * row)).astype(np.float32) * 10.0 ** rng.integers(
+        -3, 3, (layers, blocks, 1)
+    )
     x[0, 2] = 0
     values[:] = reference.from_float32(x, dtype)
     original = reference.to_float32(values, dtype)
@@ -245,7 +258,7 @@ def test_host_streams_run_copies_in_order_behind_the_caller() -> None:
     out = CopyPlan(a, b).copy([(0, 1), (1, 2)], stream)
     again = CopyPlan(b, c).copy([(1, 3), (2, 4)], stream)
     assert again.wait()
-    assert out.done
+    assert out.done()
     assert np.array_equal(third[:, [3, 4]], first[:, [0, 1]])
     assert np.array_equal(second[:, [1, 2]], first[:, [0, 1]])
     assert again.gb_per_s > 0

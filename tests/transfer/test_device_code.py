@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from agentrt.transfer import BackendUnavailable, device_code
+from agentrt.transfer import BackendUnavailableError, device_code
 
 if TYPE_CHECKING:
     from agentrt.transfer.device_code import DeviceCode
@@ -131,12 +131,12 @@ def test_bulk_kernel_is_compiled_once_and_a_broken_cache_file_is_replaced(monkey
 @needs_nvrtc
 def test_a_kernel_that_does_not_compile_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_code, "bulk_source", lambda: "nonsense;")
-    with pytest.raises(BackendUnavailable, match="rejects the kernel.*nonsense"):
+    with pytest.raises(BackendUnavailableError, match=r"rejects the kernel.*nonsense"):
         device_code.compile_bulk(device_code.bulk_spec(4096), 90)
 
 
 def test_bulk_copies_are_refused_before_hopper() -> None:
-    with pytest.raises(BackendUnavailable, match=r"need compute capability 9.0, this device has: 8.6"):
+    with pytest.raises(BackendUnavailableError, match=r"need compute capability 9.0, this device has: 8.6"):
         device_code.compile_bulk(device_code.bulk_spec(4096), 86)
 
 

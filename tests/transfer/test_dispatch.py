@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from agentrt.transfer import (
-    BackendUnavailable,
+    BackendUnavailableError,
     BlockPool,
     Calibration,
     CopyPlan,
@@ -128,7 +128,9 @@ def test_a_backend_with_wrong_bytes_is_left_out(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_budget_cuts_the_calibration_short() -> None:
-    table = calibrate(driver=SimulatedDriver(), sizes=(4096,), counts=(4, 16), pool_bytes=1 << 20, budget_s=0, save=False)
+    table = calibrate(
+        driver=SimulatedDriver(), sizes=(4096,), counts=(4, 16), pool_bytes=1 << 20, budget_s=0, save=False
+    )
     assert len(table.cells) <= 1
 
 
@@ -168,7 +170,7 @@ def test_a_damaged_or_foreign_table_in_the_cache_is_ignored(damage: str) -> None
 def test_a_backend_asked_for_in_vain_says_why(options: dict[str, Any], size: int, backend: str, reason: str) -> None:
     driver = SimulatedDriver(**options)
     plan = CopyPlan(*pools(driver, size, "h2d", 16), driver=driver)
-    with pytest.raises(BackendUnavailable, match=reason):
+    with pytest.raises(BackendUnavailableError, match=reason):
         plan.copy([(0, 1)], backend=backend)
     assert not plan.dst.in_flight
 
@@ -177,7 +179,7 @@ def test_without_a_driver_device_pools_make_no_plan(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("agentrt.transfer.driver._default", None)
     monkeypatch.setattr("agentrt.transfer.driver.CudaDriver.__init__.__defaults__", ("libcuda-missing.so",))
     driver = SimulatedDriver()
-    with pytest.raises(BackendUnavailable, match="no CUDA driver on this machine"):
+    with pytest.raises(BackendUnavailableError, match="no CUDA driver on this machine"):
         CopyPlan(*pools(driver, 4096, "h2d"))
 
 
@@ -185,7 +187,7 @@ def test_default_stream_takes_no_batches() -> None:
     driver = SimulatedDriver()
     plan = CopyPlan(*pools(driver, 4096, "d2h"), driver=driver)
     assert plan.copy(scattered(32), stream=0).backend == "merged"
-    with pytest.raises(BackendUnavailable, match="default stream"):
+    with pytest.raises(BackendUnavailableError, match="default stream"):
         plan.copy(scattered(32), stream=0, backend="dma_batch")
 
 
@@ -198,7 +200,7 @@ def test_a_kernel_launches_no_more_ctas_than_it_may() -> None:
         grids.append(grid)
         original(device, kernel, grid, *rest)
 
-    driver.launch = spy  # type: ignore[method-assign]
+    driver.launch = spy  # type: ignore[method-assign,assignment]
     plan = CopyPlan(*pools(driver, 65536, "h2d"), driver=driver)
     for limit in (None, 3, 500):
         plan.copy(scattered(64), backend="triton", max_ctas=limit).wait()

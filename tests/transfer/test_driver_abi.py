@@ -1,4 +1,4 @@
-"""The ctypes driver against a stand-in library compiled from NVIDIA's own header: signatures, structures, constants, packing."""
+"""The ctypes driver against a stand-in library compiled with NVIDIA's own header."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from agentrt.transfer import BlockPool, CopyFault, CopyPlan, device_code
+from agentrt.transfer import BlockPool, CopyFaultError, CopyPlan, device_code
 from agentrt.transfer import driver as driver_module
 from agentrt.transfer.driver import CudaDriver
 
@@ -24,7 +24,18 @@ if TYPE_CHECKING:
 class Stats(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int)
-        for name in ("launches", "batches", "copies", "copies_2d", "contexts", "grid", "threads", "shared", "max_shared", "alive")
+        for name in (
+            "launches",
+            "batches",
+            "copies",
+            "copies_2d",
+            "contexts",
+            "grid",
+            "threads",
+            "shared",
+            "max_shared",
+            "alive",
+        )
     ]
 
 
@@ -82,9 +93,9 @@ def test_every_engine_backend_moves_the_right_bytes_through_the_real_signatures(
         wanted = view[:, [3, 9, 4]].copy()
         handle = up.copy([(3, 5), (9, 6), (4, 0)], backend=backend)
         # The stand-in reports "not ready" once.
-        assert not handle.done
+        assert not handle.done()
         assert up.dst.in_flight == frozenset()
-        assert handle.done
+        assert handle.done()
         assert handle.seconds >= 0
         down.copy([(5, 30), (6, 31), (0, 32)], backend=backend, after=handle).wait()
         assert np.array_equal(view[:, 30:33], wanted)
@@ -99,7 +110,9 @@ def test_every_engine_backend_moves_the_right_bytes_through_the_real_signatures(
     assert stats.alive == 0
 
 
-def test_kernels_are_launched_as_they_were_compiled(build: Callable[..., tuple[CudaDriver, Stats, ctypes.CDLL]]) -> None:
+def test_kernels_are_launched_as_they_were_compiled(
+    build: Callable[..., tuple[CudaDriver, Stats, ctypes.CDLL]],
+) -> None:
     driver, stats, stub = build()
     up, _ = world(driver)
     if not {"triton", "bulk"} <= set(up.available):
@@ -117,7 +130,9 @@ def test_kernels_are_launched_as_they_were_compiled(build: Callable[..., tuple[C
     assert stats.shared == 8 * int(spec.options["RING"]) * int(spec.options["SLOT"])
 
 
-def test_a_driver_of_cuda_12_takes_the_older_batch_call(build: Callable[..., tuple[CudaDriver, Stats, ctypes.CDLL]]) -> None:
+def test_a_driver_of_cuda_12_takes_the_older_batch_call(
+    build: Callable[..., tuple[CudaDriver, Stats, ctypes.CDLL]],
+) -> None:
     driver, stats, _ = build("-DCUDA_12")
     assert driver.has_batch
     up, down = world(driver)
@@ -134,7 +149,7 @@ def test_an_error_of_the_driver_reaches_the_caller_by_name(
     driver, stats, stub = build()
     up, _ = world(driver)
     stub.stub_set(64, 3)  # the start event and one copy succeed
-    with pytest.raises(CopyFault, match="cuMemcpyAsync failed: CUDA_ERROR_ILLEGAL_ADDRESS") as caught:
+    with pytest.raises(CopyFaultError, match="cuMemcpyAsync failed: CUDA_ERROR_ILLEGAL_ADDRESS") as caught:
         up.copy([(3, 5), (9, 6), (4, 0)], backend="merged")
     assert up.dst.torn == {0, 5, 6}
     assert stats.contexts == 0

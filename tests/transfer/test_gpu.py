@@ -41,8 +41,12 @@ def test_bytes_are_exact(torch: Any, backend: str, direction: str) -> None:
     for dtype in DTYPES:
         for shape in [(16, 2, 64), (1, 1, 16), (5, 3, 33), (128, 8, 128)]:
             host_side, device_side = (blocks, layers, *shape), (layers, blocks, *shape)
-            src = random_bytes(torch, host_side if src_on_host else device_side, dtype, "cpu" if src_on_host else "cuda")
-            dst = random_bytes(torch, host_side if dst_on_host else device_side, dtype, "cpu" if dst_on_host else "cuda")
+            src = random_bytes(
+                torch, host_side if src_on_host else device_side, dtype, "cpu" if src_on_host else "cuda"
+            )
+            dst = random_bytes(
+                torch, host_side if dst_on_host else device_side, dtype, "cpu" if dst_on_host else "cuda"
+            )
             torch.cuda.synchronize()
             by_block = src if src_on_host else src.transpose(0, 1)
             expected = (dst if dst_on_host else dst.transpose(0, 1)).clone()
@@ -122,7 +126,9 @@ def test_int8_transport_stays_within_its_stated_error(torch: Any, dtype: str) ->
     plain = torch.randn(2, 8, rows * row, device="cuda").to(kind)
     back = torch.zeros_like(plain)
     size = encoding.encoded_bytes(rows * row * kind.itemsize)
-    host = BlockPool.from_array(torch.zeros(8, 2, size, dtype=torch.uint8).pin_memory(), "blocks_layers", encoding=encoding)
+    host = BlockPool.from_array(
+        torch.zeros(8, 2, size, dtype=torch.uint8).pin_memory(), "blocks_layers", encoding=encoding
+    )
     torch.cuda.synchronize()
     pairs = [(n, 7 - n) for n in range(8)]
     out = CopyPlan(BlockPool.from_array(plain, "layers_blocks"), host).copy(pairs)

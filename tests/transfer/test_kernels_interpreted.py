@@ -17,7 +17,15 @@ def test_triton_kernels_are_byte_exact_in_the_interpreter(tmp_path: Path) -> Non
     here = Path(__file__)
     root = here.parents[2]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--import-mode=importlib"]
-    options = ["-o", "pythonpath=.", "-o", "addopts=", "--rootdir", str(root), str(here.with_name("interpreted_kernels.py"))]
+    options = [
+        "-o",
+        "pythonpath=.",
+        "-o",
+        "addopts=",
+        "--rootdir",
+        str(root),
+        str(here.with_name("interpreted_kernels.py")),
+    ]
     result = subprocess.run(
         [*command, *options],
         cwd=root,

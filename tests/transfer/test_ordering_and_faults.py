@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from tests.transfer.naive import Shape, pool_over
 
 from agentrt.transfer import (
+    BackendUnavailableError,
     BlockPool,
-    CopyFault,
+    CopyFaultError,
     CopyPlan,
     DriverError,
     HostStream,
@@ -19,8 +21,6 @@ from agentrt.transfer import (
     SimulatedDriver,
     TornBlockError,
 )
-from agentrt.transfer.plan import BackendUnavailable
-from tests.transfer.naive import Shape, pool_over
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,14 +52,14 @@ def world() -> World:
 
 def test_both_sides_stay_pinned_until_the_event_completes(world: World) -> None:
     handle = world.up.copy([(1, 4), (2, 5)], stream=world.stream())
-    assert not handle.done
+    assert not handle.done()
     assert world.host.in_flight == {1, 2}
     assert world.cache.in_flight == {4, 5}
     with pytest.raises(InFlightError, match=r"in flight and cannot be reused, wait for their copy: \[4\]"):
         world.cache.check_reusable([3, 4])
     world.cache.check_reusable([3, 6])
     assert handle.wait()
-    assert handle.done
+    assert handle.done()
     assert not world.host.in_flight
     assert not world.cache.in_flight
     world.cache.check_reusable(range(8))
@@ -104,25 +104,30 @@ def test_copies_ordered_by_stream_or_by_after_may_follow_each_other(world: World
     again = world.up.copy([(6, 0)], stream=two, after=back)
     # The second stream is held back by the event, not by luck.
     world.driver.run(two)
-    assert not again.done
+    assert not again.done()
     world.driver.run(one)
     world.driver.run(two)
-    assert again.done
-    assert arrived.done
+    assert again.done()
+    assert arrived.done()
     assert np.array_equal(world.cache_bytes[:, 0], original)
 
 
 def test_a_copy_waits_for_the_event_of_whoever_writes_its_source(world: World) -> None:
     writer, event = world.stream(), world.driver.event_create(0)
-    world.driver._stream(writer).queue.append(lambda: bool(world.cache_bytes[:, 3].fill(0x5A)) or True)
+
+    def write() -> bool:
+        world.cache_bytes[:, 3] = 0x5A
+        return True
+
+    world.driver._stream(writer).queue.append(write)
     world.driver.event_record(0, event, writer)
     stream = world.stream()
     handle = world.down.copy([(3, 2)], stream=stream, after=event)
     world.driver.run(stream)
-    assert not handle.done
+    assert not handle.done()
     world.driver.run(writer)
     world.driver.run(stream)
-    assert handle.done
+    assert handle.done()
     assert (world.host_bytes[:, 2] == 0x5A).all()
 
 
@@ -131,9 +136,12 @@ def test_a_stream_that_waits_for_a_handle_runs_after_it(world: World) -> None:
     compute = world.stream()
     handle.wait(compute)
     seen: list[bool] = []
-    world.driver._stream(compute).queue.append(
-        lambda: seen.append(np.array_equal(world.cache_bytes[:, 4], world.host_bytes[:, 1])) is None
-    )
+
+    def look() -> bool:
+        seen.append(np.array_equal(world.cache_bytes[:, 4], world.host_bytes[:, 1]))
+        return True
+
+    world.driver._stream(compute).queue.append(look)
     world.driver.run(compute)
     assert not seen
     handle.wait()
@@ -184,13 +192,17 @@ def test_memory_of_a_running_copy_outlives_every_other_reference() -> None:
 # A kernel copy is two submissions (table, launch), the others here are three or more.
 @pytest.mark.parametrize(
     ("backend", "accepted"),
-    [(name, n) for name in ("merged", "dma_batch", "dma_2d", "triton", "bulk") for n in range(2 if name in ("triton", "bulk") else 3)],
+    [
+        (name, n)
+        for name in ("merged", "dma_batch", "dma_2d", "triton", "bulk")
+        for n in range(2 if name in ("triton", "bulk") else 3)
+    ],
 )
 def test_a_fault_at_submission_tears_its_targets_and_nothing_else(world: World, backend: str, accepted: int) -> None:
     source, target = world.host_bytes.copy(), world.cache_bytes.copy()
     pairs = [(1, 4), (3, 5), (6, 0)]
     world.driver.fail_submission_after = accepted
-    with pytest.raises(CopyFault, match="copy failed at submission") as caught:
+    with pytest.raises(CopyFaultError, match="copy failed at submission") as caught:
         world.up.copy(pairs, backend=backend)
     world.driver.fail_submission_after = None
     assert sorted(caught.value.blocks) == [0, 4, 5]
@@ -214,11 +226,11 @@ def test_a_fault_while_running_is_raised_by_the_handle(world: World) -> None:
     source = world.host_bytes.copy()
     handle = world.up.copy([(1, 4), (3, 5)], stream=world.stream(), backend="merged")
     world.driver.fail_execution_after = 1
-    with pytest.raises(CopyFault, match="2 destination blocks are undefined") as caught:
+    with pytest.raises(CopyFaultError, match="2 destination blocks are undefined") as caught:
         handle.wait()
     assert caught.value.blocks == (4, 5)
-    with pytest.raises(CopyFault):
-        _ = handle.done
+    with pytest.raises(CopyFaultError):
+        handle.done()
     assert world.cache.torn == {4, 5}
     assert not world.cache.in_flight
     assert np.array_equal(world.host_bytes, source)
@@ -226,7 +238,7 @@ def test_a_fault_while_running_is_raised_by_the_handle(world: World) -> None:
 
 def test_a_partial_rewrite_leaves_a_torn_block_torn_until_repaired(world: World) -> None:
     world.driver.fail_submission_after = 0
-    with pytest.raises(CopyFault):
+    with pytest.raises(CopyFaultError):
         world.up.copy([(1, 4)])
     world.driver.fail_submission_after = None
     world.up.copy([(1, 4)], layers=[0]).wait()
@@ -238,11 +250,11 @@ def test_a_partial_rewrite_leaves_a_torn_block_torn_until_repaired(world: World)
 def test_what_depends_on_a_failed_copy_is_not_started(world: World) -> None:
     failed = world.up.copy([(1, 4)], stream=world.stream())
     world.driver.fail_execution_after = 0
-    with pytest.raises(CopyFault):
+    with pytest.raises(CopyFaultError):
         failed.wait()
     world.driver.fail_execution_after = None
     before = world.cache_bytes.copy()
-    with pytest.raises(CopyFault):
+    with pytest.raises(CopyFaultError):
         world.up.copy([(2, 5)], stream=world.stream(), after=[failed])
     assert np.array_equal(world.cache_bytes, before)
     assert 5 not in world.cache.torn
@@ -265,7 +277,7 @@ def test_host_copies_pin_their_blocks_too() -> None:
     stream, release = blocked_stream()
     plan = CopyPlan(src, dst)
     handle = plan.copy([(1, 4)], stream)
-    assert not handle.done
+    assert not handle.done()
     assert not handle.wait(timeout=0.001)
     assert dst.in_flight == {4}
     assert src.in_flight == {1}
@@ -274,7 +286,7 @@ def test_host_copies_pin_their_blocks_too() -> None:
     chained = plan.copy([(2, 4)], stream)
     release()
     assert chained.wait()
-    assert handle.done
+    assert handle.done()
     assert np.array_equal(b[4], a[:, 2])
     assert not dst.in_flight
 
@@ -283,11 +295,11 @@ def test_a_failing_host_copy_tears_only_its_targets(monkeypatch: pytest.MonkeyPa
     src, dst, a, b = host_pools()
     plan = CopyPlan(src, dst)
     monkeypatch.setattr("agentrt.transfer.backends.copy_host_blocks", lambda *_: 1 / 0)
-    with pytest.raises(CopyFault, match="division by zero"):
+    with pytest.raises(CopyFaultError, match="division by zero"):
         plan.copy([(1, 4)])
     stream = HostStream()
     handle = plan.copy([(2, 5)], stream)
-    with pytest.raises(CopyFault):
+    with pytest.raises(CopyFaultError):
         handle.wait()
     assert dst.torn == {4, 5}
     assert not b.any()
@@ -325,7 +337,7 @@ def test_a_graph_copy_replays_with_new_pairs(world: World) -> None:
 def test_a_capturing_stream_is_refused_with_the_way_out(world: World) -> None:
     stream = world.stream()
     world.driver._stream(stream).capturing = True
-    with pytest.raises(BackendUnavailable, match="use graph_copy"):
+    with pytest.raises(BackendUnavailableError, match="use graph_copy"):
         world.up.copy([(1, 4)], stream=stream)
     assert not world.cache.in_flight
 

@@ -106,9 +106,10 @@ def test_encoded_pools_are_checked_against_their_plain_partner() -> None:
     plain = BlockPool.from_array(np.zeros((1, 4, 32), np.float16), "layers_blocks")
     with pytest.raises(PoolError, match="encoded blocks need 48 bytes, the pool's have: 32"):
         CopyPlan(plain, BlockPool.from_array(np.zeros((4, 1, 32), np.uint8), "blocks_layers", encoding=encoding))
+    other = Int8Encoding(row=8, dtype="bfloat16")
+    coded = BlockPool.from_array(np.zeros((4, 1, 48), np.uint8), "blocks_layers", encoding=other)
     with pytest.raises(PoolError, match="the encoding is for bfloat16"):
-        other = Int8Encoding(row=8, dtype="bfloat16")
-        CopyPlan(plain, BlockPool.from_array(np.zeros((4, 1, 48), np.uint8), "blocks_layers", encoding=other))
+        CopyPlan(plain, coded)
     with pytest.raises(PoolError, match="whole number of 16-byte rows: 40"):
         encoding.rows(40)
 

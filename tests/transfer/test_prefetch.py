@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.transfer.naive import Shape, pool_over
 
 from agentrt.transfer import (
     BlockPool,
-    CopyFault,
+    CopyFaultError,
     CopyPlan,
     HostStream,
     PairError,
@@ -21,7 +23,6 @@ from agentrt.transfer import (
     SimulatedDriver,
     TokenBucket,
 )
-from tests.transfer.naive import Shape, pool_over
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,7 +38,7 @@ class Clock:
         return self.ns
 
 
-# ---- the budget -------------------------------------------------------------------------------------------------------
+# ---- the budget ------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -77,7 +78,7 @@ def test_a_bucket_loses_nothing_to_rounding() -> None:
     assert bucket.take(1)
 
 
-# ---- the executor -----------------------------------------------------------------------------------------------------
+# ---- the executor ----------------------------------------------------------------------------------------------------
 
 
 class World:
@@ -257,16 +258,24 @@ def test_whatever_happens_each_request_ends_once(seed: int) -> None:
     assert not executor.reserved
 
 
-# ---- end to end -------------------------------------------------------------------------------------------------------
+# ---- end to end ------------------------------------------------------------------------------------------------------
 
 
 class PagedEngine:
-    """A paged-KV engine reduced to its bookkeeping: a cache of blocks, a host tier, an LRU order, and contents that can be checked.
+    """A paged-KV engine reduced to its bookkeeping: a cache of blocks, a host tier, an LRU order, checkable contents.
 
     A block's content is a function of its key, so a wrong or torn byte anywhere shows at the next `use`.
     """
 
-    def __init__(self, cache: BlockPool, host: BlockPool, executor: PrefetchExecutor, offload: CopyPlan, write: Callable[[int, int], None], read: Callable[[int], bytes]) -> None:
+    def __init__(
+        self,
+        cache: BlockPool,
+        host: BlockPool,
+        executor: PrefetchExecutor,
+        offload: CopyPlan,
+        write: Callable[[int, int], None],
+        read: Callable[[int], bytes],
+    ) -> None:
         self.cache, self.host, self.executor, self.offload = cache, host, executor, offload
         self.write, self.read = write, read
         self.resident: OrderedDict[int, int] = OrderedDict()  # key -> cache block, least recent first
@@ -323,7 +332,9 @@ class PagedEngine:
 
     def give_up(self) -> None:
         """The prediction failed: blocks of requests never sent are free again at once."""
-        queued = set(self.coming) - {b for _, requests in self.executor._running for b in (r.destination for r in requests)}
+        queued = set(self.coming) - {
+            b for _, requests in self.executor._running for b in (r.destination for r in requests)
+        }
         self.executor.cancel()
         for block in queued:
             del self.coming[block]
@@ -396,7 +407,9 @@ def simulated_world(fault_every: int | None = None) -> Iterator[tuple[PagedEngin
     tier, _ = pool_over("blocks_layers", shape, 64, "pinned", driver, rng)
     cache, cache_bytes = pool_over("layers_blocks", shape, 12, "device", driver, rng)
     clock = Clock()
-    executor = PrefetchExecutor(CopyPlan(tier, cache, driver=driver), bytes_per_s=200 * 256, burst_bytes=3 * 256, clock_ns=clock)
+    executor = PrefetchExecutor(
+        CopyPlan(tier, cache, driver=driver), bytes_per_s=200 * 256, burst_bytes=3 * 256, clock_ns=clock
+    )
 
     def write(target: int, key: int) -> None:
         cache_bytes[:, target] = np.frombuffer(PagedEngine.content(key, 256), np.uint8).reshape(2, 128)
@@ -414,12 +427,16 @@ def simulated_world(fault_every: int | None = None) -> Iterator[tuple[PagedEngin
             # One submission fails now and then, at a different depth each time.
             driver.fail_submission_after = ticks % 3 if ticks % fault_every == 0 else None
 
-    engine = PagedEngine(cache, tier, executor, CopyPlan(cache, tier, driver=driver), write, lambda b: cache_bytes[:, b].tobytes())
+    engine = PagedEngine(
+        cache, tier, executor, CopyPlan(cache, tier, driver=driver), write, lambda b: cache_bytes[:, b].tobytes()
+    )
     yield engine, tick
 
 
-def serve(engine: PagedEngine, tick: Callable[[], None], predict: Callable[[int], int | None], calls: int = 120) -> None:
-    """Agents take turns; each call touches its agent's four blocks. The policy predicts the next agent, sometimes wrongly."""
+def serve(
+    engine: PagedEngine, tick: Callable[[], None], predict: Callable[[int], int | None], calls: int = 120
+) -> None:
+    """Agents take turns, each call touches its agent's four blocks; the next agent is predicted, sometimes wrongly."""
     rng = np.random.default_rng(67)
     agent = 0
     for call in range(calls):
@@ -442,7 +459,9 @@ def serve(engine: PagedEngine, tick: Callable[[], None], predict: Callable[[int]
 
 
 @pytest.mark.parametrize("world", [numpy_world, torch_world, simulated_world], ids=lambda w: w.__name__)
-def test_evicted_blocks_come_back_byte_identical_and_prediction_pays(world: Callable[[], Iterator[tuple[PagedEngine, Callable[[], None]]]]) -> None:
+def test_evicted_blocks_come_back_byte_identical_and_prediction_pays(
+    world: Callable[[], Iterator[tuple[PagedEngine, Callable[[], None]]]],
+) -> None:
     ((without, tick),) = world()
     serve(without, tick, lambda agent: None)
     ((engine, tick),) = world()
@@ -464,10 +483,9 @@ def test_the_engine_survives_faults_in_the_middle_of_copies() -> None:
     def patient(*arguments: object) -> object:
         # The engine's own offload tries again; the block it reads is untouched by the fault.
         for _ in range(4):
-            try:
+            with contextlib.suppress(CopyFaultError):
                 return offload(*arguments)  # type: ignore[arg-type]
-            except CopyFault:
-                tick()
+            tick()
         raise AssertionError("offload failed four times")
 
     engine.offload.copy = patient  # type: ignore[method-assign,assignment]

@@ -7,11 +7,7 @@ use pyo3::prelude::*;
 
 /// An array of addresses or sizes as unsigned words; negative values become huge and fail the region check.
 fn words(array: &PyReadonlyArray1<'_, i64>) -> PyResult<Vec<usize>> {
-    Ok(array
-        .as_slice()?
-        .iter()
-        .map(|&word| word as usize)
-        .collect())
+    Ok(array.as_slice()?.iter().map(|&word| word as usize).collect())
 }
 
 /// Copies `sizes[i]` bytes from address `sources[i]` to `destinations[i]` and returns the bytes moved.
@@ -32,25 +28,15 @@ pub(crate) fn copy_host_blocks(
     let mut regions = Vec::with_capacity(arrays.len());
     for array in &arrays {
         if !array.is_contiguous() {
-            return Err(PyValueError::new_err(
-                "pool memory must be given as contiguous uint8 arrays",
-            ));
+            return Err(PyValueError::new_err("pool memory must be given as contiguous uint8 arrays"));
         }
-        #[expect(
-            unsafe_code,
-            reason = "the only place that knows the memory to be alive"
-        )]
+        #[expect(unsafe_code, reason = "the only place that knows the memory to be alive")]
         // SAFETY: `arrays` keeps every NumPy array, and through it its owner, alive until this function returns, after the
         // batch is done. `agentrt.transfer` pins blocks in flight, which keeps other copies away from them.
         regions.push(unsafe { Region::new(array.data(), array.len()) });
     }
-    let batch = Batch::new(
-        &regions,
-        &words(&sources)?,
-        &words(&destinations)?,
-        &words(&sizes)?,
-    )
-    .map_err(|error| PyValueError::new_err(error.to_string()))?;
+    let batch = Batch::new(&regions, &words(&sources)?, &words(&destinations)?, &words(&sizes)?)
+        .map_err(|error| PyValueError::new_err(error.to_string()))?;
     py.detach(|| batch.run(max_threads));
     Ok(batch.bytes())
 }

@@ -26,9 +26,7 @@ pub enum CopyError {
         sizes: usize,
     },
     /// A range is not inside any region.
-    #[error(
-        "descriptor {index}: {role} range {address:#x}+{bytes} lies outside the pool's memory"
-    )]
+    #[error("descriptor {index}: {role} range {address:#x}+{bytes} lies outside the pool's memory")]
     OutsideRegion {
         /// Position of the descriptor.
         index: usize,
@@ -63,10 +61,7 @@ impl Region {
     ///   those bytes is alive.
     pub unsafe fn new(start: *mut u8, bytes: usize) -> Self {
         // Saturating, so that a nonsensical length gives a region that contains nothing beyond the address space.
-        Self {
-            start: start as usize,
-            end: (start as usize).saturating_add(bytes),
-        }
+        Self { start: start as usize, end: (start as usize).saturating_add(bytes) }
     }
 }
 
@@ -118,21 +113,12 @@ impl Batch {
         let regions = joined(regions);
         for (role, starts) in [("source", sources), ("destination", destinations)] {
             if let Some(index) = first_outside(&regions, starts, sizes) {
-                return Err(CopyError::OutsideRegion {
-                    index,
-                    role,
-                    address: starts[index],
-                    bytes: sizes[index],
-                });
+                return Err(CopyError::OutsideRegion { index, role, address: starts[index], bytes: sizes[index] });
             }
         }
         let ranges = |starts: &[usize]| {
-            let mut ranges: Vec<(usize, usize)> = starts
-                .iter()
-                .zip(sizes)
-                .filter(|(_, &n)| n > 0)
-                .map(|(&s, &n)| (s, s + n))
-                .collect();
+            let mut ranges: Vec<(usize, usize)> =
+                starts.iter().zip(sizes).filter(|(_, &n)| n > 0).map(|(&s, &n)| (s, s + n)).collect();
             ranges.sort_unstable();
             ranges
         };
@@ -145,19 +131,12 @@ impl Batch {
         for &(start, end) in &from {
             let next = to.partition_point(|range| range.1 <= start);
             if to.get(next).is_some_and(|range| range.0 < end) {
-                return Err(CopyError::Overlap {
-                    address: to[next].0,
-                });
+                return Err(CopyError::Overlap { address: to[next].0 });
             }
         }
-        let descriptors: Vec<_> = (0..sizes.len())
-            .filter(|&i| sizes[i] > 0)
-            .map(|i| (sources[i], destinations[i], sizes[i]))
-            .collect();
-        Ok(Self {
-            descriptors,
-            bytes: sizes.iter().sum(),
-        })
+        let descriptors: Vec<_> =
+            (0..sizes.len()).filter(|&i| sizes[i] > 0).map(|i| (sources[i], destinations[i], sizes[i])).collect();
+        Ok(Self { descriptors, bytes: sizes.iter().sum() })
     }
 
     /// Bytes the batch moves.
@@ -169,10 +148,7 @@ impl Batch {
     pub fn run(&self, max_threads: usize) {
         /// Below this a second thread costs more than it brings (a spawn is tens of microseconds).
         const BYTES_PER_THREAD: usize = 4 << 20;
-        let workers = max_threads
-            .min(self.bytes / BYTES_PER_THREAD)
-            .min(self.descriptors.len())
-            .max(1);
+        let workers = max_threads.min(self.bytes / BYTES_PER_THREAD).min(self.descriptors.len()).max(1);
         if workers == 1 {
             return copy_all(&self.descriptors);
         }
@@ -215,17 +191,12 @@ mod tests {
             let n = from.len() / block;
             let regions = [region(&mut from), region(&mut to)];
             let sources: Vec<_> = (0..n).map(|i| regions[0].start + i * block).collect();
-            let targets: Vec<_> = (0..n)
-                .map(|i| regions[1].start + (n - 1 - i) * block)
-                .collect();
+            let targets: Vec<_> = (0..n).map(|i| regions[1].start + (n - 1 - i) * block).collect();
             let batch = Batch::new(&regions, &sources, &targets, &vec![block; n]).unwrap();
             assert_eq!(batch.bytes(), from.len());
             batch.run(threads);
             for i in 0..n {
-                assert_eq!(
-                    from[i * block..][..block],
-                    to[(n - 1 - i) * block..][..block]
-                );
+                assert_eq!(from[i * block..][..block], to[(n - 1 - i) * block..][..block]);
             }
         }
     }
@@ -234,35 +205,10 @@ mod tests {
     fn a_range_that_leaves_its_region_is_refused() {
         let (mut from, mut to) = (vec![1u8; 64], vec![0u8; 64]);
         let regions = [region(&mut from), region(&mut to)];
-        let error = Batch::new(
-            &regions,
-            &[regions[0].start + 60],
-            &[regions[1].start],
-            &[8],
-        )
-        .unwrap_err();
-        assert!(
-            matches!(
-                error,
-                CopyError::OutsideRegion {
-                    index: 0,
-                    role: "source",
-                    ..
-                }
-            ),
-            "{error}"
-        );
+        let error = Batch::new(&regions, &[regions[0].start + 60], &[regions[1].start], &[8]).unwrap_err();
+        assert!(matches!(error, CopyError::OutsideRegion { index: 0, role: "source", .. }), "{error}");
         let error = Batch::new(&regions, &[regions[0].start], &[usize::MAX - 3], &[8]).unwrap_err();
-        assert!(
-            matches!(
-                error,
-                CopyError::OutsideRegion {
-                    role: "destination",
-                    ..
-                }
-            ),
-            "{error}"
-        );
+        assert!(matches!(error, CopyError::OutsideRegion { role: "destination", .. }), "{error}");
     }
 
     #[test]
@@ -270,24 +216,15 @@ mod tests {
         let (mut from, mut to) = (vec![1u8; 64], vec![0u8; 64]);
         let regions = [region(&mut from), region(&mut to)];
         let (a, b) = (regions[0].start, regions[1].start);
-        assert!(matches!(
-            Batch::new(&regions, &[a, a], &[b, b + 4], &[8, 8]),
-            Err(CopyError::Overlap { .. })
-        ));
-        assert!(matches!(
-            Batch::new(&regions, &[a, a + 8], &[a + 12, b], &[8, 8]),
-            Err(CopyError::Overlap { .. })
-        ));
+        assert!(matches!(Batch::new(&regions, &[a, a], &[b, b + 4], &[8, 8]), Err(CopyError::Overlap { .. })));
+        assert!(matches!(Batch::new(&regions, &[a, a + 8], &[a + 12, b], &[8, 8]), Err(CopyError::Overlap { .. })));
         // A source may repeat.
         assert!(Batch::new(&regions, &[a, a], &[b, b + 8], &[8, 8]).is_ok());
     }
 
     #[test]
     fn arrays_of_different_length_are_refused() {
-        assert!(matches!(
-            Batch::new(&[], &[1], &[], &[]),
-            Err(CopyError::LengthMismatch { .. })
-        ));
+        assert!(matches!(Batch::new(&[], &[1], &[], &[]), Err(CopyError::LengthMismatch { .. })));
     }
 
     #[test]
@@ -295,13 +232,7 @@ mod tests {
         let (mut from, mut to) = (vec![7u8; 64], vec![0u8; 64]);
         let (low, high) = from.split_at_mut(24);
         let regions = [region(high), region(low), region(&mut to)];
-        let batch = Batch::new(
-            &regions,
-            &[regions[1].start + 8],
-            &[regions[2].start],
-            &[32],
-        )
-        .unwrap();
+        let batch = Batch::new(&regions, &[regions[1].start + 8], &[regions[2].start], &[32]).unwrap();
         batch.run(1);
         assert_eq!(to[..32], [7; 32]);
     }

@@ -1,7 +1,7 @@
 """Moves KV blocks between host and device memory, at the speed of the link where the hardware allows.
 
     pool      BlockPool            where the blocks of a pool lie, and which are in flight
-    plan      CopyPlan             checks once, then copies batches of (source, destination) blocks; layer-wise `prefetch`
+    plan      CopyPlan             checks once, then copies batches of (source, destination) blocks; `prefetch` by layer
     handle    CopyHandle           event, wait, done, bytes, GB/s of one copy; HostStream for machines without a GPU
     prefetch  PrefetchExecutor     a policy's prefetch decisions within a byte-per-second budget, cancellable
     calibration  calibrate         which backend is fastest here, measured once and saved
@@ -13,8 +13,8 @@ A guide with drawings is in docs/transfer.md, the device code in `agentrt.kernel
 
 from agentrt.transfer.calibration import Calibration, calibrate, load_calibration
 from agentrt.transfer.errors import (
-    BackendUnavailable,
-    CopyFault,
+    BackendUnavailableError,
+    CopyFaultError,
     DriverError,
     InFlightError,
     PairError,
@@ -29,10 +29,10 @@ from agentrt.transfer.prefetch import Failure, PrefetchExecutor, StepReport, Tok
 from agentrt.transfer.simulated import SimulatedDriver
 
 __all__ = [
-    "BackendUnavailable",
+    "BackendUnavailableError",
     "BlockPool",
     "Calibration",
-    "CopyFault",
+    "CopyFaultError",
     "CopyHandle",
     "CopyPlan",
     "DriverError",

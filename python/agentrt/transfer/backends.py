@@ -1,9 +1,11 @@
-"""The ways to move blocks, behind one interface. Each takes a `Job` whose ids have been checked and queues it on its stream.
+"""The ways to move blocks, behind one interface.
+
+Each takes a `Job` whose ids have been checked and queues it on its stream.
 
 | backend | moves | one submission is | cannot |
 |---|---|---|---|
 | `merged` | runs contiguous on both sides | one `cuMemcpyAsync` per run | |
-| `dma_batch` | runs contiguous on both sides | one `cuMemcpyBatchAsync` | driver below 12.8, default stream, pageable memory |
+| `dma_batch` | runs contiguous on both sides | one `cuMemcpyBatchAsync` | driver below 12.8, default stream, pageable |
 | `dma_2d` | all layers of a block as rows | one `cuMemcpy2DAsync` per pair | unevenly spaced layers, pageable memory |
 | `triton` | 16 bytes per thread and access, all layers | one launch | pageable memory, no triton, two devices |
 | `bulk` | shared-memory ring, all layers | one launch | below sm_90, alignment below 16 bytes |
@@ -18,7 +20,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -27,13 +28,16 @@ import numpy as np
 from agentrt._core import copy_host_blocks
 from agentrt.kernels import reference
 from agentrt.transfer import device_code
-from agentrt.transfer.errors import BackendUnavailable
+from agentrt.transfer.errors import BackendUnavailableError
 from agentrt.transfer.pool import BlockPool, Ids, Space
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from agentrt.transfer.driver import Driver
 
-#: CTAs of a kernel over the host link unless the caller says otherwise: enough bytes in flight, few SMs taken from the model.
+#: CTAs of a kernel over the host link unless the caller says otherwise: enough bytes in flight, few SMs taken from
+#: the model.
 DEFAULT_CTAS = {"triton": 8, "bulk": 4, "int8": 16}
 #: Threads of a host copy.
 HOST_THREADS = min(4, os.cpu_count() or 1)
@@ -52,7 +56,7 @@ class Descriptors:
 
 @dataclass(frozen=True)
 class Runs:
-    """A copy as runs contiguous on both sides: `lengths[i]` blocks from `src[i]` to `dst[i]`, in each group of joined layers.
+    """A copy as runs contiguous on both sides: `lengths[i]` blocks from `src[i]` to `dst[i]`, in each group of layers.
 
     Counting them is cheap; addresses are made only for the engines that need them.
     """
@@ -137,7 +141,7 @@ def alignment(*pools: BlockPool) -> int:
     return bits & -bits
 
 
-# ---- host -------------------------------------------------------------------------------------------------------------
+# ---- host ------------------------------------------------------------------------------------------------------------
 
 
 def run_rust(job: Job) -> float:
@@ -165,7 +169,7 @@ def run_reference(job: Job) -> float:
     return time.perf_counter() - start
 
 
-# ---- copy engines -----------------------------------------------------------------------------------------------------
+# ---- copy engines ----------------------------------------------------------------------------------------------------
 
 
 def submit_merged(driver: Driver, device: int, job: Job) -> None:
@@ -181,7 +185,7 @@ def submit_dma_batch(driver: Driver, device: int, job: Job) -> None:
 
 
 def pitch(pool: BlockPool, buffers: Ids) -> int | None:
-    """Distance between the selected buffers of a pool if it is the same throughout, fits a row and suits the copy engine."""
+    """Distance between the selected buffers if it is the same throughout, fits a row and suits the copy engine."""
     steps = np.unique(np.diff(pool.bases[buffers]))
     if len(buffers) == 1:
         return pool.block_bytes
@@ -191,7 +195,8 @@ def pitch(pool: BlockPool, buffers: Ids) -> int | None:
 def submit_dma_2d(driver: Driver, device: int, job: Job) -> None:
     """All layers of a pair as the rows of one pitched copy."""
     src_pitch, dst_pitch = pitch(job.src_pool, job.buffers), pitch(job.dst_pool, job.buffers)
-    assert src_pitch is not None and dst_pitch is not None
+    if src_pitch is None or dst_pitch is None:
+        raise BackendUnavailableError("layers are not evenly spaced")
     src = job.src_pool.addresses(job.src, job.buffers[:1])[0].tolist()
     dst = job.dst_pool.addresses(job.dst, job.buffers[:1])[0].tolist()
     for source, target in zip(src, dst, strict=True):
@@ -200,11 +205,11 @@ def submit_dma_2d(driver: Driver, device: int, job: Job) -> None:
         )
 
 
-# ---- kernels ----------------------------------------------------------------------------------------------------------
+# ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
 class Tables:
-    """Staging memory for kernel tables: page-locked, so the upload is asynchronous, and reused once its copy is done."""
+    """Staging memory for kernel tables: page-locked, for an asynchronous upload, and reused once its copy is done."""
 
     def __init__(self, driver: Driver, device: int) -> None:
         self.driver = driver
@@ -267,7 +272,7 @@ class KernelPath:
         elif name == "int8":
             encode = dst.encoding is not None
             encoding = dst.encoding or src.encoding
-            assert encoding is not None
+            assert encoding is not None  # noqa: S101 - for the type checker
             rows = encoding.rows((src if encode else dst).block_bytes)
             kind: Literal["kv_encode_int8", "kv_decode_int8"] = "kv_encode_int8" if encode else "kv_decode_int8"
             spec = device_code.int8_spec(kind, rows, encoding.row, encoding.dtype, align)
@@ -283,7 +288,7 @@ class KernelPath:
         """CTAs to launch: the cap, or the work if that is less."""
         items = self.kernel.spec.items(n_pairs, n_buffers)
         if items >= 1 << 31:
-            raise BackendUnavailable(f"one launch cannot hold so many work items, split the pairs: {items}")
+            raise BackendUnavailableError(f"one launch cannot hold so many work items, split the pairs: {items}")
         return max(1, min(items, max_ctas or self.default_ctas))
 
     def submit(self, job: Job, free: Callable[[], bool]) -> None:

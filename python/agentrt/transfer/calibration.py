@@ -1,10 +1,11 @@
 """Which backend is fastest for which copy on this machine: measured once, kept in a file, read by every plan.
 
-The table has a cell per (direction, block bytes, number of blocks) with the rate of each backend, submission included. It is
-saved per (GPU, driver, host) under the user's cache folder, written atomically, with a version; another version is ignored.
-`AGENTRT_CALIBRATION` overrides the path, and `off` makes plans use the built-in rules.
+The table has a cell per (direction, block bytes, number of blocks) with the rate of each backend, submission
+included. It is saved per (GPU, driver, host) under the user's cache folder, written atomically, with a version;
+another version is ignored. `AGENTRT_CALIBRATION` overrides the path, and `off` makes plans use the built-in rules.
 
-A backend whose bytes differ from the reference during calibration is left out of the table and reported, whatever its speed.
+A backend whose bytes differ from the reference during calibration is left out of the table and reported, whatever its
+speed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,8 @@ from agentrt.transfer.errors import TransferError
 from agentrt.transfer.pool import BlockPool, Space
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from agentrt.transfer.driver import DeviceInfo, Driver
 
 VERSION = 1
@@ -111,8 +113,11 @@ def calibration_path(device: str, driver_version: int) -> Path:
     return cache_folder() / "calibration" / f"v{VERSION}-{name}.json"
 
 
-def load_calibration(info: DeviceInfo, driver: Driver | None = None) -> Calibration | None:
-    """The saved table of a device, or None. A file named by `AGENTRT_CALIBRATION` must be readable, one in the cache need not."""
+def load_calibration(info: DeviceInfo) -> Calibration | None:
+    """The saved table of a device, or None.
+
+    A file named by `AGENTRT_CALIBRATION` must be readable, one in the cache need not be.
+    """
     override = os.environ.get("AGENTRT_CALIBRATION", "")
     if override == "off":
         return None
@@ -140,8 +145,8 @@ def calibrate(
 ) -> Calibration:
     """Measures every backend in every cell, checks its bytes first, saves the table and returns it.
 
-    Takes twice `pool_bytes` of device memory, twice as much page-locked memory at most, and about `budget_s` seconds; a table cut short by
-    its budget is still used, with the nearest measured cell.
+    Takes twice `pool_bytes` of device memory, twice as much page-locked memory at most, and about `budget_s` seconds;
+    a table cut short by its budget is still used, with the nearest measured cell.
     """
     from agentrt.transfer.driver import default_driver
 
@@ -174,7 +179,8 @@ def _calibrate_size(
 ) -> None:
     from agentrt.transfer.plan import CopyPlan
 
-    # Twice as many blocks as pairs: taking every other one keeps runs from merging, which is what these cells are about.
+    # Twice as many blocks as pairs: taking every other one keeps runs from merging, which is what these cells are
+    # about.
     num_blocks = min(2 * max(counts), pool_bytes // size)
     usable = [count for count in counts if 2 * count <= num_blocks]
     if not usable:

@@ -1,13 +1,15 @@
 """From a kernel's source in `agentrt.kernels` to machine code for one architecture. Needs no GPU and no driver.
 
-Triton kernels go through its ahead-of-time compiler with every argument unspecialised, so that no batch size ever causes a
-second compilation, and are launched by the driver like any other machine code. The CUDA kernel goes through NVRTC (a library,
-no compiler or headers on the machine) and lands in a cache on disk under sha256(source, options, architecture, NVRTC version).
-NVRTC is asked for machine code rather than PTX: a driver older than the NVRTC would reject newer PTX.
+Triton kernels go through its ahead-of-time compiler with every argument unspecialised, so that no batch size ever
+causes a second compilation, and are launched by the driver like any other machine code. The CUDA kernel goes through
+NVRTC (a library, no compiler or headers on the machine) and lands in a cache on disk under sha256(source, options,
+architecture, NVRTC version). NVRTC is asked for machine code rather than PTX: a driver older than the NVRTC would
+reject newer PTX.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -22,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from agentrt.transfer.errors import BackendUnavailable
+from agentrt.transfer.errors import BackendUnavailableError
 
 KernelKind = Literal["kv_copy", "kv_copy_bulk", "kv_encode_int8", "kv_decode_int8"]
 
@@ -68,7 +70,10 @@ def power_of_two_at_least(value: int) -> int:
 
 
 def copy_spec(block_bytes: int, align: int, *, tile: int = 32 << 10, warps: int = 16) -> KernelSpec:
-    """The Triton copy kernel: `tile` bytes per step and program, `align` the largest power of two (up to 16) dividing every address."""
+    """The Triton copy kernel, `tile` bytes per step and program.
+
+    `align` is the largest power of two, up to 16, that divides every address and size.
+    """
     word = min(align, 8)
     # Words narrower than 8 bytes make longer vectors of the same tile: keep the register count.
     tile = max(tile * word // 8, 16)
@@ -106,7 +111,7 @@ def compile_kernel(spec: KernelSpec, sm: int) -> DeviceCode:
     return compile_bulk(spec, sm) if spec.kind == "kv_copy_bulk" else compile_triton(spec, sm)
 
 
-# ---- Triton -----------------------------------------------------------------------------------------------------------
+# ---- Triton ----------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -128,7 +133,7 @@ def triton_function(kind: str) -> Any:
 def compile_triton(spec: KernelSpec, sm: int) -> DeviceCode:
     """Ahead-of-time compilation of a Triton kernel."""
     if triton_missing():
-        raise BackendUnavailable(triton_missing())
+        raise BackendUnavailableError(triton_missing())
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
@@ -143,10 +148,12 @@ def compile_triton(spec: KernelSpec, sm: int) -> DeviceCode:
         signature={name: kinds.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": spec.warps, "enable_fp_fusion": False})
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", sm, 32), options={"num_warps": spec.warps, "enable_fp_fusion": False}
+    )
     metadata = compiled.metadata
     if getattr(metadata, "global_scratch_size", 0) or getattr(metadata, "profile_scratch_size", 0):
-        raise BackendUnavailable("this Triton asks for scratch memory, which a copy kernel never needs")
+        raise BackendUnavailableError("this Triton asks for scratch memory, which a copy kernel never needs")
     ptx: str = compiled.asm["ptx"]
     parameters = ptx[ptx.index(".entry") : ptx.index(")", ptx.index(".entry"))].count(".param")
     return DeviceCode(
@@ -154,7 +161,7 @@ def compile_triton(spec: KernelSpec, sm: int) -> DeviceCode:
     )
 
 
-# ---- NVRTC ------------------------------------------------------------------------------------------------------------
+# ---- NVRTC -----------------------------------------------------------------------------------------------------------
 
 
 def cache_folder() -> Path:
@@ -172,7 +179,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -192,7 +199,8 @@ def _nvrtc() -> ctypes.CDLL:
     bundled = [str(path) for folder in found for path in sorted(folder.glob("libnvrtc.so.*"), reverse=True)]
     for name in [*bundled, "libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"]:
         try:
-            # NVRTC opens its builtins by name, off the loader's path in a Python package: having them loaded already helps.
+            # NVRTC opens its builtins by name, off the loader's path in a Python package: having them loaded already
+            # helps.
             for builtins in Path(name).parent.glob("libnvrtc-builtins.so.*") if "/" in name else ():
                 ctypes.CDLL(str(builtins))
             library = ctypes.CDLL(name)
@@ -211,14 +219,14 @@ def _nvrtc() -> ctypes.CDLL:
         for function, arguments in signatures.items():
             getattr(library, function).argtypes = arguments
         return library
-    raise BackendUnavailable("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
+    raise BackendUnavailableError("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
 
 
 def nvrtc_missing() -> str:
     """Why the CUDA kernel cannot be compiled here; empty if it can."""
     try:
         _nvrtc()
-    except BackendUnavailable as error:
+    except BackendUnavailableError as error:
         return str(error)
     return ""
 
@@ -233,7 +241,7 @@ def nvrtc_version() -> tuple[int, int]:
 def compile_bulk(spec: KernelSpec, sm: int, *, cache: bool = True) -> DeviceCode:
     """Machine code of the bulk-copy kernel, from the cache on disk or by NVRTC (under a second)."""
     if sm < 90:
-        raise BackendUnavailable(f"bulk copies need compute capability 9.0, this device has: {sm / 10}")
+        raise BackendUnavailableError(f"bulk copies need compute capability 9.0, this device has: {sm / 10}")
     options = [f"--gpu-architecture=sm_{sm}", "--std=c++17", *(f"-D{name}={value}" for name, value in spec.constants)]
     source = bulk_source()
     identity = "\0".join([source, *options, str(nvrtc_version())])
@@ -243,10 +251,9 @@ def compile_bulk(spec: KernelSpec, sm: int, *, cache: bool = True) -> DeviceCode
     if not cubin.startswith(b"\x7fELF"):
         cubin = _compile_cuda(source, options)
         if cache:
-            try:
+            # A read-only home costs a second per process, nothing else.
+            with contextlib.suppress(OSError):
                 write_atomically(path, cubin)
-            except OSError:
-                pass  # A read-only home costs a second per process, nothing else.
     constants = spec.options
     shared = int(constants["SLOT"]) * int(constants["RING"]) * int(constants["WARPS"])
     return DeviceCode(cubin, spec.kind, spec.warps * 32, shared, 0)
@@ -257,7 +264,7 @@ def _compile_cuda(source: str, options: list[str]) -> bytes:
     program = c_void_p()
     code = nvrtc.nvrtcCreateProgram(byref(program), source.encode(), b"kv_copy_bulk.cu", 0, None, None)
     if code:
-        raise BackendUnavailable(f"nvrtcCreateProgram failed: error {code}")
+        raise BackendUnavailableError(f"nvrtcCreateProgram failed: error {code}")
     try:
         arguments = (c_char_p * len(options))(*[option.encode() for option in options])
         if nvrtc.nvrtcCompileProgram(program, len(options), arguments):
@@ -265,7 +272,7 @@ def _compile_cuda(source: str, options: list[str]) -> bytes:
             nvrtc.nvrtcGetProgramLogSize(program, byref(size))
             log = ctypes.create_string_buffer(size.value)
             nvrtc.nvrtcGetProgramLog(program, log)
-            raise BackendUnavailable(
+            raise BackendUnavailableError(
                 f"NVRTC {nvrtc_version()} rejects the kernel: {re.sub(chr(10), ' ', log.value.decode())[:500]}"
             )
         size = c_size_t()

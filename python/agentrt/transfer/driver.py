@@ -1,4 +1,4 @@
-"""The CUDA driver, as little of it as copies need, through `ctypes` on `libcuda.so.1`. No torch, no CUDA toolkit, no headers.
+"""The CUDA driver, as little of it as copies need, through `ctypes` on `libcuda.so.1`: no torch, toolkit or headers.
 
 Streams, events and addresses are plain integers, so handles of any framework fit. Each call makes the device's primary
 context (the one torch uses) current for its duration. Calls release the GIL, as every `ctypes` call does.
@@ -11,17 +11,19 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
-from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_longlong, c_size_t, c_uint, c_uint64, c_void_p
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from agentrt.transfer import device_code
-from agentrt.transfer.errors import BackendUnavailable, DriverError
+from agentrt.transfer.errors import BackendUnavailableError, DriverError
 from agentrt.transfer.pool import Ids, Space
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ class CudaDriver:
         try:
             self._library = ctypes.CDLL(library)
         except OSError as error:
-            raise BackendUnavailable(f"no CUDA driver on this machine: {error}") from error
+            raise BackendUnavailableError(f"no CUDA driver on this machine: {error}") from error
         for name, arguments in _SIGNATURES.items():
             function = getattr(self._library, name)
             function.argtypes = arguments
@@ -318,7 +320,9 @@ class CudaDriver:
         with self._on(device):
             code = self._library.cuPointerGetAttribute(byref(alias), _POINTER_DEVICE_ADDRESS, address)
         if code == _INVALID_VALUE:
-            raise BackendUnavailable(f"the device cannot address host memory at {address:#x}: it is not page-locked")
+            raise BackendUnavailableError(
+                f"the device cannot address host memory at {address:#x}: it is not page-locked"
+            )
         if code:
             raise DriverError(f"cuPointerGetAttribute failed: {self._error_name(code)}", code)
         return alias.value
@@ -394,7 +398,10 @@ class CudaDriver:
                 self._call("cuMemcpyAsync", dst, src, nbytes, stream)
 
     def copy_batch(self, device: int, dsts: Ids, srcs: Ids, sizes: Ids, stream: int) -> None:
-        """See `Driver`. Sources are read in stream order: `ANY` would let the engine read a block before its writer is done."""
+        """See `Driver`.
+
+        Sources are read in stream order: `ANY` would let the engine read a block before its writer is done.
+        """
         attributes = _BatchAttributes(src_access_order=self._batch_order, flags=self._batch_flags)
         first = c_size_t(0)
         columns = [np.ascontiguousarray(column, np.int64) for column in (dsts, srcs, sizes)]
@@ -454,7 +461,7 @@ class CudaDriver:
         stream: int,
     ) -> None:
         """See `Driver`."""
-        assert isinstance(kernel, _Loaded)
+        assert isinstance(kernel, _Loaded)  # noqa: S101 - for the type checker
         values: list[Any] = [
             c_uint64(table),
             c_int(counts[0]),
@@ -486,8 +493,8 @@ _default_lock = threading.Lock()
 
 
 def default_driver() -> CudaDriver:
-    """The process's driver; raises `BackendUnavailable` on a machine without one."""
-    global _default
+    """The process's driver; raises `BackendUnavailableError` on a machine without one."""
+    global _default  # noqa: PLW0603 - one driver per process, made on first use
     with _default_lock:
         if _default is None:
             _default = CudaDriver()
@@ -498,5 +505,5 @@ def driver_or_reason() -> tuple[CudaDriver | None, str]:
     """The driver, or why there is none."""
     try:
         return default_driver(), ""
-    except (BackendUnavailable, DriverError, AttributeError) as error:
+    except (BackendUnavailableError, DriverError, AttributeError) as error:
         return None, str(error)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from agentrt.errors import AgentRTError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
-class TransferError(Exception):
+class TransferError(AgentRTError):
     """Base of every error of `agentrt.transfer`."""
 
 
@@ -29,7 +34,7 @@ class TornBlockError(PairError):
     """A source block was the destination of a copy that failed, so its bytes are undefined."""
 
 
-class BackendUnavailable(TransferError, RuntimeError):
+class BackendUnavailableError(TransferError, RuntimeError):
     """The backend asked for by name cannot serve this copy; the message says why."""
 
 
@@ -41,7 +46,7 @@ class DriverError(TransferError, RuntimeError):
         self.code = code
 
 
-class CopyFault(TransferError, RuntimeError):
+class CopyFaultError(TransferError, RuntimeError):
     """A copy failed after it may have begun. `blocks` are its destination blocks: undefined until they are rewritten.
 
     Sources and every other block are untouched, and nothing of the failed copy is in flight any more.

@@ -1,8 +1,8 @@
 """Handles of running copies: events, pins and what a failure leaves behind.
 
-A handle is complete once its event is. Whoever looks first (`done`, `wait`, or a pool asked for `in_flight`) settles it: the
-pins go, and after a failure the destination blocks are torn. Until then this module holds a reference, so the memory of a
-running copy outlives every other reference to it.
+A handle is complete once its event is. Whoever looks first (`done`, `wait`, or a pool asked for `in_flight`) settles
+it: the pins go, and after a failure the destination blocks are torn. Until then this module holds a reference, so the
+memory of a running copy outlives every other reference to it.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import TYPE_CHECKING, Any, Protocol
 
-from agentrt.transfer.errors import CopyFault, TransferError
+from agentrt.transfer.errors import CopyFaultError, TransferError
 from agentrt.transfer.pool import LEDGER, BlockPool, Ids, Pin
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from agentrt.transfer.driver import Driver
 
 _RUNNING: set[CopyHandle] = set()
@@ -87,7 +88,7 @@ class Instant:
         """See `Completion`."""
         return True
 
-    def wait(self, timeout: float | None) -> bool:
+    def wait(self, timeout: float | None) -> bool:  # noqa: ARG002 - the interface
         """See `Completion`."""
         return True
 
@@ -158,9 +159,12 @@ class CopyHandle:
         self.stream: object = None
         self._whole = len(buffers) == len(dst.bases)
         self._dst_blocks = dst_blocks
-        self._pins: tuple[tuple[BlockPool, Pin], ...] = ((src, Pin(self, src_blocks, buffers, False)), (dst, Pin(self, dst_blocks, buffers, True)))
+        self._pins: tuple[tuple[BlockPool, Pin], ...] = (
+            (src, Pin(self, src_blocks, buffers, False)),
+            (dst, Pin(self, dst_blocks, buffers, True)),
+        )
         self._completion: Completion | None = None
-        self._error: CopyFault | None = None
+        self._error: CopyFaultError | None = None
         self._settled = threading.Event()
 
     # The plan calls these three; users do not.
@@ -187,7 +191,9 @@ class CopyHandle:
             if error is not None:
                 ids = self._dst_blocks.tolist()
                 self.dst._torn.update(ids)
-                self._error = CopyFault(f"copy failed, its {len(ids)} destination blocks are undefined: {error}", ids)
+                self._error = CopyFaultError(
+                    f"copy failed, its {len(ids)} destination blocks are undefined: {error}", ids
+                )
                 self._error.__cause__ = error
             elif self._whole and self.dst._torn:
                 self.dst._torn.difference_update(self._dst_blocks.tolist())
@@ -203,13 +209,12 @@ class CopyHandle:
         try:
             if self._completion.done():
                 self._settle(None)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - kept, and raised as CopyFaultError
             self._settle(error)
         return self._settled.is_set()
 
-    @property
     def done(self) -> bool:
-        """True once every byte has arrived. Raises `CopyFault` if the copy failed."""
+        """True once every byte has arrived. Raises `CopyFaultError` if the copy failed."""
         over = self.poll()
         if self._error is not None:
             raise self._error
@@ -238,7 +243,7 @@ class CopyHandle:
                 if not self._completion.wait(timeout):
                     return False
                 self._settle(None)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - kept, and raised as CopyFaultError
                 self._settle(error)
         if self._error is not None:
             raise self._error
@@ -248,7 +253,7 @@ class CopyHandle:
     def seconds(self) -> float:
         """Duration of the copy on its stream; waits for it."""
         self.wait()
-        assert self._completion is not None
+        assert self._completion is not None  # noqa: S101 - for the type checker
         return self._completion.seconds()
 
     @property

@@ -4,15 +4,17 @@
     handle = plan.copy([(7, 0), (9, 3)], after=writer_event)
     handle.wait(compute_stream)
 
-Everything that can be wrong is found before anything moves: pools that do not fit each other when the plan is made, bad pairs
-when `copy` is called. Three rules keep the data right while copies run:
+Everything that can be wrong is found before anything moves: pools that do not fit each other when the plan is made,
+bad pairs when `copy` is called. Three rules keep the data right while copies run:
 
-* A copy waits for `after` (the event of whoever wrote its sources), and both sides stay pinned until the copy's event.
-* A copy that would race with a running one is refused, unless it is ordered behind it: same stream, or `after=[that handle]`.
+* A copy waits for `after` (the event of whoever wrote its sources), and both sides stay pinned until the copy's
+  event.
+* A copy that would race with a running one is refused, unless it is ordered behind it: same stream, or `after=[that
+  handle]`.
 * A copy that fails leaves its destination blocks torn, everything else as it was, and nothing in flight.
 
-Costs per call, before the first byte: tens of microseconds of checks, `O(n log n)` in the pairs, independent of the layers
-for kernels and linear in descriptors for the copy engines.
+Costs per call, before the first byte: tens of microseconds of checks, `O(n log n)` in the pairs, independent of the
+layers for kernels and linear in descriptors for the copy engines.
 """
 
 from __future__ import annotations
@@ -27,7 +29,14 @@ import numpy as np
 
 from agentrt.transfer import backends, device_code
 from agentrt.transfer.backends import Job
-from agentrt.transfer.errors import BackendUnavailable, CopyFault, DriverError, InFlightError, PairError, PoolError
+from agentrt.transfer.errors import (
+    BackendUnavailableError,
+    CopyFaultError,
+    DriverError,
+    InFlightError,
+    PairError,
+    PoolError,
+)
 from agentrt.transfer.handle import (
     CopyHandle,
     DeviceCompletion,
@@ -49,8 +58,9 @@ Pairs = Iterable[tuple[int, int]] | Ids
 DEVICE_BACKENDS = ("merged", "dma_batch", "dma_2d", "triton", "bulk")
 HOST_BACKENDS = ("rust", "reference")
 
-# Dispatch without a calibration, from published measurements on one H100 (docs/transfer.md): above this payload the copy engine
-# reaches the link's speed, below it and from this many descriptors on, a kernel does better from host to device.
+# Dispatch without a calibration, from published measurements on one H100 (docs/transfer.md): above this payload the
+# copy engine reaches the link's speed, below it and from this many descriptors on, a kernel does better from host to
+# device.
 _KERNEL_BELOW_BYTES = 28 << 10
 _KERNEL_FROM_COUNT = 16
 #: Up to this many runs, separate calls cost no more than one batch.
@@ -84,7 +94,7 @@ class CopyPlan:
         if calibration is None and self.direction != "h2h":
             from agentrt.transfer.calibration import load_calibration
 
-            calibration = load_calibration(self._device_driver.info(self._device), driver=self._device_driver)
+            calibration = load_calibration(self._device_driver.info(self._device))
         self.calibration = calibration
         #: Backends that cannot serve this plan, and why.
         self.unavailable: dict[str, str] = {}
@@ -98,9 +108,9 @@ class CopyPlan:
         #: Backends that can.
         self.available = tuple(usable)
         if self.encodes and not usable:
-            raise BackendUnavailable(f"int8 transport is not possible here: {self.unavailable}")
+            raise BackendUnavailableError(f"int8 transport is not possible here: {self.unavailable}")
 
-    # ---- checks at plan time ------------------------------------------------------------------------------------------
+    # ---- checks at plan time -----------------------------------------------------------------------------------------
 
     def _check_pools(self) -> None:
         src, dst = self.src, self.dst
@@ -119,7 +129,7 @@ class CopyPlan:
             raise PoolError(f"pools are encoded differently: {src.encoding} to {dst.encoding}")
         plain, encoded = (src, dst) if dst.encoding is not None else (dst, src)
         encoding = encoded.encoding
-        assert encoding is not None
+        assert encoding is not None  # noqa: S101 - for the type checker
         needed = encoding.encoded_bytes(plain.block_bytes)
         if encoded.block_bytes < needed:
             raise PoolError(f"encoded blocks need {needed} bytes, the pool's have: {encoded.block_bytes}")
@@ -174,15 +184,15 @@ class CopyPlan:
 
     @property
     def _device_driver(self) -> Driver:
-        assert self._driver is not None
+        assert self._driver is not None  # noqa: S101 - for the type checker
         return self._driver
 
     @property
     def _device(self) -> int:
-        assert self.device is not None
+        assert self.device is not None  # noqa: S101 - for the type checker
         return self.device
 
-    # ---- checks at copy time ------------------------------------------------------------------------------------------
+    # ---- checks at copy time -----------------------------------------------------------------------------------------
 
     def _check_pairs(self, pairs: Pairs) -> tuple[Ids, Ids]:
         array = np.asarray(pairs if isinstance(pairs, np.ndarray) else list(pairs))
@@ -254,15 +264,16 @@ class CopyPlan:
             for other, blocks in conflicts:
                 # It may have completed since the pools looked.
                 if not other.poll():
+                    first = blocks[:8].tolist()
                     raise InFlightError(
-                        f"blocks are in flight, put this copy on the same stream or pass after=[handle]: {blocks[:8].tolist()}",
+                        f"blocks are in flight, put this copy on the same stream or pass after=[handle]: {first}",
                         blocks.tolist(),
                     )
             # Known already, so that a copy submitted meanwhile on the same stream sees it.
             handle.stream = stream
             handle._pin()
 
-    # ---- dispatch -----------------------------------------------------------------------------------------------------
+    # ---- dispatch ----------------------------------------------------------------------------------------------------
 
     def choose(self, job: Job) -> str:
         """The backend `auto` takes for a job."""
@@ -294,11 +305,13 @@ class CopyPlan:
             reason = self.unavailable.get(name) or (
                 "it does not serve these pools" if name in known else f"unknown, use one of {known}"
             )
-            raise BackendUnavailable(f"backend {name} is not available: {reason}")
+            raise BackendUnavailableError(f"backend {name} is not available: {reason}")
         if name == "dma_2d" and not all(backends.pitch(pool, job.buffers) for pool in (self.src, self.dst)):
-            raise BackendUnavailable("backend dma_2d is not available: the chosen layers are not evenly spaced")
+            raise BackendUnavailableError("backend dma_2d is not available: the chosen layers are not evenly spaced")
         if name == "dma_batch" and job.stream == 0:
-            raise BackendUnavailable("backend dma_batch is not available: the default stream takes no batched copies")
+            raise BackendUnavailableError(
+                "backend dma_batch is not available: the default stream takes no batched copies"
+            )
         return name
 
     def _path(self, name: str) -> backends.KernelPath:
@@ -310,7 +323,7 @@ class CopyPlan:
                 self._paths[name] = path
             return path
 
-    # ---- copies -------------------------------------------------------------------------------------------------------
+    # ---- copies ------------------------------------------------------------------------------------------------------
 
     def copy(
         self,
@@ -323,15 +336,15 @@ class CopyPlan:
     ) -> CopyHandle:
         """Moves block `source` to block `destination` for each pair; pairs with a negative id are padding.
 
-        stream    a CUDA stream (int, torch stream), or a `HostStream` for host copies. None: the plan's own high-priority
-                  stream, or, on the host, the calling thread (the copy is over when this returns).
+        stream    a CUDA stream (int, torch stream), or a `HostStream` for host copies. None: the plan's own
+                  high-priority stream, or, on the host, the calling thread (the copy is over when this returns).
         layers    the layers to copy; None: all.
         after     event, handle, or a list of them, that must complete first.
         backend   a name from `available`, or `auto`.
         max_ctas  upper limit of a kernel's CTAs; ignored by the copy engines.
 
-        Raises `PairError` (`InFlightError`, `TornBlockError`), `BackendUnavailable`, and `CopyFault` if the driver refuses
-        part of the work. Except after `CopyFault`, nothing has moved.
+        Raises `PairError` (`InFlightError`, `TornBlockError`), `BackendUnavailableError`, and `CopyFaultError` if the
+        driver refuses part of the work. Except after `CopyFaultError`, nothing has moved.
         """
         return self._copy(self._check_pairs(pairs), stream, layers, after, backend, max_ctas)
 
@@ -346,8 +359,8 @@ class CopyPlan:
     ) -> dict[int, CopyHandle]:
         """Copies layer by layer, in `order` (default: first to last), and returns a handle for each layer.
 
-        Layer `l` may be read as soon as its own handle is done, while later layers are still on their way.
-        All copies go on one stream. If a later layer is refused, those queued before it complete as usual, pinned until then.
+        Layer `l` may be read as soon as its own handle is done, while later layers are still on their way. All copies
+        go on one stream. If a later layer is refused, those queued before it complete as usual, pinned until then.
         """
         checked = self._check_pairs(pairs)
         layers = list(range(self.src.layers)) if order is None else [int(layer) for layer in order]
@@ -403,7 +416,7 @@ class CopyPlan:
             handle._started(Instant(work()), name, None)
         except BaseException as error:
             handle._settle(error)
-            raise CopyFault(f"copy failed: {error}", job.dst.tolist()) from error
+            raise CopyFaultError(f"copy failed: {error}", job.dst.tolist()) from error
         handle.poll()
         return handle
 
@@ -411,7 +424,7 @@ class CopyPlan:
         driver, device = self._device_driver, self._device
         queue = self._own_stream() if stream is None else stream_handle(stream)
         if stream is not None and driver.stream_capturing(device, queue):
-            raise BackendUnavailable(
+            raise BackendUnavailableError(
                 "the stream is capturing a graph: use graph_copy, whose pairs can change between replays"
             )
         job.stream = queue
@@ -439,7 +452,7 @@ class CopyPlan:
             driver.event_record(device, end, queue)
         except BaseException as error:
             self._abandon(handle, queue, (start, end), error)
-            raise CopyFault(
+            raise CopyFaultError(
                 f"copy failed at submission, its destination blocks are undefined: {error}", job.dst.tolist()
             ) from error
         handle._started(DeviceCompletion(driver, device, start, end), name, queue)
@@ -474,14 +487,14 @@ class CopyPlan:
                 self._stream = self._device_driver.stream_create(self._device)
             return self._stream
 
-    # ---- CUDA graphs --------------------------------------------------------------------------------------------------
+    # ---- CUDA graphs -------------------------------------------------------------------------------------------------
 
     def graph_copy(
         self, capacity: int, layers: Iterable[int] | None = None, backend: str = "triton", max_ctas: int | None = None
     ) -> GraphCopy:
         """A copy of up to `capacity` pairs that a CUDA graph can hold, with pairs that change between replays."""
         if backend not in ("triton", "bulk", "int8"):
-            raise BackendUnavailable(f"only kernels can be captured with changing pairs, not: {backend}")
+            raise BackendUnavailableError(f"only kernels can be captured with changing pairs, not: {backend}")
         buffers, chosen = self._buffers(layers)
         name = self._backend(
             backend, Job(self.src, self.dst, self._all_buffers[:0], self._all_buffers[:0], buffers, stream=1)

@@ -9,11 +9,12 @@ Two layouts cover what engines and host tiers use:
     layers_blocks  [layers, blocks, ...]   one buffer per layer, blocks of a layer side by side (device caches)
     blocks_layers  [blocks, layers, ...]   all layers of a block side by side (host tier: one block = one long run)
 
-A pool describes memory, it does not own it, but keeps its owner alive, as does every copy in flight. Blocks of a running copy
-are **pinned**: `in_flight` lists them, and a copy that would race with one is refused. A block whose copy failed is **torn**:
-its bytes are undefined and it cannot be a source until something rewrites it.
+A pool describes memory, it does not own it, but keeps its owner alive, as does every copy in flight. Blocks of a
+running copy are **pinned**: `in_flight` lists them, and a copy that would race with one is refused. A block whose
+copy failed is **torn**: its bytes are undefined and it cannot be a source until something rewrites it.
 
-Invariants: buffers of a pool never overlap; pin and torn state changes only under the module's lock. Any thread may call anything here.
+Invariants: buffers of a pool never overlap; pin and torn state changes only under the module's lock. Any thread may
+call anything here.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import enum
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +33,8 @@ from numpy.typing import NDArray
 from agentrt.transfer.errors import InFlightError, PoolError, TornBlockError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
     from agentrt.transfer.driver import Driver
     from agentrt.transfer.handle import CopyHandle
 
@@ -95,7 +97,7 @@ class Pin:
 
 
 def ranges_overlap(a: Ids, a_bytes: int, b: Ids, b_bytes: int) -> bool:
-    """True if any range [a, a + a_bytes) meets any range [b, b + b_bytes). Ranges within `b` must not overlap each other."""
+    """True if any range [a, a + a_bytes) meets any range [b, b + b_bytes). Ranges of `b` are disjoint."""
     if not len(a) or not len(b):
         return False
     b = np.sort(b)
@@ -105,7 +107,10 @@ def ranges_overlap(a: Ids, a_bytes: int, b: Ids, b_bytes: int) -> bool:
 
 
 class BlockPool:
-    """Description of a pool of equal blocks. Prefer the constructors `from_array`, `from_arrays`, `from_pointers`, `allocate`."""
+    """Description of a pool of equal blocks.
+
+    Made by `from_array`, `from_arrays`, `from_pointers` or `allocate`.
+    """
 
     def __init__(
         self,
@@ -163,13 +168,14 @@ class BlockPool:
         span = (self.num_blocks - 1) * self.stride_bytes + self.block_bytes
         near = np.flatnonzero(order[1:] < order[:-1] + span)
         if len(near):
-            # Interleaved buffers (blocks_layers): within one stride they must lie side by side, and so they do in all strides.
+            # Interleaved buffers (blocks_layers): within one stride they must lie side by side, and so they do in all
+            # strides.
             phase = np.sort((self.bases - order[0]) % self.stride_bytes)
             gaps = np.diff(np.append(phase, phase[0] + self.stride_bytes))
             if gaps.min() < self.block_bytes:
                 raise PoolError("buffers overlap each other")
 
-    # ---- construction -------------------------------------------------------------------------------------------------
+    # ---- construction ------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_array(cls, array: Any, layout: Layout, **options: Any) -> BlockPool:
@@ -189,8 +195,9 @@ class BlockPool:
 
     @classmethod
     def from_arrays(cls, arrays: Sequence[Any], block_axis: int = 0, **options: Any) -> BlockPool:
-        """A pool over one array or tensor per layer: `[blocks, ...]`, or `[parts, blocks, ...]` with `block_axis=1`
-        (K and V apart, as engines often keep them).
+        """A pool over one array or tensor per layer.
+
+        Each is `[blocks, ...]`, or with `block_axis=1` `[parts, blocks, ...]`: K and V apart, as engines often do.
         """
         if block_axis not in (0, 1):
             raise PoolError(f"block_axis must be 0 or 1: {block_axis}")
@@ -218,7 +225,7 @@ class BlockPool:
                 for size, stride in zip(reversed(part.shape[1:]), reversed(strides[1:]), strict=True):
                     if size != 1 and stride != expected:
                         raise PoolError(
-                            f"bytes of one block are not contiguous: shape {tuple(part.shape)}, strides {tuple(strides)}"
+                            f"a block's bytes are not contiguous: shape {tuple(part.shape)}, strides {tuple(strides)}"
                         )
                     expected *= size
                 content = item * math.prod(part.shape[1:])
@@ -276,8 +283,10 @@ class BlockPool:
         dtype: str | None = None,
         encoding: Int8Encoding | None = None,
     ) -> BlockPool:
-        """A pool over raw addresses. `owner` is kept alive as long as the pool or a copy needs the memory, and is mandatory:
-        pass the object whose lifetime is the memory's.
+        """A pool over raw addresses.
+
+        `owner` is mandatory: the object whose lifetime is the memory's. It is kept alive as long as the pool or a copy
+        needs the memory.
         """
         if owner is None:
             raise PoolError("raw addresses need an owner: pass the object that keeps the memory mapped")
@@ -352,7 +361,7 @@ class BlockPool:
             arrays=[_bytes_over(base, total, owner)] if space is not Space.DEVICE else (),
         )
 
-    # ---- addresses ----------------------------------------------------------------------------------------------------
+    # ---- addresses ---------------------------------------------------------------------------------------------------
 
     @property
     def buffers_per_layer(self) -> int:
@@ -410,7 +419,7 @@ class BlockPool:
         ]
         return np.array(mine, np.int64)
 
-    # ---- pins ---------------------------------------------------------------------------------------------------------
+    # ---- pins --------------------------------------------------------------------------------------------------------
 
     def _reap(self) -> None:
         """Lets go of copies that have completed. Call with the ledger held."""

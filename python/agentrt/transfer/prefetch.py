@@ -1,31 +1,35 @@
-"""Prefetch in the loop: brings predicted blocks back through a `CopyPlan`, within a budget, and stops when the prediction fails.
+"""Prefetch in the loop: brings predicted blocks back within a budget, and stops when the prediction fails.
 
-A policy hands over `(source_block, destination_block, priority)`; the engine calls `step` between its steps. Each step sends what
-the token bucket allows, most urgent first, in the order of arrival between equals. Requests still queued can be cancelled at no
-cost; those in flight cannot be recalled, but are reported as wasted, so that a policy can learn from them.
+A policy hands over `(source_block, destination_block, priority)`; the engine calls `step` between its steps. Each
+step sends what the token bucket allows, most urgent first, in the order of arrival between equals. Requests still
+queued can be cancelled at no cost; those in flight cannot be recalled, but are reported as wasted, so that a policy
+can learn from them.
 
-Invariants: over any time t, bytes sent never exceed burst + rate * t (exactly, in integer arithmetic); a destination block is
-reported as ready only after its copy is complete; after a fault the blocks concerned are queued no more and not ready, their sources
-are as before. One thread drives an executor.
+Invariants: over any time t, bytes sent never exceed burst + rate * t (exactly, in integer arithmetic); a destination
+block is reported as ready only after its copy is complete; after a fault the blocks concerned are queued no more and
+not ready, their sources are as before. One thread drives an executor.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from agentrt.transfer.errors import CopyFault, InFlightError, PairError, TornBlockError
-from agentrt.transfer.handle import CopyHandle
-from agentrt.transfer.plan import CopyPlan
+from agentrt.transfer.errors import CopyFaultError, InFlightError, PairError, TornBlockError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from agentrt.transfer.handle import CopyHandle
+    from agentrt.transfer.plan import CopyPlan
 
 _NS = 1_000_000_000
 
 
 class TokenBucket:
-    """Bytes that may be sent: `rate` a second, at most `burst` at once. Integer nanoseconds, so nothing is lost to rounding."""
+    """Bytes that may be sent: `rate` a second, at most `burst` at once. In integers, so nothing is lost to rounding."""
 
     def __init__(self, bytes_per_s: int, burst_bytes: int, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
         if bytes_per_s < 0 or burst_bytes < 0:
@@ -133,12 +137,13 @@ class PrefetchExecutor:
         self._running: list[tuple[CopyHandle, list[_Request]]] = []
         self._unwanted: set[int] = set()
 
-    # ---- decisions ----------------------------------------------------------------------------------------------------
+    # ---- decisions ---------------------------------------------------------------------------------------------------
 
     def request(self, actions: Iterable[tuple[int, int, float]]) -> int:
         """Queues (source block, destination block, priority) and returns how many are new.
 
-        A destination that is queued already gets the new source and priority; one whose copy is under way is left alone.
+        A destination that is queued already gets the new source and priority; one whose copy is under way is left
+        alone.
         """
         new = 0
         flying = {request.destination for _, requests in self._running for request in requests}
@@ -160,7 +165,7 @@ class PrefetchExecutor:
         return new
 
     def cancel(self, destinations: Iterable[int] | None = None) -> int:
-        """The prediction failed: drops these queued requests (None: all) and returns how many; running ones will be `wasted`."""
+        """Drops these queued requests (None: all) and returns how many; running ones will end as `wasted`."""
         chosen = None if destinations is None else {int(block) for block in destinations}
         kept = [request for request in self._queue if chosen is not None and request.destination not in chosen]
         dropped = len(self._queue) - len(kept)
@@ -170,7 +175,7 @@ class PrefetchExecutor:
             self._unwanted.update(r.destination for r in requests if chosen is None or r.destination in chosen)
         return dropped
 
-    # ---- progress -----------------------------------------------------------------------------------------------------
+    # ---- progress ----------------------------------------------------------------------------------------------------
 
     @property
     def queued(self) -> int:
@@ -184,8 +189,9 @@ class PrefetchExecutor:
         return frozenset(flying.union(request.destination for request in self._queue))
 
     def step(self, after: Any = None) -> StepReport:
-        """Collects what has arrived and sends what the budget allows. Call between engine steps; never blocks on a copy
-        to or from a device. `after`: the event behind which the destinations are free to be written.
+        """Collects what has arrived and sends what the budget allows. Call between engine steps.
+
+        Never blocks on a copy to or from a device. `after` is the event behind which the destinations may be written.
         """
         report = StepReport()
         self._collect(report)
@@ -197,7 +203,7 @@ class PrefetchExecutor:
     def drain(self) -> StepReport:
         """Waits for everything in flight; sends nothing new."""
         for handle, _ in self._running:
-            with contextlib.suppress(CopyFault):  # reported by the collection below
+            with contextlib.suppress(CopyFaultError):  # reported by the collection below
                 handle.wait()
         report = StepReport()
         self._collect(report)
@@ -213,7 +219,7 @@ class PrefetchExecutor:
             size = self.block_bytes
             try:
                 handle.wait()
-            except CopyFault as fault:
+            except CopyFaultError as fault:
                 report.failed += [Failure(source, destination, str(fault)) for source, destination in pairs]
                 self.totals.failed += size * len(pairs)
             else:
@@ -261,7 +267,7 @@ class PrefetchExecutor:
             self.bucket.put_back(self.block_bytes * len(batch))
             self._queue = sorted(batch + self._queue)
             return
-        except CopyFault as fault:
+        except CopyFaultError as fault:
             report.failed += [Failure(source, destination, str(fault)) for source, destination in pairs]
             self.totals.failed += self.block_bytes * len(batch)
             return

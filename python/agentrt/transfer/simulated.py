@@ -1,12 +1,14 @@
 """A device made of host memory: the `Driver` interface with CUDA's ordering rules and no GPU.
 
-For tests, dry runs and engine stand-ins. Streams are queues whose work runs when somebody waits for it, or, in `paused` mode,
-only when told to (`run`), so that a test can look at the world between submission and completion. Faults can be
-injected at submission and at execution. Kernels are emulated from their tables, so table layout is exercised too.
+For tests, dry runs and engine stand-ins. Streams are queues whose work runs when somebody waits for it, or, in
+`paused` mode, only when told to (`run`), so that a test can look at the world between submission and completion.
+Faults can be injected at submission and at execution. Kernels are emulated from their tables, so table layout is
+exercised too.
 
 Not a performance model: every copy is a `memmove`.
 """
 
+# ruff: noqa: ARG002 - methods take what the interface passes
 from __future__ import annotations
 
 import ctypes
@@ -15,16 +17,20 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from agentrt.kernels import reference
-from agentrt.transfer.device_code import KernelSpec
 from agentrt.transfer.driver import DeviceInfo, Kernel
 from agentrt.transfer.errors import DriverError
-from agentrt.transfer.pool import Ids, Space
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from agentrt.transfer.device_code import KernelSpec
+    from agentrt.transfer.pool import Ids, Space
 
 _NOT_PERMITTED, _LAUNCH_FAILED, _INVALID_VALUE = 800, 719, 1
 
@@ -75,7 +81,7 @@ class SimulatedDriver:
         self._ids = itertools.count(0x1000)
         self._lock = threading.RLock()
 
-    # ---- memory -------------------------------------------------------------------------------------------------------
+    # ---- memory ------------------------------------------------------------------------------------------------------
 
     def info(self, device: int) -> DeviceInfo:
         """See `Driver`."""
@@ -98,7 +104,7 @@ class SimulatedDriver:
         """See `Driver`."""
         return address
 
-    # ---- streams and events -------------------------------------------------------------------------------------------
+    # ---- streams and events ------------------------------------------------------------------------------------------
 
     def stream_create(self, device: int) -> int:
         """See `Driver`."""
@@ -198,7 +204,7 @@ class SimulatedDriver:
             return state.reached >= state.recorded
 
     def event_wait(self, device: int, event: int) -> None:
-        """See `Driver`. In `paused` mode an event that cannot be reached is an error, where a device would block for ever."""
+        """See `Driver`. In `paused` mode an event that cannot be reached is an error; a device would block for ever."""
         with self._lock:
             state = self._events[event]
             if self.paused:
@@ -215,7 +221,7 @@ class SimulatedDriver:
         with self._lock:
             self._events.pop(event, None)
 
-    # ---- work ---------------------------------------------------------------------------------------------------------
+    # ---- work --------------------------------------------------------------------------------------------------------
 
     def _submit(self, name: str, count: int, stream: int, works: list[Callable[[], None]]) -> None:
         with self._lock:
@@ -248,7 +254,7 @@ class SimulatedDriver:
         self._submit("copy_many", len(sizes), stream, _moves(dsts, srcs, sizes))
 
     def copy_batch(self, device: int, dsts: Ids, srcs: Ids, sizes: Ids, stream: int) -> None:
-        """See `Driver`. Like the real one it refuses the default stream and captures, and runs its copies in no set order."""
+        """See `Driver`. Like the real one it refuses the default stream and captures, and keeps no order within."""
         if stream == 0 or self._stream(stream).capturing:
             raise DriverError("batched copies need a stream of their own", _INVALID_VALUE)
         self._submit("copy_batch", len(sizes), stream, _moves(dsts, srcs, sizes)[::-1])
