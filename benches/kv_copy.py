@@ -3,6 +3,7 @@
     python benches/kv_copy.py                     # the whole plan, within --budget-s 480
     python benches/kv_copy.py --quick             # two minutes, fewer cells
     python benches/kv_copy.py --json results.json
+    python benches/kv_copy.py --host              # host to host only: the backends of machines without a GPU
     python benches/kv_copy.py --dry-run           # the whole control flow on host memory, no GPU, numbers meaningless
 
 Every method is checked byte for byte on random data, untouched blocks included, before it is timed; one that fails
@@ -400,7 +401,8 @@ class Bench:
 
 def ring_check(bench: Bench) -> None:
     """The bulk kernel in a process of its own: a kernel that hangs takes only that process with it."""
-    command = [sys.executable, __file__, "--child-ring-check"] + (["--dry-run"] if bench.dry else [])
+    command = [sys.executable, __file__, "--child-ring-check", "--device", str(bench.device)]
+    command += ["--dry-run"] if bench.dry else []
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
         if result.returncode:
@@ -410,12 +412,12 @@ def ring_check(bench: Bench) -> None:
     bench.rows.append(Row("ring check", "h2d", "bulk", note=bench.ring or "bytes are right"))
 
 
-def child_ring_check(driver: Driver) -> int:
+def child_ring_check(driver: Driver, device: int) -> int:
     """What the child does: both directions, several sizes, with padding of the grid."""
     for size in (4 * KIB, 20 * KIB):
         for spaces in ((Space.PINNED, Space.DEVICE), (Space.DEVICE, Space.PINNED)):
             host, src, dst, back = (
-                BlockPool.allocate(layers=2, num_blocks=64, block_bytes=size, space=space, driver=driver)
+                BlockPool.allocate(layers=2, num_blocks=64, block_bytes=size, space=space, driver=driver, device=device)
                 for space in (Space.PINNED, *spaces, Space.PINNED)
             )
             host.view()[:] = np.random.default_rng(size).integers(0, 256, host.view().shape, dtype=np.uint8)
@@ -946,6 +948,53 @@ def bars(bench: Bench) -> None:
     bar("auto both directions at once, of C one way", max(both) if both else None, 1.4)
 
 
+def host_rows(arena: int) -> list[Row]:
+    """Scattered blocks from one host array to another, by each way there is, checked before they are timed."""
+    rng = np.random.default_rng(0)
+    source, target = rng.integers(0, 256, arena, dtype=np.uint8), np.zeros(arena, np.uint8)
+    rows: list[Row] = []
+
+    def best(work: Callable[[], object]) -> float:
+        work()
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    def whole() -> None:
+        target[: arena // 2] = source[: arena // 2]
+
+    ceiling = arena // 2 / best(whole) / 1e9
+    rows.append(Row("host", "h2h", "numpy, one contiguous copy", arena // 2, 1, 0, ceiling, 1.0))
+    for size in (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, 2048 * KIB):
+        blocks = arena // size
+        count = blocks // 2
+        src, dst = source.reshape(1, blocks, size), target.reshape(1, blocks, size)
+        pairs = np.stack([2 * rng.permutation(count), 2 * rng.permutation(count)], axis=1).astype(np.int64)
+        plan = CopyPlan(BlockPool.from_array(src, "layers_blocks"), BlockPool.from_array(dst, "layers_blocks"))
+        ways: dict[str, Callable[[], object]] = {
+            "rust": lambda plan=plan, pairs=pairs: plan.copy(pairs, backend="rust"),  # type: ignore[misc]
+            "reference (numpy loop)": lambda plan=plan, pairs=pairs: plan.copy(pairs, backend="reference"),  # type: ignore[misc]
+            "numpy index assignment": lambda a=src, b=dst, p=pairs: b[0].__setitem__(p[:, 1], a[0][p[:, 0]]),  # type: ignore[misc]
+        }
+        with contextlib.suppress(ImportError):
+            import torch
+
+            a, b, p = (torch.from_numpy(x) for x in (src[0].view(np.int64), dst[0].view(np.int64), pairs))
+            ways["torch index_copy_, int64"] = lambda a=a, b=b, p=p: b.index_copy_(0, p[:, 1], a[p[:, 0]])  # type: ignore[misc]
+        for name, work in ways.items():
+            target[:] = 0xA5
+            work()
+            right = np.array_equal(dst[0, pairs[:, 1]], src[0, pairs[:, 0]]) and bool((dst[0, 1::2] == 0xA5).all())
+            rate = count * size / best(work) / 1e9 if right else 0.0
+            rows.append(
+                Row("host", "h2h", name, size, count, 0, rate, rate / ceiling, note="" if right else "WRONG BYTES")
+            )
+    return rows
+
+
 SECTIONS: tuple[tuple[str, Callable[[Bench], None], float], ...] = (
     ("ring check", ring_check, 0),
     ("ceilings", ceilings, 0),
@@ -1025,18 +1074,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--sections", nargs="*", choices=[name for name, _, _ in SECTIONS], help="only these (ceilings always run)"
     )
+    parser.add_argument("--host", action="store_true", help="only copies between host pools, no GPU needed")
     parser.add_argument("--child-ring-check", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.host:
+        print(table(host_rows(8 * MIB if options.dry_run else 256 * MIB)))
+        return 0
     try:
         driver: Driver = SimulatedDriver() if options.dry_run else default_driver()
     except BackendUnavailableError as error:
         print(f"{error}\nUse --dry-run to see the control flow without a GPU.", file=sys.stderr)
         return 2
     if options.child_ring_check:
-        return child_ring_check(driver)
+        return child_ring_check(driver, options.device)
     if not options.dry_run:
         import torch
 
+        torch.cuda.set_device(options.device)
         torch.cuda.init()
     scale = DRY if options.dry_run else QUICK if options.quick else FULL
     begin = time.monotonic()

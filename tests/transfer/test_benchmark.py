@@ -58,3 +58,11 @@ def test_without_a_gpu_it_says_so_and_names_the_dry_run() -> None:
     assert result.returncode == 2
     assert "no CUDA driver on this machine" in result.stderr
     assert "--dry-run" in result.stderr
+
+
+def test_host_mode_checks_and_times_every_way_without_a_gpu() -> None:
+    command = [sys.executable, "-W", "error", str(SCRIPT), "--host", "--dry-run"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "WRONG" not in result.stdout
+    assert result.stdout.count("rust ") == 5

@@ -1,8 +1,9 @@
 """Which backend is fastest for which copy on this machine: measured once, kept in a file, read by every plan.
 
-The table has a cell per (direction, block bytes, number of blocks) with the rate of each backend, submission
-included. It is saved per (GPU, driver, host) under the user's cache folder, written atomically, with a version;
-another version is ignored. `AGENTRT_CALIBRATION` overrides the path, and `off` makes plans use the built-in rules.
+The table has a cell per (direction, block bytes, number of blocks) with the rate of each backend in stream time, from
+its first driver call to its last byte. It is saved per (GPU, driver, host) under the user's cache folder, written
+atomically, with a version; another version is ignored. `AGENTRT_CALIBRATION` overrides the path, and `off` makes
+plans use the built-in rules.
 
 A backend whose bytes differ from the reference during calibration is left out of the table and reported, whatever its
 speed.
@@ -216,9 +217,7 @@ def _calibrate_size(
             seconds = []
             for _ in range(repeats):
                 pairs = _pairs(rng, num_blocks, count)
-                start = time.perf_counter()
-                plan.copy(pairs, backend=name).wait()
-                seconds.append(time.perf_counter() - start)
+                seconds.append(plan.copy(pairs, backend=name).seconds)
             rates[name] = count * size / min(seconds) / 1e9
         if rates:
             table.cells.append(Cell(direction, size, count, rates))

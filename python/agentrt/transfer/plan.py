@@ -337,7 +337,8 @@ class CopyPlan:
         """Moves block `source` to block `destination` for each pair; pairs with a negative id are padding.
 
         stream    a CUDA stream (int, torch stream), or a `HostStream` for host copies. None: the plan's own
-                  high-priority stream, or, on the host, the calling thread (the copy is over when this returns).
+                  high-priority stream, ordered behind nothing but `after`, or, on the host, the calling thread (the
+                  copy is over when this returns).
         layers    the layers to copy; None: all.
         after     event, handle, or a list of them, that must complete first.
         backend   a name from `available`, or `auto`.
