@@ -1,7 +1,7 @@
 """Type stubs of the compiled extension."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -113,3 +113,15 @@ def workloads() -> list[tuple[str, str, int]]: ...
 def models() -> list[tuple[str, float]]: ...
 def replay_flat(policy: str, keys: NDArray[np.uint32], capacity: int) -> NDArray[np.bool_]:
     """Replays a stream of single blocks under a policy; one flag per key, true where it was in the cache."""
+
+# Transfer
+
+def copy_host_blocks(
+    arrays: Sequence[NDArray[np.uint8]],
+    sources: NDArray[np.int64],
+    destinations: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    max_threads: int,
+    /,
+) -> int:
+    """Copies `sizes[i]` bytes between addresses inside `arrays`, and returns the bytes moved."""
