@@ -12,6 +12,7 @@
 //! | [`Runtime::score_agents`], [`Runtime::predict`] | wait-free | no | 64 rows of 8 |
 //! | [`Runtime::evict`] | one writer, as above | no | one scoring per session that changed since the last call, 16 for age, one list step a block |
 //! | [`Runtime::expected`], [`Runtime::restored`] | one writer, as above | no | 64 sessions; one hash probe a block |
+//! | [`Runtime::publish`], [`Runtime::absorb`] | wait-free reads, lock-free additions, cold | yes | the whole state |
 //! | [`Runtime::workload`], [`Runtime::new`] | blocking, cold | yes | |
 //!
 //! Times are microseconds of any monotone clock. A time that runs backwards counts as "now", see [`Repairs`].
@@ -26,6 +27,7 @@ use crate::kv::workload::{self, Sessions, MAX_WORKLOADS};
 use crate::kv::{
     self, CallStart, Config, Expected, FutureStarts, Hint, KvCache, Prediction, Repairs, Workload, Workloads,
 };
+use crate::merge::Merged;
 use crate::sessions::SessionHandle;
 
 /// What happened; the codes of [`Events::kinds`].
@@ -161,6 +163,22 @@ impl Runtime {
             now_us: AtomicU64::new(0),
             service_us: AtomicU64::new(1_000_000),
         })
+    }
+
+    /// What this process has counted of a workload, encoded; `version` grows with every publication.
+    pub fn publish(&self, workload: WorkloadId, replica: u64, version: u64) -> Result<Vec<u8>> {
+        Ok(self.learned(workload)?.publication(replica, version).encode())
+    }
+
+    /// An empty sum of publications; see [`crate::merge`].
+    pub fn merged(&self, workload: WorkloadId, replicas: usize) -> Result<Merged> {
+        Ok(self.learned(workload)?.merged(replicas))
+    }
+
+    /// Adds what other replicas have counted: a fresh process starts where they are.
+    pub fn absorb(&self, workload: WorkloadId, merged: &Merged, except: Option<u64>) -> Result<()> {
+        self.learned(workload)?.absorb(&merged.sums(except));
+        Ok(())
     }
 
     /// The options it was made with.

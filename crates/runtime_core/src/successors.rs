@@ -134,6 +134,21 @@ impl<const SETS: usize, const WAYS: usize, const HALVE_AT: u32> SuccessorTable<S
         self.ways.iter().flatten().filter(|way| way.load(Relaxed) != 0).count()
     }
 
+    /// Pairs that fit.
+    pub const fn capacity(&self) -> usize {
+        SETS * WAYS
+    }
+
+    /// Count a pair of another table of this type, by the key that [`Self::for_each`] gave, `count` times.
+    pub fn absorb(&self, key: u64, count: u32) {
+        let (set, pair) = ((key >> 40) as usize, key & ((1 << 40) - 1));
+        if let (Some(ways), Some(misses)) = (self.ways.get(set), self.misses.get(set)) {
+            for _ in 0..count.min(HALVE_AT) {
+                set_add(ways, misses, pair, u64::from(HALVE_AT));
+            }
+        }
+    }
+
     /// Visit every pair as `(key, count)`, where equal keys of two tables of this type mean equal
     /// pairs; for merging states. Allocation-free; each count as of some moment of the visit.
     pub fn for_each(&self, mut visit: impl FnMut(u64, u32)) {

@@ -62,6 +62,10 @@ impl Content {
         }
     }
 
+    pub(super) fn rows(&self) -> impl Iterator<Item = &Ratio<{ MISSES * CLASSES }>> {
+        std::iter::once(&self.pooled).chain(&self.rows)
+    }
+
     fn sums(row: &Ratio<{ MISSES * CLASSES }>, misses: usize) -> (f32, f32) {
         (0..CLASSES).fold((0.0, 0.0), |(e, h), class| {
             let (expected, hit) = cell(row, misses, class);

@@ -40,6 +40,10 @@ pub(crate) struct Ends {
 }
 
 impl Ends {
+    pub(super) fn row(&self) -> &Counters<{ (2 * CELLS).div_ceil(4) }> {
+        &self.lanes
+    }
+
     fn cells_of(features: Features) -> [Option<usize>; 4] {
         [
             Some(0),

@@ -24,7 +24,7 @@ pub(crate) const TOOLS: usize = 12;
 const CHAINS: usize = 4;
 const KAPPA: f32 = 2.0;
 
-type Histogram = Counters<{ BUCKETS / 4 }>;
+pub(super) type Histogram = Counters<{ BUCKETS / 4 }>;
 
 /// What is known of a session when it falls silent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -64,6 +64,10 @@ pub(crate) struct Gaps {
 }
 
 impl Gaps {
+    pub(super) fn rows(&self) -> impl Iterator<Item = &Histogram> {
+        std::iter::once(&self.all).chain(&self.agents).chain(&self.paces).chain(&self.tools)
+    }
+
     fn chain(&self, which: usize, context: Context) -> [Option<&Histogram>; 2] {
         let agent = self.agents.get(context.agent as usize);
         let pace = self.paces.get(context.pace as usize);

@@ -9,6 +9,7 @@
 //! | `chain.rs` | which agent of a session calls when? |
 //! | `gaps.rs`, `ends.rs` | when does a session call again, if at all? |
 //! | `sharing.rs` | when does another session use a segment? |
+//! | `state.rs` | learned state between processes |
 //! | `density.rs` | the decision: hit density |
 //!
 //! The pool has one writer at a time. Scores are computed lazily: an event marks its session, the next eviction scores
@@ -22,6 +23,7 @@ mod ends;
 mod gaps;
 pub(crate) mod index;
 mod sharing;
+mod state;
 pub(crate) mod workload;
 
 use crate::sessions::SessionHandle;

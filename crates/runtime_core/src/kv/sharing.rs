@@ -75,6 +75,10 @@ impl Default for Sharing {
 }
 
 impl Sharing {
+    pub(super) fn rows(&self) -> impl Iterator<Item = &Counters<{ AGES * 2 / 4 }>> {
+        self.counts.iter()
+    }
+
     /// An observation ended at `age_s`: by another session's use, or otherwise.
     pub(crate) fn learn(&self, class: usize, age_s: f32, shared: bool) {
         self.counts[class].add(bucket(age_s) + if shared { 0 } else { AGES });
