@@ -328,7 +328,11 @@ impl Runtime {
                         keys: event.blocks,
                         hints: event.hints,
                     };
-                    return pool.call_started((id.0, learned), handle, &start);
+                    let (hit, let_go) = pool.call_started((id.0, learned), handle, &start);
+                    if let Some(other) = let_go {
+                        self.sessions.end(other);
+                    }
+                    return hit;
                 }
             }
             EventKind::Stored => {
@@ -357,8 +361,13 @@ impl Runtime {
             EventKind::ToolEnd => {}
             EventKind::Removed => {
                 if let Some(pool) = pool {
-                    for &key in event.blocks {
-                        pool.removed(key);
+                    // A block goes only after those below it, in whatever order they are named. A few rounds do for any
+                    // order that occurs; what is left is a leaf like others, and will be named as a victim.
+                    for _ in 0..8 {
+                        let blocks = event.blocks.iter().chain(event.blocks.iter().rev());
+                        if blocks.map(|&key| pool.removed(key)).sum::<usize>() == 0 {
+                            break;
+                        }
                     }
                 }
             }
@@ -369,7 +378,7 @@ impl Runtime {
                     }
                     self.sessions.retire(handle);
                     if let Some(pool) = pool {
-                        pool.session_changed(handle);
+                        pool.session_over(handle);
                     }
                 }
             }
@@ -530,6 +539,23 @@ impl Runtime {
     /// Repairs made so far.
     pub fn repairs(&self) -> Result<Repairs> {
         Ok(self.writer()?.repairs)
+    }
+
+    /// Checks the pool's index for consistency and lists what is resident; for tests, linear in the pool.
+    ///
+    /// # Panics
+    /// Where something is inconsistent.
+    #[doc(hidden)]
+    pub fn audit(&self) -> Result<Vec<kv::audit::Resident>> {
+        Ok(self.writer()?.audit())
+    }
+
+    /// As [`Runtime::new`], with room for `segments` segments instead of one for every twelve blocks; for tests.
+    #[doc(hidden)]
+    pub fn with_segments(options: Options, segments: usize) -> Result<Self> {
+        let runtime = Self::new(options)?;
+        let pool = KvCache::with_segments(options.pool_blocks, runtime.sessions.capacity(), options.config, segments);
+        Ok(Self { published: Arc::clone(&pool.index.published), pool: Mutex::new(pool), ..runtime })
     }
 
     /// Latest time seen, microseconds.

@@ -151,22 +151,22 @@ impl Segment {
 pub(crate) struct Index {
     pub(crate) published: Arc<Published>,
     /// Slot of the parent block; next free slot on the free list.
-    parents: Vec<u32>,
-    free_block: u32,
+    pub(super) parents: Vec<u32>,
+    pub(super) free_block: u32,
     pub(crate) resident: usize,
-    segments: Vec<Segment>,
-    free_segment: u32,
+    pub(super) segments: Vec<Segment>,
+    pub(super) free_segment: u32,
     live_segments: usize,
-    heads: [u32; CLASSES],
-    bitmap: [u64; CLASSES / 64],
-    oldest: u32,
-    newest: u32,
+    pub(super) heads: [u32; CLASSES],
+    pub(super) bitmap: [u64; CLASSES / 64],
+    pub(super) oldest: u32,
+    pub(super) newest: u32,
 }
 
 impl Index {
-    /// An index for `blocks` pool blocks.
-    pub(crate) fn new(blocks: usize) -> Self {
-        Self::with_segments(blocks, (blocks / 12).max(blocks.min(2048)).max(16))
+    /// Segments that an index for `blocks` pool blocks has.
+    pub(crate) fn segments_for(blocks: usize) -> usize {
+        (blocks / 12).max(blocks.min(2048)).max(16)
     }
 
     /// An index with room for `segments` segments.
@@ -228,7 +228,16 @@ impl Index {
         (self.oldest, self.newest) = (NONE, NONE);
     }
 
+    /// Entries of the hash table in use.
+    pub(super) fn audit_table(&self) -> usize {
+        self.published.table.iter().filter(|at| at.load(Relaxed) != NONE).count()
+    }
+
     // ---- blocks ----
+
+    pub(crate) fn is_full(&self) -> bool {
+        self.free_block == NONE
+    }
 
     #[inline]
     pub(crate) fn key(&self, slot: u32) -> u64 {
@@ -270,13 +279,11 @@ impl Index {
         self.find(key)
     }
 
-    /// Takes a free slot for `key`; [`NONE`] where the index is full.
+    /// Takes a free slot for `key`, which must not be resident; the index must not be full.
     pub(crate) fn add_block(&mut self, key: u64, parent: u32, segment: u32) -> u32 {
         let key = nonzero(key);
         let slot = self.free_block;
-        if slot == NONE {
-            return NONE;
-        }
+        debug_assert!(slot != NONE);
         self.free_block = self.parents[slot as usize];
         self.parents[slot as usize] = parent;
         self.published.entries[slot as usize].publish(key, segment);

@@ -16,6 +16,8 @@
 //! the leaves of marked sessions and of sessions whose silence has grown by a fifth. Without memory pressure nothing is
 //! ever scored.
 
+#[doc(hidden)]
+pub mod audit;
 mod chain;
 mod content;
 mod density;
@@ -32,7 +34,7 @@ use chain::{Chain, Weights, LANES, STEPS};
 use content::{CLASSES, MISSES};
 use density::{CallTimes, Foreign, Silence, GRID};
 use index::{Index, Segment, NONE, NOT_QUEUED};
-use workload::{standing, Sessions, Standing};
+use workload::{standing, Sessions, Standing, MAX_WORKLOADS};
 
 pub(crate) use workload::Workloads;
 pub use workload::{Workload, STATE_BUDGET_BYTES};
@@ -49,8 +51,14 @@ const RETRY: u32 = 64;
 const FLOOR_LEAVES: usize = 256;
 /// Sessions whose plans are remembered, direct-mapped.
 const PLANS: usize = 256;
-/// Calls in flight that are tracked.
+/// Calls in flight that are tracked; the oldest gives way.
 const MAX_RUNNING: usize = 4096;
+/// Lanes of one session; the least recent gives way.
+const MAX_LANES: usize = 64;
+/// Sessions scored per eviction because something happened to them.
+const MAX_DIRTY: usize = 64;
+/// Longest resident prefix that is looked at, in blocks.
+const MAX_PATH: usize = 1 << 16;
 /// Score class of a leaf that has not been scored yet: it goes last.
 const UNSCORED: u16 = (index::CLASSES - 1) as u16;
 
@@ -134,7 +142,7 @@ pub type FutureStarts = [u64; STEPS];
 pub struct Repairs {
     /// Times that ran backwards and were taken as "now".
     pub backward_clock: u64,
-    /// Calls not tracked because too many were in flight, or the session table was full of busy sessions.
+    /// Calls let go before they ended: too many were in flight, or another one started under the same id.
     pub untracked_calls: u64,
     /// Blocks that were stored but not indexed: the index or its segments were full.
     pub untracked_blocks: u64,
@@ -146,7 +154,7 @@ pub struct Repairs {
 
 #[derive(Clone, Copy, Debug)]
 struct Lane {
-    /// Slot of the session, [`NONE`] once that is gone.
+    /// Slot of the session; [`NONE`] on the free list and for nobody's lanes.
     session: u32,
     agent: u16,
     calls: u32,
@@ -175,8 +183,10 @@ struct Running {
     started_us: u64,
     handle: SessionHandle,
     workload: u32,
+    /// Its lane, as long as that is this agent's: see [`KvCache::lane_of`].
     lane: u32,
-    /// Last block of the call that is indexed, pinned; and how many there are.
+    agent: u16,
+    /// Last block of the call that is indexed, always the last of its segment, which is pinned; and how many there are.
     tail: u32,
     len: u32,
     prompt_len: u32,
@@ -264,8 +274,10 @@ struct Plan {
 pub(crate) struct KvCache {
     config: Config,
     pub(crate) index: Index,
+    /// Lanes of sessions, then one for each workload that owns what no session owns any more.
     lanes: Vec<Lane>,
     free_lane: u32,
+    lane_hand: u32,
     tenants: Vec<Tenant>,
     dirty: Vec<u32>,
     active: Vec<u32>,
@@ -293,17 +305,13 @@ pub(crate) struct KvCache {
 
 impl KvCache {
     pub(crate) fn new(pool_blocks: usize, sessions: usize, config: Config) -> Self {
+        let segments = if config.oracle.any() { pool_blocks.max(1024) } else { Index::segments_for(pool_blocks) };
+        Self::with_segments(pool_blocks, sessions, config, segments)
+    }
+
+    pub(crate) fn with_segments(pool_blocks: usize, sessions: usize, config: Config, segments: usize) -> Self {
         let oracle = config.oracle.any();
-        let index =
-            if oracle { Index::with_segments(pool_blocks, pool_blocks.max(1024)) } else { Index::new(pool_blocks) };
-        let n_lanes = sessions * 3;
-        let lane = |i: usize| Lane {
-            session: NONE,
-            agent: 0,
-            calls: 0,
-            head: NONE,
-            next: if i + 1 == n_lanes { NONE } else { i as u32 + 1 },
-        };
+        let index = Index::with_segments(pool_blocks, segments);
         let vacant = Tenant {
             next_refresh_us: u64::MAX,
             session: 0,
@@ -315,13 +323,14 @@ impl KvCache {
         };
         Self {
             config,
-            lanes: (0..n_lanes).map(lane).collect(),
+            lanes: free_lanes(sessions * 3).collect(),
             free_lane: 0,
+            lane_hand: 0,
             tenants: vec![vacant; sessions],
             dirty: Vec::with_capacity(sessions),
             active: Vec::with_capacity(sessions),
             running: Vec::with_capacity(MAX_RUNNING),
-            path: Vec::with_capacity(pool_blocks),
+            path: Vec::with_capacity(pool_blocks.min(MAX_PATH)),
             view: View {
                 slot: NONE,
                 now_us: 0,
@@ -361,7 +370,13 @@ impl KvCache {
 
     /// Bytes of the index; of everything kept per session.
     pub(crate) fn bytes(&self) -> (usize, usize) {
-        (self.index.bytes(), self.tenants.len() * (size_of::<Tenant>() + 4) + self.lanes.len() * size_of::<Lane>())
+        let beside = self.tenants.len() * (size_of::<Tenant>() + 8)
+            + self.lanes.len() * size_of::<Lane>()
+            + self.running.capacity() * size_of::<Running>()
+            + self.path.capacity() * 4
+            + self.hints.len() * size_of::<Hint>()
+            + self.starts.len() * size_of::<FutureStarts>();
+        (self.index.bytes(), beside)
     }
 
     fn clock(&mut self, now_us: u64) -> u64 {
@@ -378,51 +393,79 @@ impl KvCache {
     /// The tenant of a slot, made ready for this session.
     fn tenant(&mut self, handle: SessionHandle, workload: u32, session: u64) {
         let slot = handle.slot();
-        if self.tenants[slot].generation != handle.generation() {
-            // Another session has the slot now: the old one's blocks stay, known to be nobody's.
-            let mut lane = self.tenants[slot].lanes;
-            while lane != NONE {
-                let next = self.lanes[lane as usize].next;
-                self.lanes[lane as usize].session = NONE;
-                if self.lanes[lane as usize].head == NONE {
-                    self.release_lane(lane);
-                }
-                lane = next;
-            }
-            let Tenant { dirty, active, .. } = self.tenants[slot];
-            self.tenants[slot] = Tenant {
-                next_refresh_us: u64::MAX,
-                session,
-                lanes: NONE,
-                generation: handle.generation(),
-                workload: workload as u16,
-                dirty,
-                active,
-            };
-            if let Some(starts) = self.starts.get_mut(slot) {
-                *starts = [u64::MAX; STEPS];
-            }
+        if self.tenants[slot].generation == handle.generation() {
+            return;
+        }
+        // Another session has the slot now: the old one's blocks stay, known to be nobody's.
+        let mut lane = self.tenants[slot].lanes;
+        while lane != NONE {
+            let next = self.lanes[lane as usize].next;
+            self.disown(lane);
+            self.lanes[lane as usize] = Lane { session: NONE, agent: 0, calls: 0, head: NONE, next: self.free_lane };
+            self.free_lane = lane;
+            lane = next;
+        }
+        let tenant = &mut self.tenants[slot];
+        (tenant.lanes, tenant.next_refresh_us, tenant.session) = (NONE, u64::MAX, session);
+        (tenant.generation, tenant.workload) = (handle.generation(), workload as u16);
+        if let Some(starts) = self.starts.get_mut(slot) {
+            *starts = [u64::MAX; STEPS];
         }
     }
 
-    fn release_lane(&mut self, lane: u32) {
-        self.lanes[lane as usize].next = self.free_lane;
-        self.free_lane = lane;
+    fn first_nobodys(&self) -> u32 {
+        (self.lanes.len() - MAX_WORKLOADS) as u32
     }
 
-    /// The lane of `agent`, moved to the front of its session's list; [`NONE`] where none is free.
+    fn is_nobodys(&self, lane: u32) -> bool {
+        lane >= self.first_nobodys()
+    }
+
+    /// The workload of a lane.
+    fn workload_of(&self, lane: u32) -> u32 {
+        if self.is_nobodys(lane) {
+            lane - self.first_nobodys()
+        } else {
+            let session = self.lanes[lane as usize].session;
+            self.tenants.get(session as usize).map_or(0, |tenant| u32::from(tenant.workload))
+        }
+    }
+
+    /// Gives a lane's segments to nobody. Every segment is given away at most once per time it was used.
+    fn disown(&mut self, lane: u32) {
+        let heir = self.first_nobodys() + self.workload_of(lane);
+        loop {
+            let segment = self.lanes[lane as usize].head;
+            if segment == NONE {
+                return;
+            }
+            self.lane_unlink(segment);
+            self.lane_link(segment, heir);
+            self.queue_unscored(segment);
+        }
+    }
+
+    /// The lane of `agent`, moved to the front of its session's list.
     fn lane(&mut self, slot: u32, agent: u16) -> u32 {
-        let (mut before, mut lane) = (NONE, self.tenants[slot as usize].lanes);
+        let (mut before, mut lane, mut n) = (NONE, self.tenants[slot as usize].lanes, 0);
         while lane != NONE && self.lanes[lane as usize].agent != agent {
-            before = lane;
-            lane = self.lanes[lane as usize].next;
+            n += 1;
+            let next = self.lanes[lane as usize].next;
+            if next == NONE && (n == MAX_LANES || self.free_lane == NONE) {
+                // The session's least recent agent gives way.
+                self.disown(lane);
+                (self.lanes[lane as usize].agent, self.lanes[lane as usize].calls) = (agent, 0);
+                break;
+            }
+            (before, lane) = (lane, next);
         }
         if lane == NONE {
             lane = self.free_lane;
             if lane == NONE {
-                return NONE;
+                lane = self.take_lane();
+            } else {
+                self.free_lane = self.lanes[lane as usize].next;
             }
-            self.free_lane = self.lanes[lane as usize].next;
             let next = self.tenants[slot as usize].lanes;
             self.lanes[lane as usize] = Lane { session: slot, agent, calls: 0, head: NONE, next };
         } else if before == NONE {
@@ -433,6 +476,37 @@ impl KvCache {
         }
         self.tenants[slot as usize].lanes = lane;
         lane
+    }
+
+    /// Takes a lane from some session: none is free, and whoever asks has none, so all belong to others.
+    fn take_lane(&mut self) -> u32 {
+        let lane = self.lane_hand;
+        self.lane_hand = (lane + 1) % self.first_nobodys();
+        self.disown(lane);
+        let session = self.lanes[lane as usize].session as usize;
+        let next = self.lanes[lane as usize].next;
+        if self.tenants[session].lanes == lane {
+            self.tenants[session].lanes = next;
+        } else {
+            let mut before = self.tenants[session].lanes;
+            while self.lanes[before as usize].next != lane {
+                before = self.lanes[before as usize].next;
+            }
+            self.lanes[before as usize].next = next;
+        }
+        lane
+    }
+
+    /// The lane that a call in flight stores for: nobody's, once its own has been given to somebody else.
+    fn lane_of(&self, run: &Running) -> u32 {
+        let slot = run.handle.slot();
+        let x = self.lanes[run.lane as usize];
+        let own = x.session == slot as u32 && x.agent == run.agent;
+        if own && self.tenants[slot].generation == run.handle.generation() {
+            run.lane
+        } else {
+            self.first_nobodys() + run.workload
+        }
     }
 
     fn lane_link(&mut self, segment: u32, lane: u32) {
@@ -457,10 +531,6 @@ impl KvCache {
         if lane_next != NONE {
             self.index.seg_mut(lane_next).lane_prev = lane_prev;
         }
-        let owner = self.lanes[lane as usize];
-        if owner.head == NONE && owner.session == NONE {
-            self.release_lane(lane);
-        }
     }
 
     fn mark(&mut self, slot: u32) {
@@ -480,21 +550,22 @@ impl KvCache {
 
     // ---- events ----
 
-    /// A call starts. Pins the resident prefix; returns its length.
+    /// A call starts. Pins the resident prefix; returns its length, and the session of a call that had to be let go.
     pub(crate) fn call_started(
         &mut self,
         workload: (u32, &Workload),
         handle: SessionHandle,
         start: &CallStart<'_>,
-    ) -> usize {
+    ) -> (usize, Option<SessionHandle>) {
         let &CallStart { call, session, agent, now_us, keys, hints } = start;
         let now_us = self.clock(now_us);
         let slot = handle.slot() as u32;
+        let let_go = self.make_way(call);
         self.tenant(handle, workload.0, session);
         // The resident prefix.
         self.path.clear();
         let (mut hint, mut parent) = (NONE, NONE);
-        for &key in keys.iter().take(self.pool_blocks) {
+        for &key in keys.iter().take(self.pool_blocks.min(MAX_PATH)) {
             let at = self.index.find_after(hint, key);
             if at == NONE || self.index.parent(at) != parent {
                 break;
@@ -503,61 +574,85 @@ impl KvCache {
             (hint, parent) = (at, at);
         }
         let hit = self.path.len();
-        if self.running.len() == MAX_RUNNING {
-            self.repairs.untracked_calls += 1;
-            return hit;
-        }
         let lane = self.lane(slot, agent);
-        if lane == NONE {
-            self.repairs.untracked_calls += 1;
-            return hit;
-        }
         let whole = self.touch(workload.1, lane, slot, now_us, keys.len() as u32, hints);
-        self.lanes[lane as usize].calls += 1;
-        let tail = if whole { self.path.last().copied().unwrap_or(NONE) } else { NONE };
-        if tail != NONE {
-            self.pin(tail);
-        }
+        self.lanes[lane as usize].calls = self.lanes[lane as usize].calls.wrapping_add(1);
+        let tail = match self.path.last() {
+            Some(&block) => self.pin(block),
+            None => NONE,
+        };
         self.running.push(Running {
             call,
             started_us: now_us,
             handle,
             workload: workload.0,
             lane,
+            agent,
             tail,
             len: hit as u32,
             prompt_len: keys.len() as u32,
             cut: !whole,
         });
         self.mark(slot);
-        hit
+        (hit, let_go)
     }
 
-    fn pin(&mut self, tail: u32) {
-        let segment = self.index.segment_of(tail);
+    /// Lets a call go that is in flight under the id of a new one, or the oldest where there are too many.
+    fn make_way(&mut self, call: u64) -> Option<SessionHandle> {
+        let same = self.running.iter().position(|run| run.call == call);
+        let at = same.or_else(|| {
+            let oldest = || (0..MAX_RUNNING).min_by_key(|&at| self.running[at].started_us);
+            (self.running.len() == MAX_RUNNING).then(oldest).flatten()
+        })?;
+        self.repairs.untracked_calls += 1;
+        Some(self.let_go(at))
+    }
+
+    fn let_go(&mut self, at: usize) -> SessionHandle {
+        let run = self.running.swap_remove(at);
+        if run.tail != NONE {
+            self.unpin(run.tail);
+        }
+        run.handle
+    }
+
+    /// A session is over: so are its calls.
+    pub(crate) fn session_over(&mut self, handle: SessionHandle) {
+        for at in (0..self.running.len()).rev() {
+            if self.running[at].handle == handle {
+                self.let_go(at);
+            }
+        }
+        self.session_changed(handle);
+    }
+
+    /// Pins the segment of a block; returns its last block. Splits and joins keep pins with that.
+    fn pin(&mut self, block: u32) -> u32 {
+        let segment = self.index.segment_of(block);
         self.index.dequeue(segment);
         let x = self.index.seg_mut(segment);
-        x.pins = x.pins.saturating_add(1);
+        x.pins += 1;
+        x.tail
     }
 
     fn unpin(&mut self, tail: u32) {
         let segment = self.index.segment_of(tail);
         let x = self.index.seg_mut(segment);
-        x.pins = x.pins.saturating_sub(1);
+        x.pins -= 1;
         self.queue_unscored(segment);
     }
 
-    /// A segment may have become a leaf: it is queued last and its session is marked for scoring.
+    /// A segment may have become a leaf. It is queued last and its session is marked for scoring; or, if it is
+    /// nobody's, queued first: it is scored before it goes.
     fn queue_unscored(&mut self, segment: u32) {
         let x = *self.index.seg(segment);
         if x.children == 0 && x.pins == 0 {
             self.index.dequeue(segment);
-            self.index.enqueue(segment, UNSCORED);
-            let session = self.lanes[x.lane as usize].session;
-            if session == NONE {
-                self.score_leaf(segment, None);
+            if self.is_nobodys(x.lane) {
+                self.index.enqueue(segment, 0);
             } else {
-                self.mark(session);
+                self.index.enqueue(segment, UNSCORED);
+                self.mark(self.lanes[x.lane as usize].session);
             }
         }
     }
@@ -667,16 +762,27 @@ impl KvCache {
         lower
     }
 
-    /// Frees a segment if none is free, by dropping the lowest leaf (never `keep`) from the index.
+    /// Frees a segment if none is free, by dropping the lowest leaf (never `keep`, if any) from the index.
     fn have_segment(&mut self, keep: u32) -> bool {
-        while !self.index.has_free_segment() {
-            let leaf = self.index.lowest();
-            if leaf == NONE || leaf == keep {
-                return false;
-            }
-            let len = self.index.seg(leaf).len as usize;
-            self.repairs.forgotten_blocks += len as u64;
-            self.take_from(leaf, len, &mut |_| {});
+        if self.index.has_free_segment() {
+            return true;
+        }
+        let bucket = if keep == NONE { NOT_QUEUED } else { self.index.seg(keep).bucket };
+        if bucket != NOT_QUEUED {
+            self.index.dequeue(keep);
+        }
+        let leaf = self.index.lowest();
+        if bucket != NOT_QUEUED {
+            self.index.enqueue(keep, bucket);
+        }
+        if leaf == NONE {
+            return false;
+        }
+        let len = self.index.seg(leaf).len as usize;
+        self.repairs.forgotten_blocks += len as u64;
+        let exposed = self.take_from(leaf, len, &mut |_| {});
+        if exposed != NONE {
+            self.queue_unscored(exposed);
         }
         true
     }
@@ -696,8 +802,10 @@ impl KvCache {
             self.repairs.unknown_calls += u64::from(!keys.is_empty());
             return;
         };
-        let run = self.running[at];
-        if run.cut {
+        let lane = self.lane_of(&self.running[at]);
+        let run = Running { lane, ..self.running[at] };
+        // An answer hangs below the whole prompt or nowhere.
+        if run.cut || (output && run.len < run.prompt_len) {
             self.repairs.untracked_blocks += keys.len() as u64;
             return;
         }
@@ -713,13 +821,15 @@ impl KvCache {
         if skip > 0 {
             let segment = self.index.segment_of(tail);
             let x = *self.index.seg(segment);
-            if x.tail != tail && self.split(segment, tail, len - x.depth) == NONE {
-                self.running[at].cut = true;
-                return;
-            }
-            self.pin(tail);
+            let whole = x.tail == tail || self.split(segment, tail, len - x.depth) != NONE;
+            tail = self.pin(tail);
             if run.tail != NONE {
                 self.unpin(run.tail);
+            }
+            if !whole {
+                self.repairs.untracked_blocks += (keys.len() - skip) as u64;
+                (self.running[at].tail, self.running[at].cut) = (tail, true);
+                return;
             }
         }
         let first = tail;
@@ -734,8 +844,8 @@ impl KvCache {
         }
         let run = &mut self.running[at];
         (run.tail, run.len, run.cut) = (tail, len, cut);
-        let slot = run.handle.slot() as u32;
-        self.mark(slot);
+        let handle = run.handle;
+        self.session_changed(handle);
     }
 
     /// Hangs new blocks below `tail`. False where not all found room.
@@ -764,18 +874,23 @@ impl KvCache {
         let mut segment = NONE;
         let mut class_now = 0;
         for (i, &key) in keys.iter().enumerate() {
+            // A key that hangs elsewhere is no hash of this prefix.
+            if self.index.is_full() || self.index.find(key) != NONE {
+                self.repairs.untracked_blocks += (keys.len() - i) as u64;
+                return false;
+            }
             let class = origin.class(*len);
             let boundary = segment == NONE
                 || i == anchor_len
                 || (class != class_now && !scarce)
                 || (!hints.is_empty() && hints[i] != hints[i - 1]);
             let above = if *tail == NONE { NONE } else { self.index.segment_of(*tail) };
-            if boundary && (self.have_segment(above) || segment == NONE) {
-                let fresh = self.index.new_segment();
-                if fresh == NONE {
-                    self.repairs.untracked_blocks += (keys.len() - i) as u64;
-                    return false;
-                }
+            let fresh = if boundary && self.have_segment(NONE) { self.index.new_segment() } else { NONE };
+            if fresh == NONE && segment == NONE {
+                self.repairs.untracked_blocks += (keys.len() - i) as u64;
+                return false;
+            }
+            if fresh != NONE {
                 let touch_call = self.lanes[lane as usize].calls;
                 let x = self.index.seg_mut(fresh);
                 x.class = class;
@@ -797,11 +912,6 @@ impl KvCache {
                 (segment, class_now) = (fresh, class);
             }
             let slot = self.index.add_block(key, *tail, segment);
-            if slot == NONE {
-                self.repairs.untracked_blocks += (keys.len() - i) as u64;
-                self.drop_empty(segment);
-                return false;
-            }
             let x = self.index.seg_mut(segment);
             if x.len == 0 {
                 x.top = slot;
@@ -812,17 +922,6 @@ impl KvCache {
             *len += 1;
         }
         true
-    }
-
-    /// Takes back a segment that got no block.
-    fn drop_empty(&mut self, segment: u32) {
-        let x = *self.index.seg(segment);
-        if x.len > 0 {
-            return;
-        }
-        self.lane_unlink(segment);
-        self.index.recency_remove(segment);
-        self.index.free_segment(segment);
     }
 
     /// A call has ended: its blocks may go.
@@ -845,10 +944,7 @@ impl KvCache {
             }
             self.unpin(run.tail);
         }
-        let slot = run.handle.slot() as u32;
-        if self.tenants[slot as usize].generation == run.handle.generation() {
-            self.mark(slot);
-        }
+        self.session_changed(run.handle);
     }
 
     /// Blocks of the agent's last prompt were brought back from a lower tier: `keys` is the chain from the root, of
@@ -863,12 +959,10 @@ impl KvCache {
     ) {
         let now_us = self.clock(now_us);
         if self.tenants[handle.slot()].generation != handle.generation() {
+            self.repairs.untracked_blocks += keys.len() as u64;
             return;
         }
         let lane = self.lane(handle.slot() as u32, agent);
-        if lane == NONE {
-            return;
-        }
         let (mut tail, mut len) = (NONE, 0);
         for &key in keys {
             let slot = self.index.find_after(tail, key);
@@ -881,6 +975,7 @@ impl KvCache {
             let segment = self.index.segment_of(tail);
             let x = *self.index.seg(segment);
             if x.tail != tail && self.split(segment, tail, len - x.depth) == NONE {
+                self.repairs.untracked_blocks += keys.len() as u64 - u64::from(len);
                 return;
             }
             self.pin(tail);
@@ -948,11 +1043,6 @@ impl KvCache {
         filled
     }
 
-    /// The session and workload of a call in flight.
-    pub(crate) fn running(&self, call: u64) -> Option<(SessionHandle, u32)> {
-        self.running.iter().find(|r| r.call == call).map(|r| (r.handle, r.workload))
-    }
-
     /// Something about the session has changed.
     pub(crate) fn session_changed(&mut self, handle: SessionHandle) {
         if self.tenants[handle.slot()].generation == handle.generation() {
@@ -975,36 +1065,31 @@ impl KvCache {
             return 0;
         }
         let segment = self.index.segment_of(slot);
-        let mut dropped = 0;
-        // Leaves below go first; where a running call or an unreachable child keeps the block, it stays.
-        loop {
-            let x = *self.index.seg(segment);
-            if x.children > 0 || x.pins > 0 {
-                return dropped;
-            }
-            let last = x.tail == slot;
-            let gone = x.len == 1;
-            self.take_from(segment, 1, &mut |_| dropped += 1);
-            if last || gone {
-                return dropped;
-            }
+        // Where a call in flight or another segment below keeps the block, it stays.
+        let x = *self.index.seg(segment);
+        if x.children > 0 || x.pins > 0 {
+            return 0;
         }
+        let (mut block, mut n) = (x.tail, 1);
+        while block != slot {
+            block = self.index.parent(block);
+            n += 1;
+        }
+        let exposed = self.take_from(segment, n, &mut |_| {});
+        if exposed != NONE {
+            self.queue_unscored(exposed);
+        }
+        n
     }
 
     /// Forgets all blocks (the engine has reset its cache); what was learned stays.
     pub(crate) fn clear(&mut self) {
         self.index.clear();
-        let n = self.lanes.len();
-        for (i, lane) in self.lanes.iter_mut().enumerate() {
-            *lane = Lane {
-                session: NONE,
-                agent: 0,
-                calls: 0,
-                head: NONE,
-                next: if i + 1 == n { NONE } else { i as u32 + 1 },
-            };
+        let n = self.lanes.len() - MAX_WORKLOADS;
+        for (lane, free) in self.lanes.iter_mut().zip(free_lanes(n)) {
+            *lane = free;
         }
-        self.free_lane = 0;
+        (self.free_lane, self.lane_hand) = (0, 0);
         for tenant in &mut self.tenants {
             (tenant.lanes, tenant.generation) = (NONE, 0);
             (tenant.dirty, tenant.active) = (false, false);
@@ -1067,10 +1152,10 @@ impl KvCache {
         self.view.times = plan.times;
     }
 
-    /// Scores a leaf whose session's view is loaded (`None`: it has no session any more) and queues it accordingly.
-    fn score_leaf(&mut self, segment: u32, workload: Option<&Workload>) {
+    /// Scores a leaf whose session's view is loaded, or that is nobody's, and queues it accordingly.
+    fn score_leaf(&mut self, segment: u32, workload: &Workload) {
         let x = *self.index.seg(segment);
-        let score = workload.map_or(0.0, |workload| self.score(segment, &x, workload));
+        let score = self.score(segment, &x, workload);
         let bucket = density::bucket(score);
         if x.bucket != bucket {
             self.index.dequeue(segment);
@@ -1161,18 +1246,23 @@ impl KvCache {
                 }
                 segment = next;
             }
+            lane = self.lanes[lane as usize].next;
+        }
+        // Only now: a leaf of one agent raises what it hangs from, which may be another's.
+        let mut lane = tenant.lanes;
+        while lane != NONE {
             let mut segment = self.lanes[lane as usize].head;
             while segment != NONE {
                 let x = self.index.seg(segment);
                 let next = x.lane_next;
                 if x.bucket != NOT_QUEUED {
-                    self.score_leaf(segment, Some(workload));
+                    self.score_leaf(segment, workload);
                 }
                 segment = next;
             }
             lane = self.lanes[lane as usize].next;
         }
-        self.tenants[slot as usize].next_refresh_us = self.now_us + idle_us / 5;
+        self.tenants[slot as usize].next_refresh_us = self.now_us.saturating_add(idle_us / 5);
         left
     }
 
@@ -1188,7 +1278,9 @@ impl KvCache {
         mut victim: impl FnMut(u64),
     ) -> usize {
         self.clock(now_us);
-        while let Some(slot) = self.dirty.pop() {
+        self.view.slot = NONE;
+        for _ in 0..MAX_DIRTY {
+            let Some(slot) = self.dirty.pop() else { break };
             self.tenants[slot as usize].dirty = false;
             self.refresh(workloads, sessions, slot);
         }
@@ -1200,10 +1292,14 @@ impl KvCache {
                 break;
             }
             let x = *self.index.seg(segment);
-            let session = self.lanes[x.lane as usize].session;
-            let workload =
-                workloads.get(if session == NONE { 0 } else { self.tenants[session as usize].workload as usize });
+            let workload = workloads.get(self.workload_of(x.lane) as usize);
             if let Some(workload) = workload {
+                if self.is_nobodys(x.lane) {
+                    self.score_leaf(segment, workload);
+                    if self.index.seg(segment).bucket > x.bucket {
+                        continue;
+                    }
+                }
                 let age_s = self.now_us.saturating_sub(x.last_use_us) as f32 / 1e6;
                 workload.sharing.learn(sharing::class(x.degree, x.depth), age_s, false);
                 if x.degree > 1 {
@@ -1253,18 +1349,17 @@ impl KvCache {
     }
 
     fn score_exposed(&mut self, workloads: &Workloads, sessions: &Sessions, segment: u32) {
-        let session = self.lanes[self.index.seg(segment).lane as usize].session;
-        if session == NONE {
-            self.score_leaf(segment, None);
-            return;
-        }
-        if let Some(workload) = workloads.get(self.tenants[session as usize].workload as usize) {
-            self.look(workload, sessions, session);
-            self.score_leaf(segment, Some(workload));
+        let lane = self.index.seg(segment).lane;
+        self.queue_unscored(segment);
+        if let Some(workload) = workloads.get(self.workload_of(lane) as usize) {
+            if !self.is_nobodys(lane) {
+                self.look(workload, sessions, self.lanes[lane as usize].session);
+            }
+            self.score_leaf(segment, workload);
         }
     }
 
-    /// Takes the last `n` blocks of a leaf; returns the segment above if that has become a leaf (queued, unscored).
+    /// Takes the last `n` blocks of a leaf; returns the segment above if that has become a leaf, not yet queued.
     fn take_from(&mut self, segment: u32, n: usize, victim: &mut dyn FnMut(u64)) -> u32 {
         let x = *self.index.seg(segment);
         let mut block = x.tail;
@@ -1291,12 +1386,22 @@ impl KvCache {
         let y = self.index.seg_mut(above);
         y.children -= 1;
         if y.children == 0 && y.pins == 0 {
-            self.index.enqueue(above, UNSCORED);
             above
         } else {
             NONE
         }
     }
+}
+
+/// `n` lanes on the free list, then nobody's.
+fn free_lanes(n: usize) -> impl Iterator<Item = Lane> {
+    (0..n + MAX_WORKLOADS).map(move |i| Lane {
+        session: NONE,
+        agent: 0,
+        calls: 0,
+        head: NONE,
+        next: if i + 1 < n { i as u32 + 1 } else { NONE },
+    })
 }
 
 /// One guess about a session's future.
