@@ -36,6 +36,9 @@ class SpeculationRefused(RuntimeError):
 class GuardProtocol(Protocol):
     """What the runtime asks of a guard; :class:`agentrt.safety.Guard` is one."""
 
+    def register(self, spec: ToolSpec) -> None:
+        """A tool exists under this name."""
+
     def seal(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A private copy of the arguments, so that nobody changes them after the decision."""
 
@@ -201,7 +204,10 @@ class ToolRuntime:
 
     def wrap(self, function: Callable[..., Any], **declarations: Any) -> Callable[..., Any]:
         """A tool one may not edit, wrapped; declarations as for :meth:`ToolSpec.of`."""
-        return bind_to_runtime(ToolSpec.of(function, **declarations), lambda: self)
+        spec = ToolSpec.of(function, **declarations)
+        if self.guard is not None:
+            self.guard.register(spec)
+        return bind_to_runtime(spec, lambda: self)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[ToolRuntime]:

@@ -14,7 +14,7 @@ import inspect
 import math
 import types
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,6 +103,24 @@ def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
             return function
 
 
+def _identity(function: Callable[..., Any]) -> Hashable:
+    """Equal for wrappings of one function; closures and methods of different objects are different tools."""
+    owner = None
+    while True:
+        if isinstance(function, functools.partial):
+            function = function.func
+        elif inspect.ismethod(function):
+            owner = id(function.__self__)
+            function = function.__func__
+        elif hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        else:
+            break
+    code = getattr(function, "__code__", None)
+    inner = id(function) if code is None or getattr(function, "__closure__", None) else code
+    return (owner, inner)
+
+
 def _code_version(function: Callable[..., Any]) -> str | None:
     """A digest of a plain function's code, or None where code does not say what the function does."""
     if not isinstance(function, types.FunctionType) or function.__closure__ or hasattr(function, "__wrapped__"):
@@ -143,8 +161,8 @@ class ToolSpec:
     streams: bool = False
     signature: inspect.Signature = field(init=False)
     extra_keyword: str | None = field(init=False)
-    root: Callable[..., Any] = field(init=False)
-    """The innermost function: what the tool *is*, whatever it is called."""
+    identity: Hashable = field(init=False)
+    """What the tool *is*, whatever it is called."""
     _reads: Callable[[Mapping[str, Any]], tuple[Resource, ...]] = field(init=False)
     _writes: Callable[[Mapping[str, Any]], tuple[Resource, ...]] = field(init=False)
 
@@ -156,7 +174,7 @@ class ToolSpec:
         accepts_any = self.extra_keyword is not None
         self._reads = compile_resources(self.reads, names, accepts_any)
         self._writes = compile_resources(self.writes, names, accepts_any)
-        self.root = _unwrapped(self.function)
+        self.identity = _identity(self.function)
         unknown = self.ignore - set(names)
         if unknown and not accepts_any:
             raise ValueError(f"no such argument to ignore: {sorted(unknown)[0]}")
