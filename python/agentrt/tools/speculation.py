@@ -4,8 +4,8 @@ Learned per (trust domain, agent), nothing else crosses over:
 
 * **next tool**: counts of (the last two tools -> next), backing off to the last tool alone;
 * **arguments**: for each (last tool, next tool, argument) a small set of *sources* with their record: a constant, an
-  argument of an earlier call, a field of an earlier result, the element after the one used last, and text around any
-  of these. The source with the best record speaks;
+  argument of a tool's latest call, a field of its latest result, the element after the one used last, and text around
+  any of these. The source with the best record speaks;
 * **the two together**: how often the whole argument set was right when that tool did come, which makes the
   probability p = P(tool | context) x P(arguments | tool) an honest one.
 
@@ -31,8 +31,9 @@ from agentrt.tools.spec import Call, Scope
 
 __all__ = ["Prediction", "SpeculationStats", "Speculator", "Ticket"]
 
-_HISTORY = 3
-_MAX_LEAVES = 128
+_HISTORY = 6
+# Values looked at, over all earlier results, to explain one argument.
+_MAX_LEAVES = 160
 _MAX_SOURCES = 12
 _MAX_SESSIONS = 1024
 _MIN_PIECE = 3
@@ -77,7 +78,8 @@ class _Source:
     """Where an argument comes from: `kind` in const, argument, result, successor."""
 
     kind: str
-    back: int = 0
+    tool: str = ""
+    """Whose latest call is quoted."""
     path: Path = ()
     value: Any = None
     name: str = ""
@@ -85,15 +87,15 @@ class _Source:
     suffix: str = ""
 
     def identity(self) -> tuple[Any, ...]:
-        return (self.kind, self.back, self.path, _text(self.value), self.name, self.prefix, self.suffix)
+        return (self.kind, self.tool, self.path, _text(self.value), self.name, self.prefix, self.suffix)
 
     def evaluate(self, history: Sequence[_Past]) -> Any:
         """The argument this source yields now, or `_ABSENT`."""
         if self.kind == "const":
             return self.value
-        if self.back >= len(history):
+        past = next((past for past in history if past.tool == self.tool), None)
+        if past is None:
             return _ABSENT
-        past = history[self.back]
         if self.kind == "argument":
             found = past.arguments.get(self.name, _ABSENT)
         elif self.kind == "result":
@@ -187,22 +189,29 @@ def _rate(record: list[int], source: _Source) -> float:
 
 def _explanations(name: str, value: Any, history: Sequence[_Past]) -> Iterator[_Source]:
     yield _Source("const", value=value)
-    for back, past in enumerate(history):
+    last = history[0].arguments.get(name, _ABSENT)
+    seen: set[str] = set()
+    looked = 0
+    for past in history:
+        if past.tool in seen:
+            continue
+        seen.add(past.tool)
         for other, earlier in past.arguments.items():
             if _equal(earlier, value):
-                yield _Source("argument", back, name=other)
+                yield _Source("argument", past.tool, name=other)
             else:
-                yield from _around(_Source("argument", back, name=other), earlier, value)
-        for n, (path, leaf) in enumerate(_leaves(past.result)):
-            if n >= _MAX_LEAVES:
-                break
+                yield from _around(_Source("argument", past.tool, name=other), earlier, value)
+        for path, leaf in _leaves(past.result):
+            looked += 1
+            if looked > _MAX_LEAVES:
+                return
             if _equal(leaf, value):
-                yield _Source("result", back, path)
+                yield _Source("result", past.tool, path)
             elif type(leaf) is list:
-                if _equal(_successor(leaf, history[0].arguments.get(name, _ABSENT)), value):
-                    yield _Source("successor", back, path, name=name)
+                if _equal(_successor(leaf, last), value):
+                    yield _Source("successor", past.tool, path, name=name)
             else:
-                yield from _around(_Source("result", back, path), leaf, value)
+                yield from _around(_Source("result", past.tool, path), leaf, value)
 
 
 def _around(source: _Source, piece: Any, value: Any) -> Iterator[_Source]:
@@ -214,7 +223,7 @@ def _around(source: _Source, piece: Any, value: Any) -> Iterator[_Source]:
         return
     prefix, found, suffix = value.partition(text)
     if found:
-        yield _Source(source.kind, source.back, source.path, None, source.name, prefix, suffix)
+        yield _Source(source.kind, source.tool, source.path, None, source.name, prefix, suffix)
 
 
 @dataclass(slots=True)
