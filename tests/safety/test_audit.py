@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from agentrt.safety import AuditLog, Denied, Guard, verify
+from agentrt.safety import AuditLog, DeniedError, Guard, verify
 from agentrt.tools import ToolRuntime, scope
 
 
@@ -26,10 +26,10 @@ def test_every_decision_is_logged_without_content(guard: Guard, tmp_path: Path) 
     with scope(session="s", agent="a", domain="d") as here:
         read(f"/srv/{marker}")
         read(f"/srv/{marker}")
-        with pytest.raises(Denied):
+        with pytest.raises(DeniedError):
             read(f"/etc/{marker}")
         guard.taint.add(here, ["web"])
-        with pytest.raises(Denied):
+        with pytest.raises(DeniedError):
             mail("x@corp.example", marker)
     log = tmp_path / "audit.jsonl"
     assert marker not in log.read_text()
@@ -88,8 +88,10 @@ def test_processes_and_threads_share_a_file(tmp_path: Path) -> None:
     threads = [threading.Thread(target=_write, args=(path, 200)) for _ in range(2)]
     for thread in threads:
         thread.start()
-    for started in (*workers, *threads):
-        started.join()
+    for process in workers:
+        process.join()
+    for thread in threads:
+        thread.join()
     old = sorted(tmp_path.glob("a.jsonl.[0-9]*"), key=lambda f: -int(f.name.rpartition(".")[2]))
     # Which file a line of another writer lands in during a rotation is not ordered, so completeness is what counts.
     records = [r for f in [*old, Path(path)] for r in lines(f)]

@@ -1,14 +1,18 @@
-"""Attempts to get past the guard. Each is shown to work where its defence is missing: against a reference that
-matches names and strings as they stand, or with the one defence switched off."""
+"""Attempts to get past the guard.
+
+Each is shown to work where its defence is missing: against a reference that matches names and strings as they stand,
+or with the one defence switched off.
+"""
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from agentrt.safety import Denied, Guard, Taint
+from agentrt.safety import DeniedError, Guard, Taint
 from agentrt.tools import Scope, ToolRuntime, scope
 from agentrt.tools.spec import Call, ToolSpec
 
@@ -19,7 +23,7 @@ HERE = Scope("s1", "worker", "acme")
 
 # Matching: encodings, look-alikes, nesting, traversal -----------------------------------------------------------------
 
-MATCHING = {
+MATCHING: dict[str, tuple[str, dict[str, Any]]] = {
     "percent": ("read_file", {"path": "%2fetc%2fpasswd"}),
     "percent twice": ("read_file", {"path": "%252Fetc%252Fpasswd"}),
     "unicode escape": ("read_file", {"path": "\\u002fetc\\x2fpasswd"}),
@@ -119,7 +123,7 @@ def test_another_name_does_not_make_another_tool(guard: Guard, monkeypatch: pyte
 
     runtime.wrap(delete_file, writes=["file/{path:path}"])
     tidy = runtime.wrap(delete_file, name="tidy", writes=["file/{path:path}"])
-    with pytest.raises(Denied, match="another declared name"):
+    with pytest.raises(DeniedError, match="another declared name"):
         tidy("/keep")
     assert deleted == []
     tidy("/srv/data/x")
@@ -142,8 +146,13 @@ def test_position_order_and_defaults_do_not_hide_an_argument(guard: Guard, naive
         return path
 
     tool = runtime.wrap(read_file, reads=["file/{path:path}"], writes=())
-    for args, kwargs in [(("r", "/etc/passwd"), {}), ((), {"path": "/etc/passwd", "mode": "r"}), ((), {}), (("r",), {})]:
-        with pytest.raises(Denied, match="no-etc"):
+    for args, kwargs in [
+        (("r", "/etc/passwd"), {}),
+        ((), {"path": "/etc/passwd", "mode": "r"}),
+        ((), {}),
+        (("r",), {}),
+    ]:
+        with pytest.raises(DeniedError, match="no-etc"):
             tool(*args, **kwargs)
     # Seen by name only, positional and default arguments are invisible.
     assert naive("read_file", {}) == "allow"
@@ -183,7 +192,7 @@ def test_tainted_text_does_not_reach_a_privileged_tool(runtime: ToolRuntime) -> 
         tools["send_mail"]("a@corp.example", "hello")
     with scope(session="tainted"):
         text = tools["fetch"]("http://x")
-        with pytest.raises(Denied, match="labels"):
+        with pytest.raises(DeniedError, match="labels"):
             tools["send_mail"]("a@corp.example", text)
     assert tools["sent"] == ["hello"]
 
@@ -201,7 +210,7 @@ def test_a_second_agent_of_the_session_is_tainted_too(policy: Any) -> None:
                 # The way in where agents are kept apart and nobody reports the message.
                 tools["send_mail"]("a@corp.example", text)
             else:
-                with pytest.raises(Denied):
+                with pytest.raises(DeniedError):
                     tools["send_mail"]("a@corp.example", text)
 
 
@@ -216,7 +225,7 @@ def test_what_a_tainted_agent_wrote_down_taints_who_reads_it(
         with scope(session=f"{session}-2"):
             tools["send_mail"]("a@corp.example", tools["read_note"]("n" + session))
 
-    with pytest.raises(Denied):
+    with pytest.raises(DeniedError):
         launder("a")
     monkeypatch.setattr(Taint, "wrote", lambda self, scope, resources: None)
     launder("b")
@@ -230,7 +239,7 @@ def test_a_memoized_result_keeps_its_labels(runtime: ToolRuntime, monkeypatch: p
     with scope(session="second"):
         text = tools["fetch"]("http://x")
         assert runtime.memo.stats.hits == 1
-        with pytest.raises(Denied):
+        with pytest.raises(DeniedError):
             tools["send_mail"]("a@corp.example", text)
     # Without labels on entries the hit is clean.
     entries = runtime.memo.store._entries  # type: ignore[attr-defined]
@@ -262,7 +271,7 @@ def test_a_summary_carries_what_it_was_made_from(guard: Guard) -> None:
         tools["fetch"]("http://x")
     with scope(session="compacted") as compacted:
         guard.taint.summary([long], compacted)
-        with pytest.raises(Denied):
+        with pytest.raises(DeniedError):
             tools["send_mail"]("a@corp.example", "summary")
     with scope(session="unreported"):
         tools["send_mail"]("a@corp.example", "summary")
@@ -300,26 +309,37 @@ def test_forgetting_a_context_does_not_clean_it() -> None:
 # Retries, and time of check to time of use ----------------------------------------------------------------------------
 
 
+def _payer(paid: list[Any]) -> Callable[[Any], None]:
+    def pay(amount: Any) -> None:
+        paid.append(amount)
+
+    return pay
+
+
 def test_trying_again_changes_nothing(runtime: ToolRuntime) -> None:
     tools = _tools(runtime)
     with scope(session="s"):
         text = tools["fetch"]("http://x")
         for n in range(50):
-            with pytest.raises(Denied):
+            with pytest.raises(DeniedError):
                 tools["send_mail"]("a@corp.example", text[: n + 1])
     assert tools["sent"] == []
 
 
 def test_an_approval_is_for_one_call(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
-    guard = Guard(policy, approve=lambda call, decision: asked.append(call.arguments["amount"]) or len(asked) == 1)
     paid: list[float] = []
-    runtime = ToolRuntime(guard=guard)
-    pay = runtime.wrap(lambda amount: paid.append(amount), name="pay", writes=["account"])
+
+    def approve(call: Call, decision: object) -> bool:
+        asked.append(call.arguments["amount"])
+        return len(asked) == 1
+
+    runtime = ToolRuntime(guard=Guard(policy, approve=approve))
+    pay = runtime.wrap(_payer(paid), name="pay", writes=["account"])
     pay(10)
-    with pytest.raises(Denied, match="declined"):
+    with pytest.raises(DeniedError, match="declined"):
         pay(10)
-    with pytest.raises(Denied, match="privileged"):
+    with pytest.raises(DeniedError, match="privileged"):
         pay(1000)
     assert (paid, asked) == ([10], [10, 10])
 
@@ -328,16 +348,14 @@ def test_an_approval_is_for_one_call(policy: Any, monkeypatch: pytest.MonkeyPatc
     call = spec.bind((10,), {}, HERE)
     permit = allowing.authorise(call)
     allowing.redeem(permit, call)
-    with pytest.raises(Denied, match="changed"):
+    with pytest.raises(DeniedError, match="changed"):
         allowing.redeem(permit, call)
     # The mark is what stops the second use.
     permit.used = False
     allowing.redeem(permit, call)
 
 
-def test_arguments_changed_after_the_decision_are_not_executed(
-    policy: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_arguments_changed_after_the_decision_are_not_executed(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def attack() -> list[Any]:
         amounts = [10]
         paid: list[Any] = []
@@ -347,14 +365,14 @@ def test_arguments_changed_after_the_decision_are_not_executed(
             return True
 
         runtime = ToolRuntime(guard=Guard(policy, approve=approve))
-        runtime.wrap(lambda amount: paid.extend(amount), name="pay", writes=["account"])(amounts)
+        runtime.wrap(_payer(paid), name="pay", writes=["account"])(amounts)
         return paid
 
-    assert attack() == [10]
+    assert attack() == [[10]]
     # Without the private copy and without the second look, what nobody approved is paid.
     monkeypatch.setattr(Guard, "seal", lambda self, args, kwargs: (args, kwargs))
     monkeypatch.setattr(Guard, "redeem", lambda self, permit, call: None)
-    assert attack() == [99_999]
+    assert attack() == [[99_999]]
 
 
 def test_without_a_private_copy_the_permit_still_does_not_fit(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,7 +383,7 @@ def test_without_a_private_copy_the_permit_still_does_not_fit(policy: Any, monke
     call = spec.bind((paths,), {}, HERE)
     permit = guard.authorise(call)
     paths[0] = "/keep"
-    with pytest.raises(Denied, match="changed"):
+    with pytest.raises(DeniedError, match="changed"):
         guard.redeem(permit, call)
 
 
@@ -373,16 +391,16 @@ def test_a_permit_fits_one_set_of_arguments(policy: Any) -> None:
     guard = Guard(policy)
     spec = ToolSpec.of(lambda path: None, name="delete_file", writes=["file"])
     permit = guard.authorise(spec.bind(("/srv/data/x",), {}, HERE))
-    with pytest.raises(Denied, match="changed"):
+    with pytest.raises(DeniedError, match="changed"):
         guard.redeem(permit, spec.bind(("/keep",), {}, HERE))
     permit = guard.authorise(spec.bind(("/srv/data/x",), {}, HERE))
-    with pytest.raises(Denied, match="changed"):
+    with pytest.raises(DeniedError, match="changed"):
         guard.redeem(permit, spec.bind(("/srv/data/x",), {}, Scope("other")))
 
 
 def test_taint_that_arrives_while_someone_is_asked_counts(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def attack() -> list[int]:
-        paid: list[int] = []
+    def attack() -> list[Any]:
+        paid: list[Any] = []
         guard: Guard
 
         def approve(call: Call, decision: object) -> bool:
@@ -391,10 +409,10 @@ def test_taint_that_arrives_while_someone_is_asked_counts(policy: Any, monkeypat
 
         guard = Guard(policy, approve=approve)
         runtime = ToolRuntime(guard=guard)
-        runtime.wrap(lambda amount: paid.append(amount), name="pay", writes=["account"])(10)
+        runtime.wrap(_payer(paid), name="pay", writes=["account"])(10)
         return paid
 
-    with pytest.raises(Denied, match="labels"):
+    with pytest.raises(DeniedError, match="labels"):
         attack()
     monkeypatch.setattr(Guard, "redeem", lambda self, permit, call: None)
     assert attack() == [10]
@@ -412,6 +430,6 @@ def test_a_denied_call_is_answered_neither_from_the_store_nor_ahead(runtime: Too
     policy.write_text(policy.read_text().replace('path = "/etc/**"', 'path = "/**"'))
     assert runtime.guard is not None
     runtime.guard.reload()  # type: ignore[attr-defined]
-    with pytest.raises(Denied):
+    with pytest.raises(DeniedError):
         tool("/srv/x")
     assert executed == ["/srv/x"]

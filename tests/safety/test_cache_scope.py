@@ -143,7 +143,10 @@ def test_hits_of_a_tenant_do_not_depend_on_the_others_prefixes() -> None:
     quiet = random.Random(0)
     for seed in range(50):
         rng = random.Random(seed)
-        probes = [[("system", Segment(32)), (f"page {rng.randrange(4)}", Segment(48, None, frozenset({"web"})))] for _ in range(6)]
+        probes = [
+            [("system", Segment(32)), (f"page {rng.randrange(4)}", Segment(48, None, frozenset({"web"})))]
+            for _ in range(6)
+        ]
         seen: list[list[float]] = []
         for victim in (False, True):
             engine = Engine(Scopes(SECRET), quiet)
@@ -152,7 +155,10 @@ def test_hits_of_a_tenant_do_not_depend_on_the_others_prefixes() -> None:
             if victim:
                 for n in range(4):
                     engine.noise = random.Random(n)
-                    engine.time_ms(Scope("v", domain="red"), [("system", Segment(32)), (f"page {n}", Segment(48, None, frozenset({"web"})))])
+                    engine.time_ms(
+                        Scope("v", domain="red"),
+                        [("system", Segment(32)), (f"page {n}", Segment(48, None, frozenset({"web"})))],
+                    )
             engine.noise = random.Random(7)
             seen.append([engine.time_ms(Scope("a", domain="blue"), probe) for probe in probes])
         assert seen[0] == seen[1]

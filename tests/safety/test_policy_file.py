@@ -17,8 +17,8 @@ from .conftest import POLICY
 HEAD = "version = 1\n[tools.a]\nprivileged = false\n[tools.b]\n"
 
 
-def rule(id: str, effect: str = "allow", tools: str = '["a"]', more: str = "") -> str:
-    return f'[[rules]]\nid = "{id}"\neffect = "{effect}"\ntools = {tools}\n{more}\n'
+def rule(name: str, effect: str = "allow", tools: str = '["a"]', more: str = "") -> str:
+    return f'[[rules]]\nid = "{name}"\neffect = "{effect}"\ntools = {tools}\n{more}\n'
 
 
 def found(text: str) -> list[tuple[int, str]]:

@@ -14,12 +14,13 @@ The steps are the real ones: `Memo.begin`, `finish`, `fail`, `begin_write`, `end
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from agentrt.tools.canonical import decode
-from agentrt.tools.memo import Flight, Memo
+from agentrt.tools.memo import Memo
 from agentrt.tools.spec import Call, Scope, ToolSpec
 from agentrt.tools.store import MemoryStore, Store
 
@@ -107,7 +108,7 @@ def reader(world: World, resource: str, domain: str, fate: str, nested: bool = F
         entry, flight, leads = memo.begin(call, may_follow=attempts < 2)
         if flight is not None and not leads:
             attempts += 1
-            yield (lambda f: lambda: f.done)(flight)
+            yield functools.partial(getattr, flight, "done")
             entry = flight.outcome
             if entry is None:
                 continue
@@ -221,6 +222,10 @@ def random_sessions(world: World, rng: random.Random) -> list[Session]:
     return [session() for _ in range(rng.randint(2, 4))]
 
 
+def _pick(schedule: random.Random, options: int) -> int:
+    return int(schedule.random() * options)
+
+
 def explore_random(seed: int, interleavings: int, make_world: Callable[[], World] = World) -> tuple[int, int, int]:
     """Runs seeded interleavings; returns (distinct schedules, answers checked, answers reused)."""
     distinct: set[tuple[object, ...]] = set()
@@ -230,49 +235,47 @@ def explore_random(seed: int, interleavings: int, make_world: Callable[[], World
         schedule = random.Random(f"{seed}:{n}:schedule")
         world = make_world()
         try:
-            trace = run(world, random_sessions(world, program), lambda k: int(schedule.random() * k))
+            trace = run(world, random_sessions(world, program), functools.partial(_pick, schedule))
         except AssertionError as error:
-            error.add_note(f"seed {seed}, interleaving {n}") if hasattr(error, "add_note") else None
-            raise
+            raise type(error)(f"{error} (seed {seed}, interleaving {n})") from error
         distinct.add((n // 4, *trace))
         answers += world.answers
         reused += world.reused
     return len(distinct), answers, reused
 
 
+class _Path:
+    """One path through the tree of choices, and how many there were at each step."""
+
+    def __init__(self) -> None:
+        self.choices: list[int] = []
+        self.widths: list[int] = []
+
+    def choose(self, width: int) -> int:
+        self.widths.append(width)
+        if len(self.widths) > len(self.choices):
+            self.choices.append(0)
+        return self.choices[len(self.widths) - 1]
+
+    def advance(self) -> bool:
+        """Moves to the next path; False after the last."""
+        del self.choices[len(self.widths) :]
+        while self.choices and self.choices[-1] + 1 >= self.widths[len(self.choices) - 1]:
+            self.choices.pop()
+        self.widths = []
+        if self.choices:
+            self.choices[-1] += 1
+        return bool(self.choices)
+
+
 def explore_all(
     make_sessions: Callable[[World], list[Session]], limit: int, make_world: Callable[[], World] = World
 ) -> int:
     """Runs every interleaving of a small program (up to `limit`); returns how many there were."""
-    prefix: list[int] = []
-    count = 0
-    while count < limit:
-        widths: list[int] = []
-        position = 0
-
-        def choose(width: int) -> int:
-            nonlocal position
-            if position == len(prefix):
-                prefix.append(0)
-            widths.append(width)
-            position += 1
-            return prefix[position - 1]
-
+    path = _Path()
+    for count in range(1, limit + 1):
         world = make_world()
-        run(world, make_sessions(world), choose)
-        count += 1
-        del prefix[len(widths) :]
-        while prefix and prefix[-1] + 1 >= widths[len(prefix) - 1]:
-            prefix.pop()
-        if not prefix:
+        run(world, make_sessions(world), path.choose)
+        if not path.advance():
             return count
-        prefix[-1] += 1
-    return count
-
-
-def flight_of(world: World, call: Call) -> Flight:
-    entry, flight, leads = world.memo.begin(call)
-    assert entry is None
-    assert leads
-    assert flight is not None
-    return flight
+    return limit

@@ -6,7 +6,6 @@ be half-written; a read returns it. Each checked answer prints a line; a stale o
 
 from __future__ import annotations
 
-import os
 import random
 import sys
 import time
@@ -23,13 +22,13 @@ def main(store: str, world: str, seed: int, seconds: float, settle_s: float) -> 
     directory = Path(world)
 
     def size(name: str) -> int:
-        return os.stat(directory / name).st_size
+        return (directory / name).stat().st_size
 
     def read(name: str) -> int:
         return size(name)
 
     def write(name: str) -> None:
-        with open(directory / name, "ab", buffering=0) as file:
+        with (directory / name).open("ab", buffering=0) as file:
             time.sleep(rng.random() * 0.002)
             file.write(b"x")
             time.sleep(rng.random() * 0.002)

@@ -16,6 +16,12 @@ import agentrt
 from agentrt.tools import Memo, MemoryStore, ToolRuntime, ToolSpec, scope
 
 
+def counted(log: list[int]) -> int:
+    """Notes that the tool ran; how often it has."""
+    log.append(1)
+    return len(log)
+
+
 class Clock:
     def __init__(self) -> None:
         self.now = 0.0
@@ -83,7 +89,7 @@ def test_callers_cannot_change_each_others_results(runtime: ToolRuntime) -> None
 
 def test_trust_domains_share_nothing(runtime: ToolRuntime) -> None:
     ran: list[int] = []
-    tool = runtime.wrap(lambda: ran.append(1) or len(ran), name="t", reads=(), writes=())
+    tool = runtime.wrap(lambda: counted(ran), name="t", reads=(), writes=())
     answers = []
     for domain in ("red", "blue", "red"):
         with scope(domain=domain):
@@ -185,7 +191,7 @@ def test_an_outer_result_is_not_kept_if_an_inner_call_wrote(runtime: ToolRuntime
 
 def test_an_outer_result_is_not_kept_if_an_inner_one_may_not_be(runtime: ToolRuntime) -> None:
     ran: list[int] = []
-    clock = runtime.wrap(lambda: ran.append(1) or len(ran), name="now", reads=(), writes=(), cache=False)
+    clock = runtime.wrap(lambda: counted(ran), name="now", reads=(), writes=(), cache=False)
     tool = runtime.wrap(lambda: clock(), name="outer", reads=(), writes=())
     assert [tool(), tool()] == [1, 2]
 
@@ -412,7 +418,7 @@ def test_a_synchronous_tool_may_be_awaited(runtime: ToolRuntime) -> None:
 def test_a_tool_whose_answers_differ_is_switched_off(clock: Clock) -> None:
     runtime = ToolRuntime(memo=Memo(MemoryStore(clock=clock), verify_rate=0.2, seed=1))
     ran: list[int] = []
-    noisy = runtime.wrap(lambda: ran.append(1) or len(ran), name="noisy", reads=(), writes=())
+    noisy = runtime.wrap(lambda: counted(ran), name="noisy", reads=(), writes=())
     steady = runtime.wrap(lambda: {"a": 1}, name="steady", reads=(), writes=())
     for _ in range(100):
         noisy()
@@ -508,7 +514,7 @@ def test_a_result_too_large_to_keep_is_still_returned(clock: Clock) -> None:
 
 def test_what_cannot_be_named_or_kept_is_executed(runtime: ToolRuntime) -> None:
     ran: list[Any] = []
-    tool = runtime.wrap(lambda x: ran.append(x) or object(), name="t", reads=(), writes=())
+    tool = runtime.wrap(lambda x: (counted(ran), object())[1], name="t", reads=(), writes=())
     assert tool(1) is not tool(1)
     tool(object())
     assert len(ran) == 3

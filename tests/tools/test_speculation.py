@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from agentrt.tools import Memo, MemoryStore, Scope, SpeculationRefused, Speculator, ToolRuntime, scope
+from agentrt.tools import Memo, MemoryStore, Scope, SpeculationRefusedError, Speculator, ToolRuntime, scope
 from agentrt.tools.memo import Flight
 from agentrt.tools.spec import ToolSpec
 
@@ -69,7 +69,10 @@ def test_the_next_element_of_an_earlier_list_is_found() -> None:
 
     speculator = taught(lesson)
     pages = ["x", "y", "z"]
-    steps = [("search", {"q": 0}, {"urls": pages}), ("open", {"url": "x"}, "text")]
+    steps: list[tuple[str, dict[str, Any], Any]] = [
+        ("search", {"q": 0}, {"urls": pages}),
+        ("open", {"url": "x"}, "text"),
+    ]
     assert predicted(speculator, steps) == {"url": "y"}
 
 
@@ -106,19 +109,19 @@ def make_runtime(**options: Any) -> ToolRuntime:
 
 
 async def pipeline(runtime: ToolRuntime, sessions: int, think_s: float, effects: list[str], wrong: float = 0.0) -> None:
-    """search -> get(id of the first hit) -> buy; in a share `wrong` of the sessions another id is taken."""
+    """Search -> get(id of the first hit) -> buy; in a share `wrong` of the sessions another id is taken."""
     rng = random.Random(5)
 
     async def search(q: str) -> dict[str, Any]:
         await asyncio.sleep(0.002)
         return {"hits": [f"{q}-1", f"{q}-2"]}
 
-    async def get(id: str) -> str:
+    async def get(item: str) -> str:
         await asyncio.sleep(0.004)
-        return "item " + id
+        return "item " + item
 
-    async def buy(id: str) -> None:
-        effects.append(id)
+    async def buy(item: str) -> None:
+        effects.append(item)
 
     search_tool = runtime.wrap(search, reads=["catalogue"], writes=())
     get_tool = runtime.wrap(get, reads=["catalogue"], writes=())
@@ -135,7 +138,8 @@ async def pipeline(runtime: ToolRuntime, sessions: int, think_s: float, effects:
 
 
 def test_a_call_run_ahead_answers_exactly_the_call_it_was_for() -> None:
-    runtime, effects = make_runtime(), []
+    runtime = make_runtime()
+    effects: list[str] = []
     asyncio.run(pipeline(runtime, 30, 0.006, effects))
     assert runtime.speculator is not None
     assert runtime.speculator.stats.committed > 15
@@ -144,7 +148,8 @@ def test_a_call_run_ahead_answers_exactly_the_call_it_was_for() -> None:
 
 
 def test_wrong_predictions_have_no_effect_and_no_trace() -> None:
-    runtime, effects = make_runtime(), []
+    runtime = make_runtime()
+    effects: list[str] = []
     asyncio.run(pipeline(runtime, 60, 0.001, effects, wrong=0.5))
     stats = runtime.speculator.stats  # type: ignore[union-attr]
     assert stats.mismatched > 5
@@ -178,7 +183,7 @@ def test_a_read_only_tool_that_lies_is_stopped_before_the_effect() -> None:
     def liar() -> int:
         try:
             write()
-        except SpeculationRefused:
+        except SpeculationRefusedError:
             refused.append(True)
             raise
         return 1
@@ -225,7 +230,8 @@ def test_a_write_in_between_spoils_what_ran_ahead() -> None:
 def test_closing_cancels_what_runs_ahead() -> None:
     async def main() -> None:
         runtime = make_runtime()
-        begun, ended = [], []
+        begun: list[int] = []
+        ended: list[int] = []
 
         async def slow() -> int:
             begun.append(1)
@@ -294,7 +300,8 @@ def test_a_policy_that_does_not_allow_is_not_run_ahead_of(tmp_path: Path) -> Non
 
 def test_the_callers_see_one_call_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """The history that a framework keeps is made of returned calls; what ran ahead returns to nobody."""
-    runtime, effects = make_runtime(), []
+    runtime = make_runtime()
+    effects: list[str] = []
     returned: list[str] = []
     original = Speculator.returned
 

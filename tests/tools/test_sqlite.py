@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from agentrt.tools import Memo, StoreUnavailable, ToolRuntime
+from agentrt.tools import Memo, StoreUnavailableError, ToolRuntime
 from agentrt.tools.sqlite_store import SCHEMA_VERSION, SqliteStore, _owner_is_dead
 
 WORKER = Path(__file__).with_name("sqlite_worker.py")
@@ -33,7 +33,17 @@ def make(path: Path, **options: Any) -> ToolRuntime:
 
 
 def start(store: Path, world: Path, seed: int, seconds: float, settle_s: float = 0.2) -> subprocess.Popen[str]:
-    arguments = [sys.executable, "-W", "ignore", str(WORKER), str(store), str(world), str(seed), str(seconds), str(settle_s)]
+    arguments = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(WORKER),
+        str(store),
+        str(world),
+        str(seed),
+        str(seconds),
+        str(settle_s),
+    ]
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
 
 
@@ -63,7 +73,7 @@ def test_a_result_outlives_its_runtime_and_a_write_elsewhere_ends_it(tmp_path: P
     assert second.wrap(tool, version="1", reads=["x"], writes=())() == 2
     first.close()
     second.close()
-    assert os.stat(path).st_mode & 0o077 == 0
+    assert path.stat().st_mode & 0o077 == 0
 
 
 def test_processes_never_see_each_others_stale_results(tmp_path: Path, world: Path) -> None:
@@ -131,9 +141,9 @@ def test_a_process_is_known_by_more_than_its_number() -> None:
     mine = sqlite_store._owner()
     boot, namespace, pid, started = mine.split("|")
     assert _owner_is_dead(mine) is False
-    assert _owner_is_dead("|".join((boot, namespace, pid, started + "1"))) is True
-    assert _owner_is_dead("|".join(("other", namespace, pid, started))) is True
-    assert _owner_is_dead("|".join((boot, "other", pid, started))) is None
+    assert _owner_is_dead(f"{boot}|{namespace}|{pid}|{started}1") is True
+    assert _owner_is_dead(f"other|{namespace}|{pid}|{started}") is True
+    assert _owner_is_dead(f"{boot}|other|{pid}|{started}") is None
 
 
 def test_entries_of_an_earlier_boot_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +167,7 @@ def test_a_file_that_is_something_else_is_refused_by_name(tmp_path: Path, conten
         db.close()
     else:
         path.write_bytes(content)
-    with pytest.raises(StoreUnavailable, match=r"other\.sqlite"):
+    with pytest.raises(StoreUnavailableError, match=r"other\.sqlite"):
         SqliteStore(path)
 
 
@@ -169,7 +179,7 @@ def test_when_the_store_fails_reads_run_and_writes_do_not(tmp_path: Path) -> Non
     blocker = sqlite3.connect(tmp_path / "s.sqlite", isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
     read()
-    with pytest.raises(StoreUnavailable, match="locked"):
+    with pytest.raises(StoreUnavailableError, match="locked"):
         write()
     assert ran == ["read"]
     assert runtime.memo.stats.store_errors > 0
@@ -209,6 +219,9 @@ def test_a_child_after_fork_uses_its_own_connection(tmp_path: Path) -> None:
         "if pid: _, status = os.waitpid(pid, 0); assert status == 0; print(s.start([]))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "s.sqlite")], capture_output=True, text=True, check=True
+        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "s.sqlite")],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.strip() == "2"

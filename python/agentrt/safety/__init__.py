@@ -9,13 +9,13 @@ as JSON Schema: `agentrt/safety/policy.schema.json`.
 
 from agentrt.safety.audit import AuditLog, verify
 from agentrt.safety.cache_scope import Plan, Scopes, Segment
-from agentrt.safety.guard import Decision, Denied, Finding, Guard, Permit, Report, check_file, check_main
+from agentrt.safety.guard import Decision, DeniedError, Finding, Guard, Permit, Report, check_file, check_main
 from agentrt.safety.taint import Taint
 
 __all__ = [
     "AuditLog",
     "Decision",
-    "Denied",
+    "DeniedError",
     "Finding",
     "Guard",
     "Permit",

@@ -60,7 +60,7 @@ class AuditLog:
         return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def record(self, **fields: object) -> None:
-        """Appends one line. Fields must not hold content; :class:`agentrt.safety.Guard` passes names and labels only."""
+        """Appends one line. Fields must not hold content: :class:`agentrt.safety.Guard` passes names and labels."""
         with self._lock:
             body = {"t": round(self._clock(), 6), "writer": self._writer, "n": self._sequence, **fields}
             line = json.dumps(body, separators=(",", ":"))

@@ -23,10 +23,10 @@ from typing import Any
 from agentrt._core import ToolRules, check_policy
 from agentrt.safety.audit import AuditLog
 from agentrt.safety.taint import Taint
-from agentrt.tools.canonical import NotCanonical, canonical_text
+from agentrt.tools.canonical import NotCanonicalError, canonical_text
 from agentrt.tools.spec import Call, Scope, ToolSpec
 
-__all__ = ["Decision", "Denied", "Finding", "Guard", "Permit", "Report", "check_file", "check_main"]
+__all__ = ["Decision", "DeniedError", "Finding", "Guard", "Permit", "Report", "check_file", "check_main"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Decision:
     labels: frozenset[str]
 
 
-class Denied(PermissionError):
+class DeniedError(PermissionError):
     """The call does not run. The message names rule and reason, never the arguments."""
 
     def __init__(self, tool: str, decision: Decision) -> None:
@@ -213,8 +213,10 @@ class Guard:
             return tuple(names)
 
     def register(self, spec: ToolSpec) -> None:
-        """Tells the guard which function a tool is, so that no other name makes it another tool. A runtime registers
-        what it wraps; what comes by :func:`agentrt.tool` is registered at its first call."""
+        """Tells the guard which function a tool is, so that no other name makes it another tool.
+
+        A runtime registers what it wraps; what comes by :func:`agentrt.tool` is registered at its first call.
+        """
         with self._lock:
             self._identities.setdefault(spec.identity, set()).add(spec.name)
 
@@ -240,14 +242,14 @@ class Guard:
     def _digest(self, call: Call) -> bytes:
         try:
             text = canonical_text((call.spec.name, call.spec.version, call.bound.arguments))
-        except NotCanonical:
+        except NotCanonicalError:
             # Objects without a canonical form are bound by identity: exchanged is noticed, changed inside is not.
             parts = [(name, _shape(value)) for name, value in call.bound.arguments.items()]
             text = repr((call.spec.name, call.spec.version, parts))
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), key=self._secret, digest_size=24).digest()
 
     def authorise(self, call: Call) -> Permit:
-        """A permit for exactly this call, or :class:`Denied`."""
+        """A permit for exactly this call, or :class:`DeniedError`."""
         version = self._version
         decision = self._decide(call)
         digest = self._digest(call)
@@ -261,11 +263,11 @@ class Guard:
             decision = Decision(effect, decision.rule, reason, message, decision.labels)
         self._log(call, decision, "decided")
         if decision.effect != "allow":
-            raise Denied(call.spec.name, decision)
+            raise DeniedError(call.spec.name, decision)
         return Permit(call.spec.name, digest, call.scope, decision.labels, version, asked)
 
     def redeem(self, permit: Permit, call: Call) -> None:
-        """Right before execution: raises :class:`Denied` unless the permit is for this call, unused and still right."""
+        """Right before execution: :class:`DeniedError` unless the permit is for this call, unused and still right."""
         with self._lock:
             fresh = not permit.used
             permit.used = True
@@ -277,12 +279,12 @@ class Guard:
             decision = self._decide(call)
             self._log(call, decision, "decided-again")
             if decision.effect != "allow" and not (permit.asked and decision.effect == "ask"):
-                raise Denied(call.spec.name, decision)
+                raise DeniedError(call.spec.name, decision)
 
     def _refuse(self, call: Call, labels: frozenset[str]) -> None:
         decision = Decision("deny", None, "changed", _MESSAGES["changed"], labels)
         self._log(call, decision, "redeemed")
-        raise Denied(call.spec.name, decision)
+        raise DeniedError(call.spec.name, decision)
 
     def would_allow(self, call: Call) -> bool:
         """Whether a call run ahead is allowed without asking anyone; logged as such."""

@@ -130,8 +130,7 @@ class Taint:
                 self._everything |= lost
 
     def of_resources(self, resources: Sequence[Resource]) -> frozenset[str]:
-        """Labels that reading these resources brings. The state of the world is more than the arguments, so a call
-        that reads nothing brings none."""
+        """Labels that reading these resources brings; a call that reads nothing brings none."""
         if not resources:
             return frozenset()
         with self._lock:

@@ -15,21 +15,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
-from agentrt.tools.canonical import NotCanonical
+from agentrt.tools.canonical import NotCanonicalError
 from agentrt.tools.memo import Memo
-from agentrt.tools.runtime import SpeculationRefused, ToolRuntime, bind_to_runtime, current_runtime, set_default_runtime
+from agentrt.tools.runtime import (
+    SpeculationRefusedError,
+    ToolRuntime,
+    bind_to_runtime,
+    current_runtime,
+    set_default_runtime,
+)
 from agentrt.tools.spec import Scope, ToolSpec, current_scope, scope
 from agentrt.tools.speculation import Speculator
-from agentrt.tools.store import MemoryStore, StoreUnavailable
+from agentrt.tools.store import MemoryStore, StoreUnavailableError
 
 __all__ = [
     "Memo",
     "MemoryStore",
-    "NotCanonical",
+    "NotCanonicalError",
     "Scope",
-    "SpeculationRefused",
+    "SpeculationRefusedError",
     "Speculator",
-    "StoreUnavailable",
+    "StoreUnavailableError",
     "ToolRuntime",
     "ToolSpec",
     "current_runtime",
@@ -55,7 +61,9 @@ def tool(function: Any = None, /, *, runtime: ToolRuntime | None = None, **decla
     forgotten. See :meth:`ToolSpec.of` for the declarations.
 
     Args:
+        function: The tool, where the decorator is used without arguments.
         runtime: The runtime to use; by default the active or process-wide one at the time of the call.
+        **declarations: As for :meth:`ToolSpec.of`.
     """
     chosen = (lambda: runtime) if runtime is not None else current_runtime
 

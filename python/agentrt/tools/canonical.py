@@ -12,7 +12,7 @@ unicode            code points as they are, lone surrogates included; ``unicode=
 list and tuple     different
 dict order         ignored, at every depth; a tool that depends on it must not be cached
 other objects      paths, dates, decimals, UUIDs, enums and frozen dataclasses by type and value;
-                   anything else raises :class:`NotCanonical`, and the call is executed without being cached
+                   anything else raises :class:`NotCanonicalError`, and the call is executed without being cached
 =================  =======================================================================================
 
 :func:`encode` and :func:`decode` keep results as bytes: JSON with tags for what JSON lacks. No pickle: a file that
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import datetime
+import datetime as dt
 import decimal
 import enum
 import hashlib
@@ -35,12 +35,12 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["NotCanonical", "canonical_text", "decode", "digest", "encode"]
+__all__ = ["NotCanonicalError", "canonical_text", "decode", "digest", "encode"]
 
 _MAX_DEPTH = 64
 
 
-class NotCanonical(TypeError):
+class NotCanonicalError(TypeError):
     """A value has no exact canonical form, so the call that carries it is not cached."""
 
 
@@ -62,7 +62,7 @@ def _canonical(value: Any, fold: Callable[[str], str] | None, depth: int) -> str
     if kind is float:
         return f"d{value!r};"
     if depth >= _MAX_DEPTH:
-        raise NotCanonical(f"nested deeper than: {_MAX_DEPTH}")
+        raise NotCanonicalError(f"nested deeper than: {_MAX_DEPTH}")
     depth += 1
     if kind is dict:
         items = sorted((_canonical(k, fold, depth), _canonical(v, fold, depth)) for k, v in value.items())
@@ -84,12 +84,12 @@ def _canonical_object(value: Any, kind: type, fold: Callable[[str], str] | None,
         return _tagged("e", name) + _canonical(value.name, None, depth)
     if isinstance(value, pathlib.PurePath):
         return _tagged("p", name) + _canonical(str(value), fold, depth)
-    if kind in (datetime.datetime, datetime.date, datetime.time, datetime.timedelta, decimal.Decimal, uuid.UUID):
+    if kind in (dt.datetime, dt.date, dt.time, dt.timedelta, decimal.Decimal, uuid.UUID):
         return _tagged("o", name) + _canonical(repr(value), None, depth)
     if dataclasses.is_dataclass(value) and kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
         fields = "".join(_canonical(getattr(value, f.name), fold, depth) for f in dataclasses.fields(value))
         return _tagged("c", name) + "(" + fields + ")"
-    raise NotCanonical(f"no exact form for arguments of type: {name}")
+    raise NotCanonicalError(f"no exact form for arguments of type: {name}")
 
 
 def canonical_text(value: Any, unicode: str = "exact") -> str:
@@ -131,7 +131,7 @@ def _to_json(value: Any, depth: int = 0) -> Any:
     if kind is str or kind is int or kind is float or kind is bool or value is None:
         return value
     if depth >= _MAX_DEPTH:
-        raise NotCanonical(f"nested deeper than: {_MAX_DEPTH}")
+        raise NotCanonicalError(f"nested deeper than: {_MAX_DEPTH}")
     if kind is list:
         return [_to_json(v, depth + 1) for v in value]
     if kind is dict:
@@ -143,18 +143,16 @@ def _to_json(value: Any, depth: int = 0) -> Any:
         return {"\0": ["bytes", base64.b64encode(value).decode()]}
     if kind is tuple or kind is set or kind is frozenset:
         return {"\0": [kind.__name__, [_to_json(v, depth + 1) for v in value]]}
-    raise NotCanonical(f"no exact form for results of type: {kind.__module__}.{kind.__qualname__}")
+    raise NotCanonicalError(f"no exact form for results of type: {kind.__module__}.{kind.__qualname__}")
 
 
 _REBUILD: dict[str, Callable[[Any], Any]] = {
-    "dict": lambda pairs: {k: v for k, v in pairs},
+    "dict": dict,
     "bytes": base64.b64decode,
     "tuple": tuple,
     "set": set,
     "frozenset": frozenset,
 }
-
-
 
 
 def _object_hook(value: dict[str, Any]) -> Any:
@@ -180,7 +178,7 @@ def encode(value: Any) -> bytes | None:
         if _is_json(value):
             return b"j" + _dumps(value)
         return b"t" + _dumps(_to_json(value))
-    except (NotCanonical, ValueError, RecursionError):
+    except (NotCanonicalError, ValueError, RecursionError):
         return None
 
 

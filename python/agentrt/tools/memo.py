@@ -25,7 +25,7 @@ from typing import Any
 from agentrt.tools.canonical import canonical_text, decode, encode
 from agentrt.tools.resources import Resource
 from agentrt.tools.spec import Call
-from agentrt.tools.store import Entry, Store, StoreUnavailable
+from agentrt.tools.store import Entry, Store, StoreUnavailableError
 
 __all__ = ["Flight", "Frame", "Memo", "MemoStats", "current_frame"]
 
@@ -42,8 +42,11 @@ class Frame:
     outer: Frame | None = None
 
     def reading(self, reads: Iterable[Resource]) -> None:
-        """An inner call is about to read these. Recorded before it does, and in every execution around it: whoever
-        joins one of those meanwhile must see what it may already have read."""
+        """An inner call is about to read these.
+
+        Recorded before it does, and in every execution around it: whoever joins one of those meanwhile must see what
+        it may already have read.
+        """
         frame: Frame | None = self
         while frame is not None:
             frame.reads.update(reads)
@@ -151,7 +154,7 @@ class Memo:
         self._off_below_s = off_below_s
         self._settle_s = settle_s
         self._max_entry_bytes = max_entry_bytes
-        self._random = Random(seed)
+        self._random = Random(seed)  # noqa: S311 - samples, guards nothing
         self._lock = threading.Lock()
         self._flights: dict[bytes, Flight] = {}
         self._agreed: dict[str, int] = {}
@@ -182,7 +185,7 @@ class Memo:
                     self.stats.joined += 1
                     return None, flight, False
                 return None, self._lead(call, store.start(call.reads), None, key), True
-        except StoreUnavailable:
+        except StoreUnavailableError:
             self.stats.store_errors += 1
             return None, self._lead(call, None, None, None), True
 
@@ -231,7 +234,7 @@ class Memo:
                     self.stats.raced += 1
                 # Followers joined while the answer was theirs too, whether or not it may be kept.
                 outcome = entry
-        except StoreUnavailable:
+        except StoreUnavailableError:
             self.stats.store_errors += 1
         finally:
             if flight.registered:
@@ -279,8 +282,10 @@ class Memo:
     # Writes -----------------------------------------------------------------------------------------------------
 
     def begin_write(self, call: Call) -> int:
-        """Announces a call with effects, before it runs. Raises :class:`StoreUnavailable`: running it unannounced
-        would leave others with stale answers."""
+        """Announces a call with effects, before it runs.
+
+        Raises :class:`StoreUnavailableError`: running it unannounced would leave others with stale answers.
+        """
         self.stats.writes += 1
         return self.store.begin_write(call.writes)
 
@@ -288,7 +293,7 @@ class Memo:
         """Ends it. One that did not return may still land, so it stays in flight for `settle_s`."""
         try:
             self.store.end_write(write, 0.0 if returned else self._settle_s)
-        except StoreUnavailable:
+        except StoreUnavailableError:
             # The write stays in flight in the store: nothing it touches is reused. Safe, and counted.
             self.stats.store_errors += 1
 

@@ -148,7 +148,7 @@ def compile_resources(spec: ResourceSpec, arguments: Iterable[str], accepts_any:
     for template in templates:
         missing = template.fields - known
         if missing and not accepts_any:
-            raise ValueError(f"no such argument in resource template {template.text!r}: {sorted(missing)[0]}")
+            raise ValueError(f"no such argument in resource template {template.text!r}: {min(missing)}")
     if all(isinstance(part, str) for t in templates for part in t.parts):
         fixed = tuple(t._one({}) for t in templates)
         return lambda _arguments: fixed

@@ -18,18 +18,21 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar, Token, copy_context
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from agentrt.tools.memo import Flight, Frame, Memo, answer, current_frame
 from agentrt.tools.resources import Resource, resource
 from agentrt.tools.spec import Call, Scope, ToolSpec, current_scope
 from agentrt.tools.speculation import Prediction, Speculator, Ticket
-from agentrt.tools.store import Entry, MemoryStore, Store, StoreUnavailable
+from agentrt.tools.store import Entry, MemoryStore, Store, StoreUnavailableError
 
-__all__ = ["GuardProtocol", "SpeculationRefused", "ToolRuntime", "current_runtime", "set_default_runtime"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["GuardProtocol", "SpeculationRefusedError", "ToolRuntime", "current_runtime", "set_default_runtime"]
 
 
-class SpeculationRefused(RuntimeError):
+class SpeculationRefusedError(RuntimeError):
     """A call run ahead reached a tool with effects; it stops there, before the effect."""
 
 
@@ -237,7 +240,7 @@ class ToolRuntime:
             self._pool = None
         self.memo.store.close()
 
-    def __enter__(self) -> ToolRuntime:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -253,12 +256,12 @@ class ToolRuntime:
             value = self._write(call, permit)
             self._leave(call, value, began, True)
             return value
-        ticket = self._claim(call)
-        if ticket is not None:
+        speculator, ticket = self._claim(call)
+        if speculator is not None and ticket is not None:
             may_wait = not _loop_running() and current_frame.get() is None
             if ticket.flight.done or may_wait:
                 ticket.flight.wait()
-                if self._hand_over(call, permit, ticket, began):
+                if self._hand_over(speculator, call, permit, ticket, began):
                     self._leave(call, ticket.value, began, False)
                     return ticket.value
             else:
@@ -267,14 +270,13 @@ class ToolRuntime:
         nested = current_frame.get() is not None or _loop_running()
         while True:
             entry, flight, leads = self.memo.begin(call, may_follow=attempts < 2 and not nested)
-            if not leads and flight is not None:
+            if flight is not None and not leads:
                 entry = flight.wait()
                 attempts += 1
                 if entry is None:
                     continue
-            if entry is not None:
+            if entry is not None or flight is None:
                 return self._answer(call, entry, began)
-            assert flight is not None
             value = self._execute(call, permit, flight)
             self._leave(call, value, began, True)
             return value
@@ -289,11 +291,11 @@ class ToolRuntime:
             value = await self._awrite(call, permit)
             self._leave(call, value, began, True)
             return value
-        ticket = self._claim(call)
-        if ticket is not None:
+        speculator, ticket = self._claim(call)
+        if speculator is not None and ticket is not None:
             if ticket.flight.done or current_frame.get() is None:
                 await _arrival(ticket.flight)
-                if self._hand_over(call, permit, ticket, began):
+                if self._hand_over(speculator, call, permit, ticket, began):
                     self._leave(call, ticket.value, began, False)
                     return ticket.value
             else:
@@ -302,14 +304,13 @@ class ToolRuntime:
         nested = current_frame.get() is not None
         while True:
             entry, flight, leads = self.memo.begin(call, may_follow=attempts < 2 and not nested)
-            if not leads and flight is not None:
+            if flight is not None and not leads:
                 entry = await _arrival(flight)
                 attempts += 1
                 if entry is None:
                     continue
-            if entry is not None:
+            if entry is not None or flight is None:
                 return self._answer(call, entry, began)
-            assert flight is not None
             value = await self._aexecute(call, permit, flight)
             self._leave(call, value, began, True)
             return value
@@ -323,13 +324,13 @@ class ToolRuntime:
         call = spec.bind(args, kwargs, current_scope())
         frame = current_frame.get()
         if frame is not None and frame.speculative and call.writes:
-            raise SpeculationRefused(f"run ahead, and not read-only: {spec.name}")
+            raise SpeculationRefusedError(f"run ahead, and not read-only: {spec.name}")
         if self.speculator is not None and spec.name not in self._specs:
             self._specs[spec.name] = spec
         permit = None
         if guard is not None:
             if frame is not None and frame.speculative and not guard.would_allow(call):
-                raise SpeculationRefused(f"run ahead, and not allowed without asking: {spec.name}")
+                raise SpeculationRefusedError(f"run ahead, and not allowed without asking: {spec.name}")
             permit = guard.authorise(call)
         if self.speculator is not None and frame is None:
             self.speculator.called(call, self.memo.store.clock())
@@ -400,7 +401,9 @@ class ToolRuntime:
         if self.guard is not None and not (frame is not None and frame.speculative):
             self.guard.received(call, frozenset(labels))
 
-    def _answer(self, call: Call, entry: Entry, began: float) -> Any:
+    def _answer(self, call: Call, entry: Entry | None, began: float) -> Any:
+        if entry is None:
+            raise RuntimeError("the memo gave neither an entry nor an execution")
         self._absorb(call, entry.reads, entry.labels, True)
         value = answer(call, entry)
         self._leave(call, value, began, False)
@@ -462,15 +465,14 @@ class ToolRuntime:
 
     # Running ahead ----------------------------------------------------------------------------------------------
 
-    def _claim(self, call: Call) -> Ticket | None:
+    def _claim(self, call: Call) -> tuple[Speculator | None, Ticket | None]:
         if self.speculator is None or current_frame.get() is not None:
-            return None
-        return self.speculator.claim(call)
+            return None, None
+        return self.speculator, self.speculator.claim(call)
 
-    def _hand_over(self, call: Call, permit: Any, ticket: Ticket, began: float) -> bool:
+    def _hand_over(self, speculator: Speculator, call: Call, permit: Any, ticket: Ticket, began: float) -> bool:
         """Whether the result run ahead answers this call."""
-        flight, speculator = ticket.flight, self.speculator
-        assert speculator is not None
+        flight = ticket.flight
         reads = tuple(flight.frame.reads)
         store = self.memo.store
         try:
@@ -480,7 +482,7 @@ class ToolRuntime:
                 and not speculator.too_old(ticket, store.clock())
                 and store.unchanged(reads, flight.epoch)
             )
-        except StoreUnavailable:
+        except StoreUnavailableError:
             usable = False
         if not usable:
             speculator.refused(ticket)
@@ -503,9 +505,9 @@ class ToolRuntime:
         now_s = self.memo.store.clock()
         speculator.returned(call, value, time.perf_counter() - began, now_s, executed)
         for prediction in speculator.predict(call.scope):
-            self._launch(call.scope, prediction)
+            self._launch(speculator, call.scope, prediction)
 
-    def _launch(self, caller: Scope, prediction: Prediction) -> None:
+    def _launch(self, speculator: Speculator, caller: Scope, prediction: Prediction) -> None:
         spec = self._specs.get(prediction.tool)
         if spec is None or not spec.speculate or spec.streams:
             return
@@ -525,21 +527,20 @@ class ToolRuntime:
             if spec.cache and store.lookup(call.key) is not None:
                 return
             epoch = store.start(call.reads)
-        except StoreUnavailable:
+        except StoreUnavailableError:
             return
         if epoch is None:
             return
         flight = Flight(call, epoch, store.clock(), None)
         flight.frame.speculative = True
-        assert self.speculator is not None
-        ticket = self.speculator.reserve(call, flight)
+        ticket = speculator.reserve(call, flight)
         if ticket is None:
             return
         context = copy_context()
         context.run(current_frame.set, flight.frame)
         if spec.is_async:
             if not _loop_running():
-                self.speculator.claim(call)
+                speculator.claim(call)
                 flight.land(None)
                 return
             task = context.run(asyncio.get_running_loop().create_task, self._ahead_async(ticket))
@@ -563,8 +564,7 @@ class ToolRuntime:
             value = ticket.flight.call.execute()
             if not _is_stream(value):
                 ticket.value = value
-        except Exception:
-            # An exception of a call nobody made is nobody's; the real call will meet its own.
+        except Exception:  # noqa: BLE001, S110 - a call nobody made fails for nobody; the real one meets its own error
             pass
         finally:
             self._landed(ticket, began)
@@ -573,8 +573,7 @@ class ToolRuntime:
         began = time.perf_counter()
         try:
             ticket.value = await ticket.flight.call.execute()
-        except Exception:
-            # See _ahead.
+        except Exception:  # noqa: BLE001, S110 - see _ahead
             pass
         finally:
             self._landed(ticket, began)
@@ -586,24 +585,23 @@ class ToolRuntime:
 
 
 _active: ContextVar[ToolRuntime | None] = ContextVar("agentrt_tool_runtime", default=None)
-_default: ToolRuntime | None = None
+# The process-wide runtime, once there is one.
+_default: list[ToolRuntime] = []
 
 
 def current_runtime() -> ToolRuntime:
     """The innermost active runtime, else the process-wide one (made at first use: in memory, no guard)."""
-    global _default
     active = _active.get()
     if active is not None:
         return active
-    if _default is None:
-        _default = ToolRuntime()
-    return _default
+    if not _default:
+        _default.append(ToolRuntime())
+    return _default[0]
 
 
 def set_default_runtime(runtime: ToolRuntime) -> None:
     """Sets the process-wide runtime that tools made with :func:`agentrt.tool` use."""
-    global _default
-    _default = runtime
+    _default[:] = [runtime]
 
 
 def bind_to_runtime(spec: ToolSpec, runtime: Callable[[], ToolRuntime]) -> Callable[..., Any]:
@@ -622,5 +620,5 @@ def bind_to_runtime(spec: ToolSpec, runtime: Callable[[], ToolRuntime]) -> Calla
 
         wrapper = call
     functools.update_wrapper(wrapper, spec.function)
-    wrapper.spec = spec  # type: ignore[attr-defined]
+    wrapper.__dict__["spec"] = spec
     return wrapper

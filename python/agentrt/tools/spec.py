@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from agentrt.tools.canonical import NotCanonical, digest
+from agentrt.tools.canonical import NotCanonicalError, digest
 from agentrt.tools.resources import Resource, ResourceSpec, compile_resources
 
 __all__ = ["Call", "Scope", "ToolSpec", "current_scope", "scope"]
@@ -177,7 +177,7 @@ class ToolSpec:
         self.identity = _identity(self.function)
         unknown = self.ignore - set(names)
         if unknown and not accepts_any:
-            raise ValueError(f"no such argument to ignore: {sorted(unknown)[0]}")
+            raise ValueError(f"no such argument to ignore: {min(unknown)}")
 
     @classmethod
     def of(
@@ -218,7 +218,7 @@ class ToolSpec:
         """
         target = function
         if not isinstance(function, (types.FunctionType, functools.partial)) and not inspect.ismethod(function):
-            target = getattr(type(function), "__call__", function)
+            target = type(function).__call__
         plain = _unwrapped(target)
         label = name or getattr(function, "__name__", None) or type(function).__name__
         known = version or _code_version(function)
@@ -257,5 +257,5 @@ class ToolSpec:
             arguments = {k: v for k, v in arguments.items() if k not in self.ignore}
         try:
             return digest((domain, self.name, self.version, arguments), self.unicode)
-        except NotCanonical:
+        except NotCanonicalError:
             return None

@@ -10,8 +10,8 @@ Learned per (trust domain, agent), nothing else crosses over:
   probability p = P(tool | context) x P(arguments | tool) an honest one.
 
 A call is run ahead iff the tool writes nothing and allows it, p >= `min_probability`, the agent is predictable at all
-(R = 1 - H(next | last) / H(next) >= `min_predictability`), the expected saving p x min(think time, tool time) exceeds the
-expected waste (1 - p) x tool time x `waste_weight`, and the waste so far is within budget. A result is handed over
+(R = 1 - H(next | last) / H(next) >= `min_predictability`), the expected saving p x min(think time, tool time) exceeds
+the expected waste (1 - p) x tool time x `waste_weight`, and the waste so far is within budget. A result is handed over
 only to a call of the same session and domain with the same key (tool, version, every argument), while nothing it read
 has changed and it is younger than `max_age_s`. Everything else is cancelled and dropped; nobody sees it.
 """
@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from agentrt.tools.canonical import NotCanonical, canonical_text
+from agentrt.tools.canonical import NotCanonicalError, canonical_text
 from agentrt.tools.memo import Flight
 from agentrt.tools.spec import Call, Scope
 
@@ -110,16 +110,16 @@ class _Source:
 def _text(value: Any) -> str | None:
     try:
         return canonical_text(value)
-    except NotCanonical:
+    except NotCanonicalError:
         return None
 
 
 def _at(value: Any, path: Path) -> Any:
-    for step in path:
-        try:
+    try:
+        for step in path:
             value = value[step]
-        except (KeyError, IndexError, TypeError):
-            return _ABSENT
+    except (KeyError, IndexError, TypeError):
+        return _ABSENT
     return value
 
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from agentrt.tools.resources import Resource, conflicts
-from agentrt.tools.store import Entry, StoreUnavailable
+from agentrt.tools.store import Entry, StoreUnavailableError
 
 __all__ = ["SCHEMA_VERSION", "SqliteStore"]
 
@@ -83,7 +83,7 @@ def _process_start(pid: int) -> str:
 
 def _pid_namespace() -> str:
     try:
-        return os.readlink("/proc/self/ns/pid")
+        return os.fspath(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return ""
 
@@ -163,7 +163,7 @@ class SqliteStore:
                 db.execute(f"PRAGMA application_id={_APPLICATION_ID}")
             elif version != SCHEMA_VERSION or db.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
                 db.execute("ROLLBACK")
-                raise StoreUnavailable(
+                raise StoreUnavailableError(
                     f"not a tool store of version {SCHEMA_VERSION} (found {version}); move it away: {self._file}"
                 )
             if boot and db.execute("SELECT value FROM meta WHERE key='boot'").fetchone()[0] != boot:
@@ -173,7 +173,9 @@ class SqliteStore:
                 db.execute("UPDATE meta SET value=? WHERE key='boot'", (boot,))
             db.execute("COMMIT")
         except (sqlite3.Error, OSError) as error:
-            raise StoreUnavailable(f"cannot open the tool store ({error}); check or remove: {self._file}") from error
+            raise StoreUnavailableError(
+                f"cannot open the tool store ({error}); check or remove: {self._file}"
+            ) from error
         self._pid = os.getpid()
         self._owner = _owner()
         return db
@@ -198,7 +200,7 @@ class SqliteStore:
             except sqlite3.Error as error:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
-                raise StoreUnavailable(f"tool store: {error}: {self._file}") from error
+                raise StoreUnavailableError(f"tool store: {error}: {self._file}") from error
 
     # The two questions ------------------------------------------------------------------------------------------
 
@@ -207,7 +209,7 @@ class SqliteStore:
             prefixes = _prefixes(read)
             marks = ",".join("?" * len(prefixes))
             row = db.execute(
-                f"SELECT max(CASE WHEN path=? THEN below ELSE own END) FROM stamp WHERE path IN ({marks})",
+                f"SELECT max(CASE WHEN path=? THEN below ELSE own END) FROM stamp WHERE path IN ({marks})",  # noqa: S608
                 (prefixes[-1], *prefixes),
             ).fetchone()
             if row[0] is not None and row[0] > epoch:
@@ -220,9 +222,9 @@ class SqliteStore:
             return False
         now = self.clock()
         for writes, owner, started_s, until_s in rows:
-            if until_s is None and _owner_is_dead(owner) is None:
-                until_s = started_s + self._orphan_s
-            if until_s is not None and until_s <= now:
+            orphan = until_s is None and _owner_is_dead(owner) is None
+            end_s = started_s + self._orphan_s if orphan else until_s
+            if end_s is not None and end_s <= now:
                 continue
             if any(conflicts(tuple(w), r) for w in json.loads(writes) for r in reads):
                 return True
@@ -231,22 +233,23 @@ class SqliteStore:
     def _sweep(self, db: sqlite3.Connection) -> None:
         """Ends what has settled, and gives the writes of dead processes their settling time. In a write transaction."""
         now = self.clock()
-        for write, owner, started_s, until_s in db.execute(
-            "SELECT id, owner, started_s, until_s FROM in_flight"
-        ).fetchall():
-            if until_s is None:
+        rows = db.execute("SELECT id, owner, started_s, until_s FROM in_flight").fetchall()
+        for write, owner, started_s, until_s in rows:
+            end_s = until_s
+            if end_s is None:
                 dead = _owner_is_dead(owner)
                 if dead is None:
-                    until_s = started_s + self._orphan_s
+                    end_s = started_s + self._orphan_s
                 elif dead:
-                    until_s = now + self._settle_s
-                    db.execute("UPDATE in_flight SET until_s=? WHERE id=?", (until_s, write))
-            if until_s is not None and until_s <= now:
+                    end_s = now + self._settle_s
+                    db.execute("UPDATE in_flight SET until_s=? WHERE id=?", (end_s, write))
+            if end_s is not None and end_s <= now:
                 db.execute("DELETE FROM in_flight WHERE id=?", (write,))
 
     # Store ------------------------------------------------------------------------------------------------------
 
     def start(self, reads: Sequence[Resource]) -> int | None:
+        """See :meth:`Store.start`."""
         with self._transaction("BEGIN") as db:
             if not self._write_in_flight(db, reads):
                 return int(self._meta(db, "clock"))
@@ -258,10 +261,12 @@ class SqliteStore:
         return None
 
     def unchanged(self, reads: Sequence[Resource], epoch: int) -> bool:
+        """See :meth:`Store.unchanged`."""
         with self._transaction("BEGIN") as db:
             return not (self._changed_since(db, reads, epoch) or self._write_in_flight(db, reads))
 
     def lookup(self, key: bytes) -> Entry | None:
+        """See :meth:`Store.lookup`."""
         with self._transaction("BEGIN") as db:
             row = db.execute(
                 "SELECT e.tool, e.data, e.error, e.reads, e.epoch, e.created_s, e.seconds, e.ttl_s, e.labels, l.seconds"
@@ -297,6 +302,7 @@ class SqliteStore:
         return db.execute("SELECT value FROM meta WHERE key=?", (key,)).fetchone()[0]
 
     def commit(self, key: bytes, entry: Entry) -> bool:
+        """See :meth:`Store.commit`."""
         size = entry.size_bytes
         if size > self._max_bytes:
             return False
@@ -304,14 +310,14 @@ class SqliteStore:
             self._sweep(db)
             if self._changed_since(db, entry.reads, entry.epoch) or self._write_in_flight(db, entry.reads):
                 return False
-            total = self._meta(db, "bytes") + size - self._delete(db, "key=?", (key,))
+            total = self._meta(db, "bytes") + size - self._delete(db, "key", key)
             inflation = self._meta(db, "inflation")
             while total > self._max_bytes:
                 victim = db.execute("SELECT key, priority FROM entry ORDER BY priority LIMIT 1").fetchone()
                 if victim is None:
                     break
                 inflation = max(inflation, victim[1])
-                total -= self._delete(db, "key=?", (victim[0],))
+                total -= self._delete(db, "key", victim[0])
             db.execute(
                 "INSERT INTO entry VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
                 (
@@ -334,13 +340,16 @@ class SqliteStore:
             return True
 
     @staticmethod
-    def _delete(db: sqlite3.Connection, where: str, values: tuple[Any, ...]) -> int:
-        freed = db.execute(f"SELECT coalesce(sum(bytes), 0) FROM entry WHERE {where}", values).fetchone()[0]
+    def _delete(db: sqlite3.Connection, column: str, value: bytes | str) -> int:
+        """Deletes entries by `key` or `tool`; returns the bytes they counted for."""
+        query = f"SELECT coalesce(sum(bytes), 0) FROM entry WHERE {column}=?"  # noqa: S608
+        freed = int(db.execute(query, (value,)).fetchone()[0])
         if freed:
-            db.execute(f"DELETE FROM entry WHERE {where}", values)
-        return int(freed)
+            db.execute(f"DELETE FROM entry WHERE {column}=?", (value,))  # noqa: S608
+        return freed
 
     def begin_write(self, writes: Sequence[Resource]) -> int:
+        """See :meth:`Store.begin_write`."""
         with self._transaction("BEGIN IMMEDIATE") as db:
             db.execute("UPDATE meta SET value=value+1 WHERE key='clock'")
             now = self._meta(db, "clock")
@@ -372,6 +381,7 @@ class SqliteStore:
         db.execute("UPDATE stamp SET own=max(own, ?), below=max(below, ?) WHERE path=''", (cut, cut))
 
     def end_write(self, write: int, settle_s: float) -> None:
+        """See :meth:`Store.end_write`."""
         with self._transaction("BEGIN IMMEDIATE") as db:
             if settle_s > 0:
                 db.execute("UPDATE in_flight SET until_s=? WHERE id=?", (self.clock() + settle_s, write))
@@ -379,29 +389,35 @@ class SqliteStore:
                 db.execute("DELETE FROM in_flight WHERE id=?", (write,))
 
     def discard(self, key: bytes) -> None:
-        self._discard("key=?", (key,))
+        """See :meth:`Store.discard`."""
+        self._discard("key", key)
 
     def discard_tool(self, tool: str) -> None:
-        self._discard("tool=?", (tool,))
+        """See :meth:`Store.discard_tool`."""
+        self._discard("tool", tool)
 
-    def _discard(self, where: str, values: tuple[Any, ...]) -> None:
+    def _discard(self, column: str, value: bytes | str) -> None:
         with self._transaction("BEGIN IMMEDIATE") as db:
-            freed = self._delete(db, where, values)
+            freed = self._delete(db, column, value)
             db.execute("UPDATE meta SET value=value-? WHERE key='bytes'", (freed,))
 
     def lifetime_s(self, tool: str) -> float:
+        """See :meth:`Store.lifetime_s`."""
         with self._transaction("BEGIN") as db:
             row = db.execute("SELECT seconds FROM lifetime WHERE tool=?", (tool,)).fetchone()
             return math.inf if row is None else float(row[0])
 
     def shorten(self, tool: str, seconds: float) -> None:
+        """See :meth:`Store.shorten`."""
         with self._transaction("BEGIN IMMEDIATE") as db:
             db.execute(
-                "INSERT INTO lifetime VALUES (?,?) ON CONFLICT (tool) DO UPDATE SET seconds=min(seconds, excluded.seconds)",
+                "INSERT INTO lifetime VALUES (?,?) ON CONFLICT (tool) DO UPDATE"
+                " SET seconds=min(seconds, excluded.seconds)",
                 (tool, seconds),
             )
 
     def size_bytes(self) -> int:
+        """See :meth:`Store.size_bytes`."""
         with self._transaction("BEGIN") as db:
             return int(self._meta(db, "bytes"))
 

@@ -33,13 +33,13 @@ from typing import Protocol
 
 from agentrt.tools.resources import Resource, conflicts
 
-__all__ = ["Entry", "MemoryStore", "Store", "StoreUnavailable"]
+__all__ = ["Entry", "MemoryStore", "Store", "StoreUnavailableError"]
 
 # Bytes of bookkeeping per entry (key, reads, labels, heap slot), counted against the bound.
 ENTRY_OVERHEAD_BYTES = 400
 
 
-class StoreUnavailable(RuntimeError):
+class StoreUnavailableError(RuntimeError):
     """The store cannot record what it must; the message names the remedy."""
 
 
@@ -83,7 +83,7 @@ class Store(Protocol):
         """Keeps `entry` if nothing it read has changed since its epoch."""
 
     def begin_write(self, writes: Sequence[Resource]) -> int:
-        """Announces a write; raises :class:`StoreUnavailable` where that cannot be recorded."""
+        """Announces a write; raises :class:`StoreUnavailableError` where that cannot be recorded."""
 
     def end_write(self, write: int, settle_s: float) -> None:
         """Ends a write; with `settle_s` > 0 it stays in flight that much longer."""
@@ -159,14 +159,17 @@ class MemoryStore:
         return False
 
     def start(self, reads: Sequence[Resource]) -> int | None:
+        """See :meth:`Store.start`."""
         with self._lock:
             return None if self._write_in_flight(reads) else self._now
 
     def unchanged(self, reads: Sequence[Resource], epoch: int) -> bool:
+        """See :meth:`Store.unchanged`."""
         with self._lock:
             return not (self._changed_since(reads, epoch) or self._write_in_flight(reads))
 
     def lookup(self, key: bytes) -> Entry | None:
+        """See :meth:`Store.lookup`."""
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
@@ -185,6 +188,7 @@ class MemoryStore:
             return entry
 
     def commit(self, key: bytes, entry: Entry) -> bool:
+        """See :meth:`Store.commit`."""
         with self._lock:
             size = entry.size_bytes
             if (
@@ -229,6 +233,7 @@ class MemoryStore:
             heapq.heapify(self._heap)
 
     def begin_write(self, writes: Sequence[Resource]) -> int:
+        """See :meth:`Store.begin_write`."""
         with self._lock:
             self._stamp(writes)
             write = next(self._write_ids)
@@ -256,29 +261,35 @@ class MemoryStore:
         self._stamps[()] = [max(root[0], cut), max(root[1], cut)]
 
     def end_write(self, write: int, settle_s: float) -> None:
+        """See :meth:`Store.end_write`."""
         with self._lock:
             held = self._in_flight.pop(write, None)
             if held is not None and settle_s > 0:
                 self._in_flight[write] = (held[0], self.clock() + settle_s)
 
     def discard(self, key: bytes) -> None:
+        """See :meth:`Store.discard`."""
         with self._lock:
             self._remove(key)
 
     def discard_tool(self, tool: str) -> None:
+        """See :meth:`Store.discard_tool`."""
         with self._lock:
             for key in [k for k, e in self._entries.items() if e.tool == tool]:
                 self._remove(key)
 
     def lifetime_s(self, tool: str) -> float:
+        """See :meth:`Store.lifetime_s`."""
         with self._lock:
             return self._lifetimes.get(tool, float("inf"))
 
     def shorten(self, tool: str, seconds: float) -> None:
+        """See :meth:`Store.shorten`."""
         with self._lock:
             self._lifetimes[tool] = min(seconds, self._lifetimes.get(tool, float("inf")))
 
     def size_bytes(self) -> int:
+        """See :meth:`Store.size_bytes`."""
         with self._lock:
             return self._bytes
 
