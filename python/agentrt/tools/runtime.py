@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import functools
 import os
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar, Token, copy_context
@@ -198,6 +197,8 @@ class ToolRuntime:
             memo = Memo(store)
         self.memo = memo
         self.guard = guard
+        # One clock for ages, durations and think times, so that a store with a virtual clock is virtual throughout.
+        self._clock = memo.store.clock
         self.speculator = Speculator() if speculation is True else speculation or None
         self._specs: dict[str, ToolSpec] = {}
         self._pool: ThreadPoolExecutor | None = None
@@ -251,7 +252,7 @@ class ToolRuntime:
     def call(self, spec: ToolSpec, /, *args: Any, **kwargs: Any) -> Any:
         """Runs one synchronous tool call."""
         call, permit = self._enter(spec, args, kwargs)
-        began = time.perf_counter()
+        began = self._clock()
         if call.writes:
             value = self._write(call, permit)
             self._leave(call, value, began, True)
@@ -286,7 +287,7 @@ class ToolRuntime:
         if not spec.is_async:
             return await asyncio.to_thread(self.call, spec, *args, **kwargs)
         call, permit = self._enter(spec, args, kwargs)
-        began = time.perf_counter()
+        began = self._clock()
         if call.writes:
             value = await self._awrite(call, permit)
             self._leave(call, value, began, True)
@@ -347,7 +348,7 @@ class ToolRuntime:
 
     def _execute(self, call: Call, permit: Any, flight: Flight) -> Any:
         token = self._push(flight.frame)
-        began = time.perf_counter()
+        began = self._clock()
         try:
             if self.guard is not None:
                 self.guard.redeem(permit, call)
@@ -362,7 +363,7 @@ class ToolRuntime:
 
     async def _aexecute(self, call: Call, permit: Any, flight: Flight) -> Any:
         token = self._push(flight.frame)
-        began = time.perf_counter()
+        began = self._clock()
         try:
             if self.guard is not None:
                 self.guard.redeem(permit, call)
@@ -377,14 +378,14 @@ class ToolRuntime:
 
     def _failed(self, call: Call, flight: Flight, error: BaseException, began: float) -> None:
         self._label(call, flight.frame)
-        self.memo.fail(flight, error, time.perf_counter() - began)
+        self.memo.fail(flight, error, self._clock() - began)
         self._absorb(call, flight.frame.reads, flight.frame.labels, flight.frame.keep)
 
     def _finished(self, call: Call, flight: Flight, value: Any, began: float) -> None:
         self._label(call, flight.frame)
         if _is_stream(value):
             flight.frame.keep = False
-        self.memo.finish(flight, value, time.perf_counter() - began)
+        self.memo.finish(flight, value, self._clock() - began)
         # A result that is not kept for any reason (a race, an odd type) must not be kept inside an outer one
         # under fewer reads than it had, so the outer frame takes over all of them.
         keep = flight.frame.keep and flight.epoch is not None and call.spec.cache
@@ -495,7 +496,7 @@ class ToolRuntime:
             kept.frame = flight.frame
             self.memo.finish(kept, ticket.value, ticket.seconds)
         self._absorb(call, reads, flight.frame.labels, True)
-        speculator.committed(ticket, time.perf_counter() - began)
+        speculator.committed(ticket, self._clock() - began)
         return True
 
     def _leave(self, call: Call, value: Any, began: float, executed: bool) -> None:
@@ -503,7 +504,7 @@ class ToolRuntime:
         if speculator is None or current_frame.get() is not None or _is_stream(value):
             return
         now_s = self.memo.store.clock()
-        speculator.returned(call, value, time.perf_counter() - began, now_s, executed)
+        speculator.returned(call, value, self._clock() - began, now_s, executed)
         for prediction in speculator.predict(call.scope):
             self._launch(speculator, call.scope, prediction)
 
@@ -559,7 +560,7 @@ class ToolRuntime:
             ticket.cancel = cancel
 
     def _ahead(self, ticket: Ticket) -> None:
-        began = time.perf_counter()
+        began = self._clock()
         try:
             value = ticket.flight.call.execute()
             if not _is_stream(value):
@@ -570,7 +571,7 @@ class ToolRuntime:
             self._landed(ticket, began)
 
     async def _ahead_async(self, ticket: Ticket) -> None:
-        began = time.perf_counter()
+        began = self._clock()
         try:
             ticket.value = await ticket.flight.call.execute()
         except Exception:  # noqa: BLE001, S110 - see _ahead
@@ -579,7 +580,7 @@ class ToolRuntime:
             self._landed(ticket, began)
 
     def _landed(self, ticket: Ticket, began: float) -> None:
-        ticket.seconds = time.perf_counter() - began
+        ticket.seconds = self._clock() - began
         self._label(ticket.flight.call, ticket.flight.frame)
         ticket.flight.land(None)
 
