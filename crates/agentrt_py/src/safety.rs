@@ -160,6 +160,12 @@ pub fn check_policy(text: &str) -> Vec<Finding> {
         }
     }
     findings.sort_by_key(|f| (f.line, f.column));
-    let name = |severity| if severity == Severity::Error { "error" } else { "warning" };
+    let name = |severity| {
+        if severity == Severity::Error {
+            "error"
+        } else {
+            "warning"
+        }
+    };
     findings.into_iter().map(|f| (f.line, f.column, name(f.severity), f.code, f.message)).collect()
 }

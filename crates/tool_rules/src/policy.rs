@@ -247,7 +247,9 @@ impl Reader<'_> {
 
     fn tests(&mut self, key: &str, value: &toml_span::Value<'_>) -> Vec<Condition> {
         let mut conditions = Vec::new();
-        let Some(table) = self.table(value, &format!("args.{key}")) else { return conditions };
+        let Some(table) = self.table(value, &format!("args.{key}")) else {
+            return conditions;
+        };
         let known = ["equals", "one_of", "glob", "path", "regex", "min", "max", "max_length", "present"];
         for (name, _, value) in self.fields(table, &known) {
             let test = match name {
@@ -365,7 +367,9 @@ impl Reader<'_> {
                 "agents" => rule.agents = self.names(value, "agents"),
                 "sessions" => rule.sessions = self.names(value, "sessions"),
                 "labels" => {
-                    let Some(table) = self.table(value, "labels") else { continue };
+                    let Some(table) = self.table(value, "labels") else {
+                        continue;
+                    };
                     for (key, _, value) in self.fields(table, &["any", "none"]) {
                         match key {
                             "any" => rule.labels_any = self.strings(value, "labels.any"),
@@ -380,7 +384,9 @@ impl Reader<'_> {
                     }
                 }
                 "args" => {
-                    let Some(table) = self.table(value, "args") else { continue };
+                    let Some(table) = self.table(value, "args") else {
+                        continue;
+                    };
                     for (key, _, value) in self.fields(table, &[]) {
                         let found = self.tests(key, value);
                         rule.conditions.extend(found);
@@ -407,7 +413,9 @@ pub fn label_matches(pattern: &str, label: &str) -> bool {
 pub fn name_matches(pattern: &str, name: &str) -> bool {
     let mut pieces = pattern.split('*');
     let first = pieces.next().unwrap_or_default();
-    let Some(mut rest) = name.strip_prefix(first) else { return false };
+    let Some(mut rest) = name.strip_prefix(first) else {
+        return false;
+    };
     let mut last = None;
     for piece in pieces {
         if let Some(piece) = last.replace(piece) {
@@ -441,7 +449,9 @@ impl Policy {
             rules: Vec::new(),
             sanitisers: Vec::new(),
         };
-        let Some(table) = root.as_table() else { return (None, reader.findings) };
+        let Some(table) = root.as_table() else {
+            return (None, reader.findings);
+        };
         let fields = reader.fields(table, &["version", "default", "trusted", "tools", "rules", "sanitisers"]);
         if !fields.iter().any(|(name, _, _)| *name == "version") {
             reader.error(Span::new(0, 0), "missing-key", "a policy starts with: version = 1");
@@ -456,7 +466,9 @@ impl Policy {
                 "default" => policy.default = reader.effect(value, "default"),
                 "trusted" => policy.trusted = reader.labels(value, "trusted"),
                 "tools" => {
-                    let Some(table) = reader.table(value, "tools") else { continue };
+                    let Some(table) = reader.table(value, "tools") else {
+                        continue;
+                    };
                     for (name, span, value) in reader.fields(table, &[]) {
                         let tool = reader.tool(name, span, value);
                         policy.tools.extend(tool);
@@ -477,12 +489,18 @@ impl Policy {
                     None => reader.wrong(value, "sanitisers", "a list of tables: [[sanitisers]]"),
                     Some(items) => {
                         for item in items {
-                            let Some(table) = reader.table(item, "sanitisers") else { continue };
+                            let Some(table) = reader.table(item, "sanitisers") else {
+                                continue;
+                            };
                             let mut sanitiser = Sanitiser { tool: String::new(), removes: Vec::new() };
                             for (key, _, value) in reader.fields(table, &["tool", "removes"]) {
                                 match key {
-                                    "tool" => sanitiser.tool = normalise(&reader.string(value, "tool")),
-                                    "removes" => sanitiser.removes = reader.strings(value, "removes"),
+                                    "tool" => {
+                                        sanitiser.tool = normalise(&reader.string(value, "tool"));
+                                    }
+                                    "removes" => {
+                                        sanitiser.removes = reader.strings(value, "removes");
+                                    }
                                     _ => {}
                                 }
                             }

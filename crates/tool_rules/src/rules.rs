@@ -75,8 +75,38 @@ struct Plain {
     index: usize,
 }
 
+/// A name pattern, prepared: most have no star.
+enum Name {
+    Exact(String),
+    Pattern(String),
+}
+
+impl Name {
+    fn all(patterns: &[String]) -> Vec<Self> {
+        let prepare = |p: &String| {
+            if p.contains('*') {
+                Self::Pattern(p.clone())
+            } else {
+                Self::Exact(p.clone())
+            }
+        };
+        patterns.iter().map(prepare).collect()
+    }
+
+    /// Whether one of `names` matches; none at all stands for any name.
+    fn any(names: &[Self], name: &str) -> bool {
+        let matches = |pattern: &Self| match pattern {
+            Self::Exact(exact) => exact == name,
+            Self::Pattern(pattern) => name_matches(pattern, name),
+        };
+        names.is_empty() || names.iter().any(matches)
+    }
+}
+
 struct Filed {
     rule: usize,
+    agents: Vec<Name>,
+    sessions: Vec<Name>,
     any: u64,
     none: u64,
     /// Tests of the tool that must hold.
@@ -183,7 +213,14 @@ impl CompiledTool {
                 }));
             }
             let (any, none) = (mask(&rule.labels_any), mask(&rule.labels_none));
-            filed.push(Filed { rule: index, any, none, tests: needed });
+            filed.push(Filed {
+                rule: index,
+                agents: Name::all(&rule.agents),
+                sessions: Name::all(&rule.sessions),
+                any,
+                none,
+                tests: needed,
+            });
         }
         let mut patterns: Vec<Patterns> = Vec::new();
         let mut plain = Vec::new();
@@ -213,14 +250,7 @@ impl CompiledTool {
                 Ok(Group { key, reading, kind, set, tests })
             })
             .collect();
-        Ok(Self {
-            privileged,
-            accepts: accepts.to_vec(),
-            rules: filed,
-            groups: groups?,
-            plain,
-            n_tests: tests.len(),
-        })
+        Ok(Self { privileged, accepts: accepts.to_vec(), rules: filed, groups: groups?, plain, n_tests: tests.len() })
     }
 
     /// Which tests hold; None where the arguments cannot be looked through.
@@ -337,7 +367,14 @@ impl RuleSet {
     }
 
     /// Decides a call. `labels` are those of the context it comes from.
-    pub fn decide(&self, tool: &str, agent: &str, session: &str, labels: &[&str], arguments: &[(String, Value)]) -> Decision {
+    pub fn decide(
+        &self,
+        tool: &str,
+        agent: &str,
+        session: &str,
+        labels: &[&str],
+        arguments: &[(String, Value)],
+    ) -> Decision {
         let Some(index) = self.tool(tool) else {
             let looks = self.by_skeleton.contains_key(&skeleton(tool));
             let reason = if looks { Reason::LookAlike } else { Reason::UnknownTool };
@@ -350,14 +387,14 @@ impl RuleSet {
         });
         let mut tests: Option<(Vec<Leaf>, Vec<bool>)> = None;
         for filed in &compiled.rules {
-            let rule = &self.policy.rules[filed.rule];
             if carried & filed.none != 0
                 || (filed.any != 0 && carried & filed.any == 0)
-                || !(rule.agents.is_empty() || rule.agents.iter().any(|pattern| name_matches(pattern, &agent)))
-                || !(rule.sessions.is_empty() || rule.sessions.iter().any(|pattern| name_matches(pattern, &session)))
+                || !Name::any(&filed.agents, &agent)
+                || !Name::any(&filed.sessions, &session)
             {
                 continue;
             }
+            let rule = &self.policy.rules[filed.rule];
             if !filed.tests.is_empty() || rule.strict_args {
                 if tests.is_none() {
                     let looked = leaves(arguments).ok().and_then(|leaves| {
@@ -369,7 +406,9 @@ impl RuleSet {
                     };
                     tests = Some(looked);
                 }
-                let Some((leaves, hold)) = &tests else { continue };
+                let Some((leaves, hold)) = &tests else {
+                    continue;
+                };
                 if !filed.tests.iter().all(|&test| hold[test]) {
                     continue;
                 }

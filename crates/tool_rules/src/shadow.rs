@@ -64,7 +64,11 @@ pub fn warnings(policy: &Policy) -> Vec<Finding> {
             by.dedup_by_key(|rule| rule.line);
             let names: Vec<String> = by.iter().map(|r| format!("{} (line {})", r.id, r.line)).collect();
             let what = if by.iter().all(|r| r.effect == later.effect) { "redundant" } else { "never reached" };
-            warn(later, "shadowed", format!("rule {:?} is {what}, an earlier rule decides first: {}", later.id, names.join(", ")));
+            warn(
+                later,
+                "shadowed",
+                format!("rule {:?} is {what}, an earlier rule decides first: {}", later.id, names.join(", ")),
+            );
         }
         let refused = |label: &String, tool: &Tool| {
             tool.privileged && !policy.trusted.iter().chain(&tool.accepts).any(|pattern| label_matches(pattern, label))
@@ -75,7 +79,11 @@ pub fn warnings(policy: &Policy) -> Vec<Finding> {
             && tools.iter().all(|tool| later.labels_any.iter().all(|label| refused(label, tool)))
         {
             let tool = &tools[0].name;
-            warn(later, "unreachable", format!("rule {:?} asks for a taint that its tools refuse; add it to tools.{tool}.accepts", later.id));
+            warn(
+                later,
+                "unreachable",
+                format!("rule {:?} asks for a taint that its tools refuse; add it to tools.{tool}.accepts", later.id),
+            );
         }
     }
     findings
