@@ -183,8 +183,8 @@ class _Arguments:
 
 
 def _rate(record: list[int], source: _Source) -> float:
-    # Laplace, and between equals the source that looks at something over the constant.
-    return (record[0] + 0.5) / (record[1] + 1.5) - (0.01 if source.kind == "const" else 0.0) - 0.001 * len(source.path)
+    # Cautious towards the new, and between equals the source that looks at something over the constant.
+    return record[0] / (record[1] + 2) - (0.01 if source.kind == "const" else 0.0) - 0.001 * len(source.path)
 
 
 def _explanations(name: str, value: Any, history: Sequence[_Past]) -> Iterator[_Source]:
@@ -326,7 +326,7 @@ class Speculator:
     def __init__(
         self,
         *,
-        min_probability: float = 0.4,
+        min_probability: float = 0.3,
         min_predictability: float = 0.2,
         waste_weight: float = 0.25,
         budget_ratio: float = 2.0,
