@@ -309,8 +309,8 @@ def speculation_table() -> None:
         used = statistics.fmean(b["used"] for _, b in pairs)
         cost = statistics.fmean(b["cpu_us"] - a["cpu_us"] for a, b in pairs)
         print(
-            f"| {pairs[0][0]['R']:.2f} | {known:.0%} | {off:.1f} | {on:.1f} | {statistics.fmean(saved):.1%} ± {spread:.1%}"
-            f" | {extra:.2f}x | {used:.0%} | {cost:.0f} us |"
+            f"| {pairs[0][0]['R']:.2f} | {known:.0%} | {off:.1f} | {on:.1f} |"
+            f" {statistics.fmean(saved):.1%} ± {spread:.1%} | {extra:.2f}x | {used:.0%} | {cost:.0f} us |"
         )
 
 
@@ -359,7 +359,7 @@ class Prompts:
             session = chosen[record["session_id"]]
             blocks, output = expand(record["blocks"]), expand(record["out_blocks"])
             if record.get("sys_key"):
-                # Two sessions with equal tool and system prompts share that prefix; the ids of the source do not say so.
+                # Sessions with equal tool and system prompts share that prefix; the ids of the source do not say so.
                 shared = min(record["sys_blocks"] or 0, len(blocks))
                 for i in range(shared):
                     blocks[i] = aliases.setdefault((record["sys_key"], i), -1 - len(aliases))

@@ -11,12 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tests.safety.conftest import Naive
 
 from agentrt.safety import DeniedError, Guard, Taint
 from agentrt.tools import Scope, ToolRuntime, scope
 from agentrt.tools.spec import Call, ToolSpec
-
-from .conftest import Naive
 
 HERE = Scope("s1", "worker", "acme")
 

@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.safety.conftest import POLICY
 
 import agentrt.safety
 from agentrt._core import check_policy
 from agentrt.safety import Guard, check_file, check_main
 from agentrt.tools import Scope
-
-from .conftest import POLICY
 
 HEAD = "version = 1\n[tools.a]\nprivileged = false\n[tools.b]\n"
 

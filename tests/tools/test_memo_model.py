@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import pytest
+from tests.tools.model import Stale, World, call_of, explore_all, explore_random, reader, writer
 
 from agentrt.tools.memo import Frame
 from agentrt.tools.resources import Resource
 from agentrt.tools.spec import Call
 from agentrt.tools.sqlite_store import SqliteStore
 from agentrt.tools.store import Entry, MemoryStore
-
-from .model import Stale, World, call_of, explore_all, explore_random, reader, writer
 
 RANDOM_INTERLEAVINGS = 80_000
 

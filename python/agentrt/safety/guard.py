@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from agentrt._core import ToolRules, check_policy
+from agentrt.errors import AgentRTError
 from agentrt.safety.audit import AuditLog
 from agentrt.safety.taint import Taint
 from agentrt.tools.canonical import NotCanonicalError, canonical_text
@@ -93,7 +94,7 @@ class Decision:
     labels: frozenset[str]
 
 
-class DeniedError(PermissionError):
+class DeniedError(AgentRTError, PermissionError):
     """The call does not run. The message names rule and reason, never the arguments."""
 
     def __init__(self, tool: str, decision: Decision) -> None:

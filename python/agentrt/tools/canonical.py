@@ -35,12 +35,14 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from agentrt.errors import AgentRTError
+
 __all__ = ["NotCanonicalError", "canonical_text", "decode", "digest", "encode"]
 
 _MAX_DEPTH = 64
 
 
-class NotCanonicalError(TypeError):
+class NotCanonicalError(AgentRTError, TypeError):
     """A value has no exact canonical form, so the call that carries it is not cached."""
 
 

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar, Token, copy_context
 from typing import TYPE_CHECKING, Any, Protocol
 
+from agentrt.errors import AgentRTError
 from agentrt.tools.memo import Flight, Frame, Memo, answer, current_frame
 from agentrt.tools.resources import Resource, resource
 from agentrt.tools.spec import Call, Scope, ToolSpec, current_scope
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["GuardProtocol", "SpeculationRefusedError", "ToolRuntime", "current_runtime", "set_default_runtime"]
 
 
-class SpeculationRefusedError(RuntimeError):
+class SpeculationRefusedError(AgentRTError, RuntimeError):
     """A call run ahead reached a tool with effects; it stops there, before the effect."""
 
 

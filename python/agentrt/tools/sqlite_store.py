@@ -145,40 +145,54 @@ class SqliteStore:
     # Connection -------------------------------------------------------------------------------------------------
 
     def _connect(self) -> sqlite3.Connection:
+        deadline = time.monotonic() + self._busy_timeout_s
+        while True:
+            try:
+                return self._open()
+            except sqlite3.OperationalError as error:
+                # Two processes that make the file at once: changing to WAL does not wait for the other by itself.
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise self._unusable(error) from error
+                time.sleep(0.01)
+            except (sqlite3.Error, OSError) as error:
+                raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> StoreUnavailableError:
+        return StoreUnavailableError(f"cannot open the tool store ({error}); check or remove: {self._file}")
+
+    def _open(self) -> sqlite3.Connection:
+        os.close(os.open(self._file, os.O_CREAT | os.O_RDWR, 0o600))
+        db = sqlite3.connect(self._file, timeout=self._busy_timeout_s, isolation_level=None, check_same_thread=False)
         try:
-            os.close(os.open(self._file, os.O_CREAT | os.O_RDWR, 0o600))
-            db = sqlite3.connect(
-                self._file, timeout=self._busy_timeout_s, isolation_level=None, check_same_thread=False
-            )
-            db.execute("PRAGMA journal_mode=WAL")
-            boot = _boot_id()
-            db.execute(f"PRAGMA synchronous={'NORMAL' if boot else 'FULL'}")
-            db.execute("BEGIN IMMEDIATE")
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            empty = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
-            if empty:
-                for statement in _SCHEMA.split(";"):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-                db.execute(f"PRAGMA application_id={_APPLICATION_ID}")
-            elif version != SCHEMA_VERSION or db.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
-                db.execute("ROLLBACK")
-                raise StoreUnavailableError(
-                    f"not a tool store of version {SCHEMA_VERSION} (found {version}); move it away: {self._file}"
-                )
-            if boot and db.execute("SELECT value FROM meta WHERE key='boot'").fetchone()[0] != boot:
-                db.execute("DELETE FROM entry")
-                db.execute("DELETE FROM in_flight")
-                db.execute("UPDATE meta SET value=0 WHERE key='bytes'")
-                db.execute("UPDATE meta SET value=? WHERE key='boot'", (boot,))
-            db.execute("COMMIT")
-        except (sqlite3.Error, OSError) as error:
-            raise StoreUnavailableError(
-                f"cannot open the tool store ({error}); check or remove: {self._file}"
-            ) from error
+            self._prepare(db)
+        except BaseException:
+            db.close()
+            raise
         self._pid = os.getpid()
         self._owner = _owner()
         return db
+
+    def _prepare(self, db: sqlite3.Connection) -> None:
+        boot = _boot_id()
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute(f"PRAGMA synchronous={'NORMAL' if boot else 'FULL'}")
+        db.execute("BEGIN IMMEDIATE")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+            for statement in _SCHEMA.split(";"):
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            db.execute(f"PRAGMA application_id={_APPLICATION_ID}")
+        elif version != SCHEMA_VERSION or db.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
+            raise StoreUnavailableError(
+                f"not a tool store of version {SCHEMA_VERSION} (found {version}); move it away: {self._file}"
+            )
+        if boot and db.execute("SELECT value FROM meta WHERE key='boot'").fetchone()[0] != boot:
+            db.execute("DELETE FROM entry")
+            db.execute("DELETE FROM in_flight")
+            db.execute("UPDATE meta SET value=0 WHERE key='bytes'")
+            db.execute("UPDATE meta SET value=? WHERE key='boot'", (boot,))
+        db.execute("COMMIT")
 
     @contextmanager
     def _transaction(self, kind: str) -> Iterator[sqlite3.Connection]:

@@ -31,6 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from agentrt.errors import AgentRTError
 from agentrt.tools.resources import Resource, conflicts
 
 __all__ = ["Entry", "MemoryStore", "Store", "StoreUnavailableError"]
@@ -39,7 +40,7 @@ __all__ = ["Entry", "MemoryStore", "Store", "StoreUnavailableError"]
 ENTRY_OVERHEAD_BYTES = 400
 
 
-class StoreUnavailableError(RuntimeError):
+class StoreUnavailableError(AgentRTError, RuntimeError):
     """The store cannot record what it must; the message names the remedy."""
 
 
