@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from tests.safety.conftest import POLICY
+from tests.support import Run
 
 import agentrt.safety
 from agentrt._core import check_policy
-from agentrt.safety import Guard, check_file, check_main
+from agentrt.errors import FileAccessError
+from agentrt.safety import Guard, check_file
 from agentrt.tools import Scope
 
 HEAD = "version = 1\n[tools.a]\nprivileged = false\n[tools.b]\n"
@@ -86,15 +88,20 @@ def test_a_permission_that_taint_makes_void_is_reported() -> None:
     assert (6, "unreachable") in found(HEAD + rule("1", tools='["b"]', more='labels.any = ["web"]'))
 
 
-def test_the_check_command_tells_errors_from_warnings(tmp_path: Path) -> None:
-    lines: list[str] = []
-    for text, code in [(HEAD + rule("1"), 0), (HEAD + rule("1") + rule("2"), 1), ("version = 3", 2)]:
-        path = tmp_path / "p.toml"
+def test_the_check_command_tells_errors_from_warnings(tmp_path: Path, agentrt_cli: Run) -> None:
+    path = tmp_path / "p.toml"
+    for text, code, said in [
+        (HEAD + rule("1"), 0, f"usable, no warnings: {path}"),
+        (HEAD + rule("1") + rule("2"), 0, f"{path}:11:1: warning: "),
+        ("version = 3", 1, f"{path}:1:11: error: "),
+    ]:
         path.write_text(text)
-        assert check_main(str(path), lines.append) == code
-        assert check_file(path).ok == (code < 2)
-    assert check_main(str(tmp_path / "none.toml"), lines.append) == 2
-    assert any(line.startswith(f"{path}:11:1: warning: ") for line in lines)
+        done = agentrt_cli("policy", "check", path)
+        assert done.returncode == code, done.stderr
+        assert said in done.stdout
+        assert check_file(path).ok == (code == 0)
+    with pytest.raises(FileAccessError, match=r"none\.toml"):
+        check_file(tmp_path / "none.toml")
 
 
 def test_a_broken_file_leaves_the_old_policy_in_force(policy: Path) -> None:

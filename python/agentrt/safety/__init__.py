@@ -9,7 +9,7 @@ as JSON Schema: `agentrt/safety/policy.schema.json`.
 
 from agentrt.safety.audit import AuditLog, verify
 from agentrt.safety.cache_scope import Plan, Scopes, Segment
-from agentrt.safety.guard import Decision, DeniedError, Finding, Guard, Permit, Report, check_file, check_main
+from agentrt.safety.guard import Decision, DeniedError, Finding, Guard, Permit, Report, check_file
 from agentrt.safety.taint import Taint
 
 __all__ = [
@@ -25,6 +25,5 @@ __all__ = [
     "Segment",
     "Taint",
     "check_file",
-    "check_main",
     "verify",
 ]

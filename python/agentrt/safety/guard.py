@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from agentrt._core import ToolRules, check_policy
-from agentrt.errors import AgentRTError
+from agentrt.errors import AgentRTError, FileAccessError
 from agentrt.safety.audit import AuditLog
 from agentrt.safety.taint import Taint
 from agentrt.tools.canonical import NotCanonicalError, canonical_text
 from agentrt.tools.spec import Call, Scope, ToolSpec
 
-__all__ = ["Decision", "DeniedError", "Finding", "Guard", "Permit", "Report", "check_file", "check_main"]
+__all__ = ["Decision", "DeniedError", "Finding", "Guard", "Permit", "Report", "check_file"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,26 +58,22 @@ class Report:
         return [f"{self.path}:{f.line}:{f.column}: {f.severity}: {f.message} [{f.code}]" for f in self.findings]
 
 
-def check_file(path: str | os.PathLike[str]) -> Report:
-    """Errors, shadowed and unreachable rules of a policy file, with places."""
-    text = Path(path).read_text(encoding="utf-8")
-    return Report(os.fspath(path), tuple(Finding(*found) for found in check_policy(text)))
-
-
-def check_main(path: str, write: Callable[[str], object] = print) -> int:
-    """`agentrt policy check FILE`: writes the findings, returns 0 (clean), 1 (warnings only) or 2 (errors)."""
+def _read(path: str | os.PathLike[str]) -> str:
     try:
-        report = check_file(path)
-    except (OSError, UnicodeDecodeError) as error:
-        write(f"cannot read the policy: {error}")
-        return 2
-    for line in report.lines():
-        write(line)
-    if report.ok:
-        rules = ToolRules(Path(path).read_text(encoding="utf-8"))
-        warned = f"{len(report.findings)} warnings" if report.findings else "nothing to report"
-        write(f"{path}: {len(rules.rules())} rules, {len(rules.tools())} tools: {warned}")
-    return 2 if not report.ok else 1 if report.findings else 0
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FileAccessError(os.fspath(path), f"not UTF-8: {error.reason}") from error
+    except OSError as error:
+        raise FileAccessError(os.fspath(path), error.strerror or str(error)) from error
+
+
+def check_file(path: str | os.PathLike[str]) -> Report:
+    """Errors, shadowed and unreachable rules of a policy file, with places; `agentrt policy check FILE` prints them.
+
+    Raises:
+        FileAccessError: if it cannot be read.
+    """
+    return Report(os.fspath(path), tuple(Finding(*found) for found in check_policy(_read(path))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +168,7 @@ class Guard:
 
     def reload(self) -> None:
         """Reads the file again. A file with errors raises ValueError and leaves the old policy in force."""
-        rules = ToolRules(self._path.read_text(encoding="utf-8"))
+        rules = ToolRules(_read(self._path))
         named = [(name, effect, reason) for name, effect, reason, _ in rules.rules()]
         adds = {name: frozenset(added) for name, _, _, added in rules.tools()}
         sanitisers = dict(rules.sanitisers())

@@ -149,7 +149,7 @@ class SqliteStore:
         while True:
             try:
                 return self._open()
-            except sqlite3.OperationalError as error:
+            except sqlite3.OperationalError as error:  # noqa: PERF203 - a handful of tries
                 # Two processes that make the file at once: changing to WAL does not wait for the other by itself.
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise self._unusable(error) from error
