@@ -346,6 +346,7 @@ class Speculator:
         self._models: OrderedDict[tuple[str, str], _Model] = OrderedDict()
         self._sessions: OrderedDict[Scope, tuple[deque[_Past], list[float]]] = OrderedDict()
         self._tickets: dict[tuple[Scope, bytes], Ticket] = {}
+        self._now_s = 0.0
 
     def _session(self, scope: Scope) -> tuple[deque[_Past], list[float]]:
         state = self._sessions.get(scope)
@@ -363,6 +364,7 @@ class Speculator:
     def called(self, call: Call, now_s: float) -> None:
         """A real call begins: learns the think time since the last result."""
         with self._lock:
+            self._now_s = now_s
             _, last_end = self._session(call.scope)
             if not math.isnan(last_end[0]):
                 model = self._model(call.scope)
@@ -446,7 +448,7 @@ class Speculator:
     def _drop(self, ticket: Ticket) -> None:
         ticket.cancel()
         self.stats.mismatched += 1
-        self.stats.wasted_s += ticket.seconds if ticket.flight.done else 0.0
+        self.stats.wasted_s += ticket.seconds if ticket.flight.done else max(0.0, self._now_s - ticket.started_s)
 
     def too_old(self, ticket: Ticket, now_s: float) -> bool:
         """Whether a result run ahead has waited too long to be handed over."""
