@@ -97,8 +97,13 @@ def test_waste_is_bounded_by_the_budget() -> None:
     speculator = taught(lambda n: [("a", {}, {}), ("b", {}, {})])
     feed(speculator, Scope("s"), [("a", {}, {})])
     assert speculator.predict(Scope("s"))
-    speculator.stats.wasted_s = 2e9
+    speculator._wasted(2e9)
     assert speculator.predict(Scope("s")) == []
+    # A bad start is forgotten in time.
+    feed(speculator, Scope("t"), [("a", {}, {})] * 200)
+    feed(speculator, Scope("u"), [("a", {}, {}), ("b", {}, {})] * 300)
+    feed(speculator, Scope("s"), [("a", {}, {})])
+    assert speculator.predict(Scope("s"))
 
 
 # End to end -----------------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ fn key(value: &Bound<'_, PyAny>) -> String {
 
 /// A policy ready to decide.
 #[pyclass(frozen, module = "agentrt._core")]
-pub struct ToolRules {
+pub(crate) struct ToolRules {
     rules: RuleSet,
 }
 
@@ -150,7 +150,7 @@ impl ToolRules {
 /// `(line, column, severity, code, message)` of everything found in a policy text.
 #[pyfunction]
 #[pyo3(signature = (text, /))]
-pub fn check_policy(text: &str) -> Vec<Finding> {
+pub(crate) fn check_policy(text: &str) -> Vec<Finding> {
     let (policy, mut findings) = Policy::parse(text);
     if let Some(policy) = policy {
         findings.extend(tool_rules::shadow::warnings(&policy));

@@ -37,6 +37,7 @@ _MAX_LEAVES = 160
 _MAX_SOURCES = 12
 _MAX_SESSIONS = 1024
 _MIN_PIECE = 3
+_DEBT_FADES = 0.995
 _ABSENT = object()
 
 Path = tuple[str | int, ...]
@@ -329,7 +330,7 @@ class Speculator:
         min_probability: float = 0.3,
         min_predictability: float = 0.2,
         waste_weight: float = 0.25,
-        budget_ratio: float = 2.0,
+        budget_ratio: float = 4.0,
         allowance_s: float = 10.0,
         max_in_flight: int = 4,
         max_age_s: float = 30.0,
@@ -347,6 +348,8 @@ class Speculator:
         self._sessions: OrderedDict[Scope, tuple[deque[_Past], list[float]]] = OrderedDict()
         self._tickets: dict[tuple[Scope, bytes], Ticket] = {}
         self._now_s = 0.0
+        # Waste not yet made good by savings. It fades, so that a bad start does not switch speculation off for good.
+        self._debt_s = 0.0
 
     def _session(self, scope: Scope) -> tuple[deque[_Past], list[float]]:
         state = self._sessions.get(scope)
@@ -376,6 +379,7 @@ class Speculator:
         arguments = call.named_arguments()
         tool = call.spec.name
         with self._lock:
+            self._debt_s *= _DEBT_FADES
             history, last_end = self._session(call.scope)
             model = self._model(call.scope)
             if executed:
@@ -393,7 +397,7 @@ class Speculator:
             model = self._models.get((scope.domain, scope.agent))
             if model is None or not history or model.predictability() < self._min_predictability:
                 return []
-            if self.stats.wasted_s > self._budget_ratio * self.stats.saved_s + self._allowance_s:
+            if self._debt_s > self._allowance_s:
                 return []
             worth: list[Prediction] = []
             for tool, p_tool in model.next_tools(history):
@@ -448,7 +452,11 @@ class Speculator:
     def _drop(self, ticket: Ticket) -> None:
         ticket.cancel()
         self.stats.mismatched += 1
-        self.stats.wasted_s += ticket.seconds if ticket.flight.done else max(0.0, self._now_s - ticket.started_s)
+        self._wasted(ticket.seconds if ticket.flight.done else max(0.0, self._now_s - ticket.started_s))
+
+    def _wasted(self, seconds: float) -> None:
+        self.stats.wasted_s += seconds
+        self._debt_s += seconds
 
     def too_old(self, ticket: Ticket, now_s: float) -> bool:
         """Whether a result run ahead has waited too long to be handed over."""
@@ -457,7 +465,9 @@ class Speculator:
     def committed(self, ticket: Ticket, waited_s: float) -> None:
         """The ticket's result answered a real call that waited `waited_s` for it."""
         self.stats.committed += 1
-        self.stats.saved_s += max(0.0, ticket.seconds - waited_s)
+        saved_s = max(0.0, ticket.seconds - waited_s)
+        self.stats.saved_s += saved_s
+        self._debt_s = max(0.0, self._debt_s - self._budget_ratio * saved_s)
 
     def refused(self, ticket: Ticket) -> None:
         """The ticket matched but its result could not be used."""
@@ -465,4 +475,4 @@ class Speculator:
             self.stats.stale += 1
         else:
             self.stats.failed += 1
-        self.stats.wasted_s += ticket.seconds
+        self._wasted(ticket.seconds)
