@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentrt.safety import Scopes, Segment
@@ -61,6 +61,7 @@ segment = st.builds(
 )
 
 
+@settings(derandomize=True, deadline=None)
 @given(st.lists(segment, max_size=6), st.lists(segment, max_size=6))
 def test_no_block_with_tainted_or_foreign_text_is_shared(red: list[Segment], blue: list[Segment]) -> None:
     scopes = Scopes(SECRET)

@@ -12,7 +12,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentrt.tools.canonical import NotCanonicalError, canonical_text, decode, digest, encode
@@ -64,16 +64,19 @@ def shuffled(value: Any, rng: random.Random) -> Any:
     return value
 
 
+@settings(derandomize=True, deadline=None)
 @given(values, values)
 def test_keys_are_equal_exactly_for_equal_values(a: Any, b: Any) -> None:
     assert (canonical_text(a) == canonical_text(b)) == same(a, b)
 
 
+@settings(derandomize=True, deadline=None)
 @given(values, st.integers())
 def test_the_order_of_dict_keys_does_not_matter(value: Any, seed: int) -> None:
     assert digest(shuffled(value, random.Random(seed))) == digest(value)
 
 
+@settings(derandomize=True, deadline=None)
 @given(values)
 def test_results_come_back_exactly_and_fresh(value: Any) -> None:
     data = encode(value)
@@ -191,6 +194,7 @@ def test_functions_whose_code_does_not_say_what_they_do_are_told_apart() -> None
 segments = st.lists(st.sampled_from("abc"), max_size=3).map(tuple)
 
 
+@settings(derandomize=True, deadline=None)
 @given(segments, segments)
 def test_resources_conflict_iff_one_contains_the_other(a: tuple[str, ...], b: tuple[str, ...]) -> None:
     assert conflicts(a, b) == (a[: len(b)] == b or b[: len(a)] == a)

@@ -116,7 +116,7 @@ def test_asynchronous_tools_pass_through_too() -> None:
 
 
 def test_what_would_slip_past_is_refused() -> None:
-    class Custom(BaseTool):
+    class Custom(BaseTool):  # type: ignore[misc]
         name: str = "custom"
         description: str = "no function inside"
 

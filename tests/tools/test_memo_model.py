@@ -50,6 +50,7 @@ def test_the_sqlite_store_follows_the_same_rules(tmp_path) -> None:  # type: ign
         return World(make_store=make_store)
 
     _, answers, reused = explore_random(seed=2, interleavings=60, make_world=make_world)
+    made[0].close()
     assert answers > 60
     assert reused > 5
 

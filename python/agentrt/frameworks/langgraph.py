@@ -49,7 +49,8 @@ def refusal(denied: DeniedError) -> Exception:
     """A denied call as LangChain's kind of tool failure."""
     from langchain_core.tools import ToolException
 
-    return ToolException(str(denied))
+    failure: Exception = ToolException(str(denied))
+    return failure
 
 
 def protect(
