@@ -315,14 +315,20 @@ def _payer(paid: list[Any]) -> Callable[[Any], None]:
     return pay
 
 
-def test_trying_again_changes_nothing(runtime: ToolRuntime) -> None:
+def test_trying_again_changes_nothing(runtime: ToolRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     tools = _tools(runtime)
     with scope(session="s"):
         text = tools["fetch"]("http://x")
         for n in range(50):
             with pytest.raises(DeniedError):
                 tools["send_mail"]("a@corp.example", text[: n + 1])
-    assert tools["sent"] == []
+        assert tools["sent"] == []
+        # With labels that belonged to the attempt, the second one would go out.
+        left = [frozenset({"web"})]
+        monkeypatch.setattr(Taint, "labels", lambda self, scope: left.pop() if left else frozenset())
+        with pytest.raises(DeniedError):
+            tools["send_mail"]("a@corp.example", text)
+        tools["send_mail"]("a@corp.example", text)
 
 
 def test_an_approval_is_for_one_call(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:

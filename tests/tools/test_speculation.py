@@ -279,6 +279,18 @@ def test_results_run_ahead_are_for_one_session_and_grow_old() -> None:
     assert speculator.claim(call) is ticket
 
 
+def test_results_of_silent_sessions_do_not_pile_up() -> None:
+    speculator = Speculator(**EAGER)
+    spec = ToolSpec.of(noop, name="t", reads=(), writes=())
+    for n in range(100):
+        call = spec.bind((), {"x": n}, Scope(f"s{n}"))
+        flight = Flight(call, 0, float(n * 10), None)
+        assert speculator.reserve(call, flight) is not None
+        flight.land(None)
+    assert len(speculator._tickets) <= 5
+    assert speculator.stats.mismatched >= 95
+
+
 def test_a_policy_that_does_not_allow_is_not_run_ahead_of(tmp_path: Path) -> None:
     from agentrt.safety import Guard
 

@@ -36,6 +36,7 @@ _HISTORY = 6
 _MAX_LEAVES = 160
 _MAX_SOURCES = 12
 _MAX_SESSIONS = 1024
+_MAX_MODELS = 1024
 _MIN_PIECE = 3
 _DEBT_FADES = 0.995
 _ABSENT = object()
@@ -362,7 +363,15 @@ class Speculator:
         return state
 
     def _model(self, scope: Scope) -> _Model:
-        return self._models.setdefault((scope.domain, scope.agent), _Model())
+        key = (scope.domain, scope.agent)
+        model = self._models.get(key)
+        if model is None:
+            model = self._models[key] = _Model()
+            if len(self._models) > _MAX_MODELS:
+                self._models.popitem(last=False)
+        else:
+            self._models.move_to_end(key)
+        return model
 
     def called(self, call: Call, now_s: float) -> None:
         """A real call begins: learns the think time since the last result."""
@@ -421,6 +430,12 @@ class Speculator:
         if call.key is None:
             return None
         key = (call.scope, call.key)
+        with self._lock:
+            # Sessions that ended without a word leave results behind.
+            old = [k for k, t in self._tickets.items() if flight.started_s - t.started_s > self._max_age_s]
+            dropped = [self._tickets.pop(k) for k in old]
+        for ticket in dropped:
+            self._drop(ticket)
         with self._lock:
             running = sum(1 for t in self._tickets.values() if not t.flight.done)
             if key in self._tickets or running >= self._max_in_flight:
