@@ -10,18 +10,21 @@ from agentrt._core import build_info, is_debug_build
 from agentrt.errors import AgentRTError
 
 if _TYPE_CHECKING:
-    from agentrt import errors, replay, report
+    from agentrt import errors, replay, report, safety, tools
+    from agentrt.tools import tool
 
-__all__ = ["AgentRTError", "build_info", "errors", "replay", "report"]
+__all__ = ["AgentRTError", "build_info", "errors", "replay", "report", "safety", "tool", "tools"]
 __version__ = build_info().split()[1]
 
 # Parts that load when they are first used, so that `import agentrt` stays light.
-_LAZY = ("replay", "report")
+_LAZY = ("replay", "report", "safety", "tools")
 
 
 def __getattr__(name: str) -> object:
     if name in _LAZY:
         return _importlib.import_module(f"agentrt.{name}")
+    if name == "tool":
+        return _importlib.import_module("agentrt.tools").tool
     raise AttributeError(f"module 'agentrt' has no attribute {name!r}")
 
 

@@ -7,6 +7,7 @@ mod errors;
 mod flat;
 mod python_policy;
 mod replay;
+mod safety;
 mod transfer;
 
 use pyo3::prelude::*;
@@ -34,6 +35,8 @@ mod _core {
     use crate::python_policy::ReplayCall;
     #[pymodule_export]
     use crate::replay::{models, policies, replay, workloads, Trace};
+    #[pymodule_export]
+    use crate::safety::{check_policy, ToolRules};
     #[pymodule_export]
     use crate::transfer::copy_host_blocks;
 }

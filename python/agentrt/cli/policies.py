@@ -46,9 +46,11 @@ def check(file: Path) -> None:
     Example:
       agentrt policy check safety.toml
     """
-    try:
-        safety = importlib.import_module("agentrt.safety")
-    except ModuleNotFoundError:
-        raise AgentRTError("this build of agentrt has no safety policies; install a newer version") from None
-    safety.check_file(file)
-    click.echo(f"usable: {file}")
+    safety = importlib.import_module("agentrt.safety")
+    report = safety.check_file(file)
+    for line in report.lines():
+        click.echo(line)
+    if not report.ok:
+        raise AgentRTError(f"the policy cannot be used, correct the lines above: {file}")
+    warnings = len(report.findings)
+    click.echo(f"usable, {warnings or 'no'} warning{'' if warnings == 1 else 's'}: {file}")
