@@ -6,13 +6,37 @@ import importlib as _importlib
 import warnings as _warnings
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from agentrt._core import build_info, is_debug_build
+from agentrt._core import Prediction, Prefetch, Runtime, Session, Workload, block_key, build_info, is_debug_build
+from agentrt.api import EventKind, act, configure, default_runtime, observe, predict, score, workload
 from agentrt.errors import AgentRTError
+from agentrt.policy import Policy, PolicyCall
 
 if _TYPE_CHECKING:
     from agentrt import errors, replay, report
 
-__all__ = ["AgentRTError", "build_info", "errors", "replay", "report"]
+__all__ = [
+    "AgentRTError",
+    "EventKind",
+    "Policy",
+    "PolicyCall",
+    "Prediction",
+    "Prefetch",
+    "Runtime",
+    "Session",
+    "Workload",
+    "act",
+    "block_key",
+    "build_info",
+    "configure",
+    "default_runtime",
+    "errors",
+    "observe",
+    "predict",
+    "replay",
+    "report",
+    "score",
+    "workload",
+]
 __version__ = build_info().split()[1]
 
 # Parts that load when they are first used, so that `import agentrt` stays light.

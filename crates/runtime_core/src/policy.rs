@@ -7,6 +7,7 @@
 //! Policies *propose*: an [`Action::Evict`] is checked against the index before anything goes. Only the index's own
 //! orders ([`KvCachePolicy`], [`LruPolicy`]) answer with [`Action::Evicted`], which nobody else can make.
 
+use std::borrow::Cow;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::error::Result;
@@ -80,10 +81,10 @@ pub enum Action {
 }
 
 /// What a policy says of itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct About {
     /// Name in configurations.
-    pub name: &'static str,
+    pub name: Cow<'static, str>,
     /// What it observes.
     pub observes: &'static str,
     /// What it may decide.
@@ -116,7 +117,7 @@ pub struct KvCachePolicy;
 impl Policy for KvCachePolicy {
     fn about(&self) -> About {
         About {
-            name: "kv_cache",
+            name: "kv_cache".into(),
             observes: "calls, blocks, tools, session ends",
             decides: "evict, prefetch",
             costs: "an event: some tens of nanoseconds and one hash probe a block; 64 victims: some microseconds",
@@ -151,7 +152,12 @@ pub struct LruPolicy;
 
 impl Policy for LruPolicy {
     fn about(&self) -> About {
-        About { name: "lru", observes: "calls and blocks", decides: "evict", costs: "as kv_cache, without scoring" }
+        About {
+            name: "lru".into(),
+            observes: "calls and blocks",
+            decides: "evict",
+            costs: "as kv_cache, without scoring",
+        }
     }
 
     fn listens(&self) -> bool {
@@ -273,7 +279,7 @@ mod tests {
 
     impl Policy for Proposes {
         fn about(&self) -> About {
-            About { name: "proposes", observes: "nothing", decides: "evict", costs: "nothing" }
+            About { name: "proposes".into(), observes: "nothing", decides: "evict", costs: "nothing" }
         }
 
         fn act(&self, _: &Runtime, _: &Request, decide: &mut dyn FnMut(Action)) -> Result<bool> {
