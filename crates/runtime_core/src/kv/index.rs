@@ -267,6 +267,10 @@ impl Index {
         self.find(key)
     }
 
+    pub(crate) fn has_free_block(&self) -> bool {
+        self.free_block != NONE
+    }
+
     /// Takes a free slot for `key`; [`NONE`] where the index is full.
     pub(crate) fn add_block(&mut self, key: u64, parent: u32, segment: u32) -> u32 {
         let key = nonzero(key);

@@ -733,6 +733,10 @@ impl KvCache {
         let mut segment = NONE;
         let mut class_now = 0;
         for (i, &key) in keys.iter().enumerate() {
+            if !self.index.has_free_block() {
+                self.repairs.untracked_blocks += (keys.len() - i) as u64;
+                return false;
+            }
             let class = origin.class(*len);
             let boundary = segment == NONE
                 || class != class_now
@@ -766,11 +770,6 @@ impl KvCache {
                 (segment, class_now) = (fresh, class);
             }
             let slot = self.index.add_block(key, *tail, segment);
-            if slot == NONE {
-                self.repairs.untracked_blocks += (keys.len() - i) as u64;
-                self.drop_empty(segment);
-                return false;
-            }
             let x = self.index.seg_mut(segment);
             if x.len == 0 {
                 x.top = slot;
@@ -781,17 +780,6 @@ impl KvCache {
             *len += 1;
         }
         true
-    }
-
-    /// Takes back a segment that got no block.
-    fn drop_empty(&mut self, segment: u32) {
-        let x = *self.index.seg(segment);
-        if x.len > 0 {
-            return;
-        }
-        self.lane_unlink(segment);
-        self.index.recency_remove(segment);
-        self.index.free_segment(segment);
     }
 
     /// A call has ended: its blocks may go.
