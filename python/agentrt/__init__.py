@@ -6,18 +6,46 @@ import importlib as _importlib
 import warnings as _warnings
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from agentrt._core import build_info, is_debug_build
+from agentrt._core import Prediction, Prefetch, Runtime, Session, Workload, block_key, build_info, is_debug_build
+from agentrt.api import EventKind, act, configure, default_runtime, observe, predict, score, workload
 from agentrt.errors import AgentRTError
+from agentrt.policy import Policy, PolicyCall
 
 if _TYPE_CHECKING:
-    from agentrt import errors, replay, report, safety, tools
+    from agentrt import errors, replay, report, safety, tools, transfer
     from agentrt.tools import tool
 
-__all__ = ["AgentRTError", "build_info", "errors", "replay", "report", "safety", "tool", "tools"]
+__all__ = [
+    "AgentRTError",
+    "EventKind",
+    "Policy",
+    "PolicyCall",
+    "Prediction",
+    "Prefetch",
+    "Runtime",
+    "Session",
+    "Workload",
+    "act",
+    "block_key",
+    "build_info",
+    "configure",
+    "default_runtime",
+    "errors",
+    "observe",
+    "predict",
+    "replay",
+    "report",
+    "safety",
+    "score",
+    "tool",
+    "tools",
+    "transfer",
+    "workload",
+]
 __version__ = build_info().split()[1]
 
 # Parts that load when they are first used, so that `import agentrt` stays light.
-_LAZY = ("replay", "report", "safety", "tools")
+_LAZY = ("replay", "report", "safety", "tools", "transfer")
 
 
 def __getattr__(name: str) -> object:

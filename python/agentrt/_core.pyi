@@ -2,13 +2,307 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import Any, Literal, final, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from agentrt.policy import Policy
+
 def build_info() -> str: ...
 def is_debug_build() -> bool: ...
+
+# observe, score, predict, act
+
+def block_key(hash: bytes, /) -> int:
+    """A 64-bit block key for an engine's hash. Equal bytes give equal keys in every process and version.
+
+    Raises:
+        ArrayTypeError: Not bytes; integers below 2^64 are keys already.
+    """
+
+@final
+class Prediction:
+    """A guess about a session's future."""
+
+    @property
+    def agent(self) -> str:
+        """Name of the agent; its number as text where it was never named."""
+    @property
+    def agent_id(self) -> int: ...
+    @property
+    def step(self) -> int:
+        """Which of the session's next calls, from 1."""
+    @property
+    def probability(self) -> float:
+        """P(that call is made, and by this agent)."""
+    @property
+    def median_s(self) -> float:
+        """Median seconds until that call, given that it is made."""
+
+@final
+class Prefetch:
+    """A session that is expected to call soon and whose blocks are worth bringing back from a lower tier."""
+
+    @property
+    def workload(self) -> str: ...
+    @property
+    def session(self) -> int:
+        """Key of the session, see ``Session.key``."""
+    @property
+    def agent(self) -> str: ...
+    @property
+    def agent_id(self) -> int: ...
+    @property
+    def probability(self) -> float:
+        """P(the session's next call is made, and by this agent)."""
+    @property
+    def score(self) -> float:
+        """Hits per second that holding one block of the agent's last prompt promises."""
+
+@final
+class Runtime:
+    """Learned state, sessions and residency index of one engine's block pool.
+
+    Allocates all it will ever use when it is made: about 32 bytes a pool block, 250 a session, 20,000 a workload.
+    Frozen; use it from any thread. Identity-only events, scores and predictions never wait; what touches the pool has one
+    caller at a time and raises :class:`~agentrt.errors.BusyError` for a second one.
+
+    Args:
+        pool_blocks: KV blocks of the engine's pool, 1 to 2^31.
+        sessions: Sessions remembered, 8 to 2^24; the least recently used is forgotten first.
+        policies: Who decides, in order: ``"kv_cache"`` (learned), ``"lru"``, or objects that follow
+            :class:`agentrt.Policy`. The first that answers decides; the next one names what is missing.
+
+    Raises:
+        OutOfRangeError: A size cannot be had.
+        NoMemoryError: The pool's index does not fit into memory.
+        UnknownPolicyError: No built-in policy has this name.
+        BadOptionError: A policy lacks a method.
+    """
+
+    def __new__(
+        cls, pool_blocks: int, sessions: int = 4096, policies: Sequence[str | Policy | type[Policy]] = ("kv_cache",)
+    ) -> Runtime: ...
+    def workload(self, name: str, /) -> Workload:
+        """The workload called ``name``, made if it is new; at most 64.
+
+        Raises:
+            OutOfRangeError: There are 64 others.
+        """
+
+    def score(
+        self, blocks: NDArray[np.uint64] | Sequence[int], out: NDArray[np.float32] | None = None, /
+    ) -> NDArray[np.float32]:
+        """Hits per second that holding each block promises, as of the last ``act``; 0 where it is not resident.
+
+        A block is never worth less than what hangs below it. Wait-free.
+
+        Args:
+            blocks: Keys, shape (n,), uint64.
+            out: Where to write, shape (n,) or longer, float32; without it an array is made.
+
+        Returns:
+            ``out``, or a new array of shape (n,), float32.
+
+        Raises:
+            ArrayTypeError, ArrayValueError: An array is of the wrong dtype, shape or layout.
+        """
+
+    @overload
+    def act(
+        self, kind: Literal["evict"], n: int, out: NDArray[np.uint64] | None = None, time: float | None = None
+    ) -> NDArray[np.uint64]: ...
+    @overload
+    def act(self, kind: Literal["prefetch"], n: int, out: None = None, time: float | None = None) -> list[Prefetch]:
+        """Asks the policies to decide.
+
+        ``"evict"``: keys of the ``n`` least valuable blocks, lowest first, children before parents; fewer where no more
+        can go. They have left the index: evict them. Blocks of calls in flight are never named.
+
+        ``"prefetch"``: at most ``n`` sessions whose agent's last prompt is worth bringing back, best first. Report what
+        came back with ``Session.restored``.
+
+        Args:
+            kind: What is wanted.
+            n: How many at most.
+            out: Where to write keys, shape (n,) or longer, uint64; the answer is its beginning.
+            time: Now, seconds of the same clock as the events; by default ``time.monotonic()``.
+
+        Raises:
+            BusyError: Another thread is in the pool.
+            OutOfRangeError, BadTimeError, BadOptionError, ArrayTypeError, ArrayValueError: An argument is not usable.
+        """
+
+    def memory(self) -> dict[str, int]:
+        """Bytes in use: ``state_bytes_per_workload``, ``index_bytes``, ``session_bytes``. May raise BusyError."""
+
+    def repairs(self) -> dict[str, int]:
+        """Oddities of the input that were repaired, by kind; see docs/api.md. May raise BusyError."""
+
+    def stats(self) -> dict[str, int]:
+        """Counts since the runtime was made; see docs/api.md. May raise BusyError."""
+
+    @property
+    def pool_blocks(self) -> int: ...
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Names of the active policies, in the order in which they are asked."""
+
+@final
+class Workload:
+    """One application on one model: its agents and what was learned of them. From ``Runtime.workload``."""
+
+    def session(self, name: str | int, /) -> Session:
+        """The session called ``name``: a string, or an integer from 0 to 2^64 - 1. Costs nothing; keep it or not."""
+
+    def agent(self, name: str, /) -> int:
+        """The number of the agent called ``name``, given if it is new; at most 65,534.
+
+        Raises:
+            OutOfRangeError: There are 65,534 others.
+        """
+
+    def agent_name(self, agent: int, /) -> str:
+        """The name of an agent; its number as text where it was never named."""
+
+    def tool(self, name: str, /) -> int:
+        """The number of the tool called ``name``, from 1, for ``TOOL_START`` events."""
+
+    def observe(
+        self,
+        kinds: NDArray[np.uint8],
+        sessions: NDArray[np.uint64],
+        agents: NDArray[np.uint16],
+        calls: NDArray[np.uint64],
+        times_us: NDArray[np.uint64],
+        offsets: NDArray[np.uint32] | None = None,
+        blocks: NDArray[np.uint64] | None = None,
+        /,
+    ) -> int:
+        """Feeds a batch of n events, one C-contiguous native array per field. All or nothing is applied, in order.
+
+        Args:
+            kinds: Codes of :class:`agentrt.EventKind`, shape (n,), uint8.
+            sessions: ``Session.key``, or any 64-bit numbers, shape (n,), uint64.
+            agents: ``Workload.agent(name)``; for tool events ``Workload.tool(name)``, shape (n,), uint16.
+            calls: Any 64-bit numbers, unique among calls in flight, shape (n,), uint64.
+            times_us: Microseconds of one monotonic clock, shape (n,), uint64. Backward steps count as "now".
+            offsets: Where each event's keys start in ``blocks``, and the end, shape (n + 1,), uint32.
+            blocks: Block keys, uint64. Without the last two no event has blocks.
+
+        Returns:
+            How many leading prompt blocks of the calls that started were resident.
+
+        Raises:
+            ArrayTypeError: An array is of the wrong type or dtype.
+            ArrayValueError: An array is of the wrong length or layout, or has a kind or offset out of range.
+            BusyError: There are blocks, and another thread is in the pool.
+
+        Source: DESIGN of arXiv 2605.27744 ("observe").
+        """
+
+    def observe_lists(
+        self,
+        kinds: Sequence[int],
+        sessions: Sequence[int],
+        agents: Sequence[int],
+        calls: Sequence[int],
+        times_us: Sequence[int],
+        blocks: Sequence[Sequence[int] | None] | None = None,
+        /,
+    ) -> int:
+        """As :meth:`observe`, for callers that hold lists; ``blocks`` has a list of keys, or None, per event."""
+
+    def predict_into(self, session: int, steps: int, out: NDArray[np.float32], /) -> int:
+        """As ``Session.predict``, without making objects.
+
+        Args:
+            session: ``Session.key``.
+            steps: How many calls ahead, 1 to 6.
+            out: Rows (agent number, step, probability, median seconds), shape (m, 4), float32.
+
+        Returns:
+            How many rows were filled.
+        """
+
+    def state_bytes(self) -> int:
+        """Bytes of learned state, at most 20,000 at any number of agents."""
+
+    @property
+    def name(self) -> str: ...
+
+@final
+class Session:
+    """One workflow run. From ``Workload.session``.
+
+    Times are seconds of one monotonic clock, by default ``time.monotonic()``. NaN, infinite and negative ones raise
+    :class:`~agentrt.errors.BadTimeError`. ``call`` tells calls of one session apart that run at the same time; leave it
+    out where there is only one: a new one ends the one before.
+    """
+
+    def call_start(
+        self,
+        agent: str | int,
+        blocks: NDArray[np.uint64] | Sequence[int],
+        call: int | None = None,
+        time: float | None = None,
+    ) -> int:
+        """The session calls ``agent``; ``blocks`` are the prompt's full blocks, root first.
+
+        Returns:
+            How many leading blocks are resident; they are pinned until the call ends.
+
+        Raises:
+            ArrayTypeError, ArrayValueError, OutOfRangeError, BadTimeError: An argument is not usable.
+            BusyError: Another thread is in the pool.
+        """
+
+    def stored(
+        self, blocks: NDArray[np.uint64] | Sequence[int], call: int | None = None, time: float | None = None
+    ) -> None:
+        """Further blocks of the call have entered the pool: those of the prompt that were not resident."""
+
+    def call_end(
+        self,
+        output_blocks: NDArray[np.uint64] | Sequence[int] | None = None,
+        call: int | None = None,
+        time: float | None = None,
+    ) -> None:
+        """The call has ended; ``output_blocks`` are the answer's full blocks, following the prompt's."""
+
+    def tool_start(self, tool: str | int, time: float | None = None) -> None:
+        """A tool of the session starts: its usual duration tells when the session calls again."""
+
+    def tool_end(self, time: float | None = None) -> None:
+        """The session's tool has ended."""
+
+    def end(self, time: float | None = None) -> None:
+        """The session is over."""
+
+    def restored(
+        self, agent: str | int, blocks: NDArray[np.uint64] | Sequence[int], time: float | None = None
+    ) -> None:
+        """A lower tier has given back blocks of the agent's last prompt; ``blocks`` is the whole chain from the root."""
+
+    def score_agents(
+        self, agents: NDArray[np.uint16] | Sequence[str | int], horizon_s: float, time: float | None = None
+    ) -> NDArray[np.float32]:
+        """P(the session calls each agent within ``horizon_s`` seconds), shape (n,), float32; 0 for unknown sessions."""
+
+    def predict(self, steps: int = 4, time: float | None = None) -> list[Prediction]:
+        """The likeliest agents of the session's next ``steps`` (1 to 6) calls, by step, likeliest first.
+
+        An unknown session gives none. Wait-free.
+        """
+
+    @property
+    def known(self) -> bool:
+        """Whether the session is in the table."""
+
+    @property
+    def key(self) -> int:
+        """The 64-bit number that names it in arrays."""
 
 # Traces and replay
 

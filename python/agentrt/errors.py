@@ -8,11 +8,18 @@ from __future__ import annotations
 
 __all__ = [
     "AgentRTError",
+    "ArrayTypeError",
+    "ArrayValueError",
     "BadLineError",
     "BadOptionError",
+    "BadTimeError",
     "BadTraceError",
+    "BusyError",
     "FileAccessError",
     "MissingExtraError",
+    "NoMemoryError",
+    "NotConfiguredError",
+    "OutOfRangeError",
     "PolicyError",
     "UnknownPolicyError",
     "UnknownWorkloadError",
@@ -122,3 +129,77 @@ class MissingExtraError(AgentRTError, ImportError):
 
     def __str__(self) -> str:
         return f"{self.what} needs an optional part; run: pip install 'agentrt[{self.extra}]'"
+
+
+class OutOfRangeError(AgentRTError, ValueError):
+    """A number outside its range; nothing has changed."""
+
+    def __init__(self, what: str, minimum: int, maximum: int, requested: int) -> None:
+        super().__init__(what, minimum, maximum, requested)
+        self.what = what
+        self.minimum = minimum
+        self.maximum = maximum
+        self.requested = requested
+
+    def __str__(self) -> str:
+        return f"{self.what} must be between {self.minimum} and {self.maximum}: {self.requested}"
+
+
+class BusyError(AgentRTError, RuntimeError):
+    """Another thread is in an operation that has one caller at a time; nothing has changed, call again."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"{self.what} is in use by another thread; call again, or from one thread at a time"
+
+
+class _ArrayError(AgentRTError):
+    def __init__(self, array: str, problem: str, remedy: str) -> None:
+        super().__init__(array, problem, remedy)
+        self.array = array
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"`{self.array}` {self.problem}; {self.remedy}"
+
+
+class ArrayTypeError(_ArrayError, TypeError):
+    """An array or list is of the wrong type; nothing has changed."""
+
+
+class ArrayValueError(_ArrayError, ValueError):
+    """An array or list has the wrong length, layout or content; nothing has changed."""
+
+
+class BadTimeError(AgentRTError, ValueError):
+    """A time that is no time: NaN, infinite, negative, or beyond 500,000 years."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
+
+    def __str__(self) -> str:
+        return f"time must be finite and not negative, in seconds of one monotonic clock: {self.seconds}"
+
+
+class NoMemoryError(AgentRTError, MemoryError):
+    """A runtime of this size does not fit into memory."""
+
+    def __init__(self, pool_blocks: int, needed_bytes: int) -> None:
+        super().__init__(pool_blocks, needed_bytes)
+        self.pool_blocks = pool_blocks
+        self.needed_bytes = needed_bytes
+
+    def __str__(self) -> str:
+        return f"{self.pool_blocks} pool blocks need {self.needed_bytes} bytes, which cannot be had; pass fewer"
+
+
+class NotConfiguredError(AgentRTError, RuntimeError):
+    """The default runtime was used before its pool size was known."""
+
+    def __str__(self) -> str:
+        return "no pool size is known; call agentrt.configure(pool_blocks=...) with the engine's number of KV blocks"

@@ -3,13 +3,30 @@
 use pyo3::import_exception;
 use pyo3::prelude::*;
 
+import_exception!(agentrt.errors, AgentRTError);
+import_exception!(agentrt.errors, ArrayTypeError);
+import_exception!(agentrt.errors, ArrayValueError);
 import_exception!(agentrt.errors, BadLineError);
 import_exception!(agentrt.errors, BadOptionError);
+import_exception!(agentrt.errors, BadTimeError);
 import_exception!(agentrt.errors, BadTraceError);
+import_exception!(agentrt.errors, BusyError);
 import_exception!(agentrt.errors, FileAccessError);
+import_exception!(agentrt.errors, NoMemoryError);
+import_exception!(agentrt.errors, OutOfRangeError);
 import_exception!(agentrt.errors, PolicyError);
 import_exception!(agentrt.errors, UnknownPolicyError);
 import_exception!(agentrt.errors, UnknownWorkloadError);
+
+/// The Python exception of an error of the core.
+pub(crate) fn from_core(error: runtime_core::Error) -> PyErr {
+    use runtime_core::Error;
+    match error {
+        Error::OutOfRange { what, min, max, requested } => OutOfRangeError::new_err((what, min, max, requested)),
+        Error::Busy { what } => BusyError::new_err((what,)),
+        other => AgentRTError::new_err(other.to_string()),
+    }
+}
 
 /// The Python exception of a replay error.
 pub(crate) fn from_replay(error: ::replay::Error) -> PyErr {

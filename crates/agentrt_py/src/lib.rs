@@ -3,10 +3,13 @@
 //! One file per room: each registers its classes and functions in the module below.
 #![deny(unsafe_code)]
 
+mod convert;
 mod errors;
 mod flat;
+mod live_policy;
 mod python_policy;
 mod replay;
+mod runtime;
 mod safety;
 mod transfer;
 
@@ -35,6 +38,8 @@ mod _core {
     use crate::python_policy::ReplayCall;
     #[pymodule_export]
     use crate::replay::{models, policies, replay, workloads, Trace};
+    #[pymodule_export]
+    use crate::runtime::{block_key, Prediction, Prefetch, Runtime, Session, Workload};
     #[pymodule_export]
     use crate::safety::{check_policy, ToolRules};
     #[pymodule_export]

@@ -19,23 +19,23 @@ use crate::errors::PolicyError;
 #[pyclass(frozen, get_all, module = "agentrt._core")]
 pub(crate) struct ReplayCall {
     /// Number of the session.
-    session: u32,
+    pub(crate) session: u64,
     /// Name of the agent.
-    agent: String,
+    pub(crate) agent: String,
     /// Position of the call in its session, from 0.
-    step: u32,
+    pub(crate) step: u32,
     /// Time of the event, microseconds.
-    time_us: u64,
+    pub(crate) time_us: u64,
     /// Full prompt blocks, root first.
-    prompt: Vec<u32>,
+    pub(crate) prompt: Vec<u64>,
     /// How many leading prompt blocks were resident when the call started.
-    hit: usize,
+    pub(crate) hit: usize,
     /// Full blocks of the answer; empty until the call finishes.
-    output: Vec<u32>,
+    pub(crate) output: Vec<u64>,
     /// Blocks that no running call uses any more, root first; empty until the call finishes.
-    released: Vec<u32>,
+    pub(crate) released: Vec<u64>,
     /// Tool that runs next; None until the call finishes.
-    tool: Option<String>,
+    pub(crate) tool: Option<String>,
 }
 
 /// What all replays of one Python policy share.
@@ -84,15 +84,16 @@ impl PythonPolicy {
     }
 
     fn call(&self, view: &CallView<'_>, output: &[u32], released: &[u32]) -> ReplayCall {
+        let wide = |blocks: &[u32]| blocks.iter().map(|&block| u64::from(block)).collect();
         ReplayCall {
-            session: view.session,
+            session: u64::from(view.session),
             agent: self.agents.get(view.agent as usize).cloned().unwrap_or_default(),
             step: view.step,
             time_us: view.time_us,
-            prompt: view.prompt.to_vec(),
+            prompt: wide(view.prompt),
             hit: view.hit,
-            output: output.to_vec(),
-            released: released.to_vec(),
+            output: wide(output),
+            released: wide(released),
             tool: view.tool.and_then(|t| self.tools.get(t as usize).cloned()),
         }
     }

@@ -6,6 +6,7 @@ pub mod histogram;
 pub mod ids;
 pub mod kv;
 pub mod merge;
+pub mod policy;
 pub mod protocol;
 pub mod runtime;
 pub mod sessions;

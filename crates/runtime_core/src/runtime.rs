@@ -268,7 +268,8 @@ impl Runtime {
         if events.offsets.is_empty() {
             &[]
         } else {
-            &events.blocks[events.offsets[i] as usize..events.offsets[i + 1] as usize]
+            // Checked once already; a caller that shares the memory with other threads may have changed it since.
+            events.blocks.get(events.offsets[i] as usize..events.offsets[i + 1] as usize).unwrap_or(&[])
         }
     }
 
@@ -276,6 +277,17 @@ impl Runtime {
     ///
     /// A batch that is malformed, or that has blocks while another thread is in the pool, is refused as a whole.
     pub fn observe(&self, workload: WorkloadId, events: &Events<'_>) -> Result<Observed> {
+        self.observe_each(workload, events, |_, _| {})
+    }
+
+    /// As [`Runtime::observe`]; tells of each call that starts its position in the batch and its resident blocks.
+    #[inline]
+    pub fn observe_each(
+        &self,
+        workload: WorkloadId,
+        events: &Events<'_>,
+        mut started: impl FnMut(usize, usize),
+    ) -> Result<Observed> {
         let has_blocks = Self::check(events)?;
         let learned = self.learned(workload)?;
         let mut pool = match self.writer() {
@@ -300,6 +312,7 @@ impl Runtime {
             if kind == EventKind::CallStart {
                 observed.prompt_blocks += blocks.len() as u64;
                 observed.hit_blocks += hit as u64;
+                started(i, hit);
             }
         }
         if let Some(pool) = pool {
@@ -318,6 +331,14 @@ impl Runtime {
         self.now_us.fetch_max(event.time_us, Relaxed);
         match kind {
             EventKind::CallStart => {
+                let mut pool = pool;
+                if let Some(pool) = pool.as_deref_mut() {
+                    if let Some(handle) = pool.running(event.call) {
+                        Workload::call_finished(&self.sessions, handle, event.time_us, 0, 0);
+                        pool.call_finished(event.call, event.time_us);
+                        pool.repairs.duplicate_calls += 1;
+                    }
+                }
                 let handle = learned.call_started(&self.sessions, event.session, event.agent, event.time_us);
                 if let Some(pool) = pool {
                     let start = CallStart {
@@ -511,6 +532,39 @@ impl Runtime {
         Ok(pool.evict(&self.workloads, &self.sessions, n, now_us, victim))
     }
 
+    /// As [`Runtime::evict`], least recently used first.
+    pub fn evict_oldest(&self, n: usize, now_us: u64, victim: impl FnMut(u64)) -> Result<usize> {
+        let mut pool = self.writer()?;
+        Ok(pool.evict_oldest(&self.workloads, &self.sessions, n, now_us, victim))
+    }
+
+    /// Takes at most `n` of `keys` out of the index, in this order, and tells of each: the caller evicts them.
+    ///
+    /// Left alone are blocks that are not resident, those of calls in flight, and those above a resident block.
+    /// Returns how many were taken and how many were left alone.
+    pub fn evict_blocks(
+        &self,
+        keys: &[u64],
+        n: usize,
+        now_us: u64,
+        mut victim: impl FnMut(u64),
+    ) -> Result<(usize, usize)> {
+        let mut pool = self.writer()?;
+        let (mut taken, mut refused) = (0, 0);
+        for &key in keys {
+            if taken == n {
+                break;
+            }
+            if pool.evict_block(&self.workloads, &self.sessions, key, now_us) {
+                victim(key);
+                taken += 1;
+            } else {
+                refused += 1;
+            }
+        }
+        Ok((taken, refused))
+    }
+
     /// Fills `out` with sessions that will call an agent next with at least the given probability, and for which bringing
     /// blocks of the agent's last prompt back is worth more than what would have to go, best first.
     pub fn expected(&self, now_us: u64, least_probability: f32, out: &mut [Expected]) -> Result<usize> {
@@ -524,6 +578,12 @@ impl Runtime {
             self.writer()?.restored(learned, handle, agent, time_us, blocks);
         }
         Ok(())
+    }
+
+    /// Calls that the session has started; 0 where it is not known. Saturates at 65,535.
+    pub fn session_calls(&self, workload: WorkloadId, session: u64) -> usize {
+        let handle = self.sessions.find(Self::key(workload, session));
+        handle.and_then(|handle| self.sessions.position(handle)).map_or(0, |at| usize::from(at.steps))
     }
 
     /// Blocks resident, as far as the index knows.

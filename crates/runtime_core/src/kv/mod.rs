@@ -150,6 +150,8 @@ pub struct Repairs {
     pub forgotten_blocks: u64,
     /// Events for calls that are not in flight.
     pub unknown_calls: u64,
+    /// Calls that started again while in flight; their first start was ended.
+    pub duplicate_calls: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -1043,6 +1045,14 @@ impl KvCache {
         filled
     }
 
+    /// The session of a call in flight. Not looked for where no further call can be tracked.
+    pub(crate) fn running(&self, call: u64) -> Option<SessionHandle> {
+        if self.running.len() == MAX_RUNNING {
+            return None;
+        }
+        self.running.iter().find(|r| r.call == call).map(|r| r.handle)
+    }
+
     /// Something about the session has changed.
     pub(crate) fn session_changed(&mut self, handle: SessionHandle) {
         if self.tenants[handle.slot()].generation == handle.generation() {
@@ -1292,36 +1302,95 @@ impl KvCache {
                 break;
             }
             let x = *self.index.seg(segment);
-            let workload = workloads.get(self.workload_of(x.lane) as usize);
-            if let Some(workload) = workload {
-                if self.is_nobodys(x.lane) {
+            if self.is_nobodys(x.lane) {
+                if let Some(workload) = workloads.get(self.workload_of(x.lane) as usize) {
                     self.score_leaf(segment, workload);
                     if self.index.seg(segment).bucket > x.bucket {
                         continue;
                     }
                 }
-                let age_s = self.now_us.saturating_sub(x.last_use_us) as f32 / 1e6;
-                workload.sharing.learn(sharing::class(x.degree, x.depth), age_s, false);
-                if x.degree > 1 {
-                    workload.sharing.remember(self.index.key(x.tail), x.degree);
-                }
             }
-            let take = (n - done).min(x.len as usize);
-            if x.restored {
-                self.restored_wasted += take as u64;
+            done += self.evict_from(workloads, sessions, segment, n - done, &mut victim);
+        }
+        self.evicted(done);
+        done
+    }
+
+    /// As [`Self::evict`], in the order of last use: what an engine without prediction does.
+    pub(crate) fn evict_oldest(
+        &mut self,
+        workloads: &Workloads,
+        sessions: &Sessions,
+        n: usize,
+        now_us: u64,
+        mut victim: impl FnMut(u64),
+    ) -> usize {
+        self.clock(now_us);
+        let mut done = 0;
+        while done < n {
+            let segment = self.index.oldest_leaf();
+            if segment == NONE {
+                break;
             }
-            let exposed = self.take_from(segment, take, &mut victim);
-            done += take;
-            if exposed != NONE {
-                self.score_exposed(workloads, sessions, exposed);
+            done += self.evict_from(workloads, sessions, segment, n - done, &mut victim);
+        }
+        self.evicted(done);
+        done
+    }
+
+    /// Takes the block `key` out of the index if nothing needs it: it is resident, no call in flight uses it, no block
+    /// hangs below it.
+    pub(crate) fn evict_block(&mut self, workloads: &Workloads, sessions: &Sessions, key: u64, now_us: u64) -> bool {
+        self.clock(now_us);
+        let slot = self.index.find(key);
+        if slot == NONE {
+            return false;
+        }
+        let segment = self.index.segment_of(slot);
+        let x = self.index.seg(segment);
+        if x.tail != slot || x.bucket == NOT_QUEUED {
+            return false;
+        }
+        let done = self.evict_from(workloads, sessions, segment, 1, &mut |_| {});
+        self.evicted(done);
+        done == 1
+    }
+
+    /// Takes at most `most` blocks off a leaf, deepest first, and learns from it.
+    fn evict_from(
+        &mut self,
+        workloads: &Workloads,
+        sessions: &Sessions,
+        segment: u32,
+        most: usize,
+        victim: &mut dyn FnMut(u64),
+    ) -> usize {
+        let x = *self.index.seg(segment);
+        if let Some(workload) = workloads.get(self.workload_of(x.lane) as usize) {
+            let age_s = self.now_us.saturating_sub(x.last_use_us) as f32 / 1e6;
+            workload.sharing.learn(sharing::class(x.degree, x.depth), age_s, false);
+            if x.degree > 1 {
+                workload.sharing.remember(self.index.key(x.tail), x.degree);
             }
         }
+        let take = most.min(x.len as usize);
+        if x.restored {
+            self.restored_wasted += take as u64;
+        }
+        let exposed = self.take_from(segment, take, victim);
+        if exposed != NONE {
+            self.score_exposed(workloads, sessions, exposed);
+        }
+        take
+    }
+
+    /// Learns the pace of evictions.
+    fn evicted(&mut self, done: usize) {
         if done > 0 {
             let interval = self.now_us.saturating_sub(self.last_eviction_us) as f32 / 1e6 / done as f32;
             self.eviction_interval_s += 0.02 * (interval - self.eviction_interval_s);
             self.last_eviction_us = self.now_us;
         }
-        done
     }
 
     /// Scores sessions again whose silence has grown by a fifth: visits some, round robin.

@@ -1,0 +1,356 @@
+//! Policies as plug-ins: what they hear, what they may decide, and who decides where several are active.
+//!
+//! A policy is one type that implements [`Policy`]. [`Policies`] holds those that are active, in order: every one hears
+//! every event, and the first that answers a [`Request`] decides. Where it names fewer victims than were asked for, the
+//! next is asked for the rest.
+//!
+//! Policies *propose*: an [`Action::Evict`] is checked against the index before anything goes. Only the index's own
+//! orders ([`KvCachePolicy`], [`LruPolicy`]) answer with [`Action::Evicted`], which nobody else can make.
+
+use std::borrow::Cow;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use crate::error::Result;
+use crate::ids::WorkloadId;
+use crate::kv::Expected;
+use crate::runtime::{EventKind, Runtime};
+
+/// One event, after the core has applied it.
+#[derive(Clone, Copy, Debug)]
+pub struct Event<'a> {
+    /// The workload.
+    pub workload: WorkloadId,
+    /// What happened.
+    pub kind: EventKind,
+    /// Session, as the caller names it.
+    pub session: u64,
+    /// Agent; for tool events the tool's number.
+    pub agent: u16,
+    /// Call.
+    pub call: u64,
+    /// Microseconds.
+    pub time_us: u64,
+    /// Blocks, root first, as in [`crate::runtime::Events`].
+    pub blocks: &'a [u64],
+    /// Of a starting call's blocks, leading ones that were resident.
+    pub hit: usize,
+}
+
+/// What a policy is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Kind {
+    /// Blocks to evict.
+    Evict,
+    /// Sessions whose blocks to bring back from a lower tier.
+    Prefetch,
+}
+
+/// A question to the policies.
+#[derive(Clone, Copy, Debug)]
+pub struct Request {
+    /// What is wanted.
+    pub kind: Kind,
+    /// How many at most.
+    pub n: usize,
+    /// Now, microseconds.
+    pub now_us: u64,
+}
+
+/// A block that the index has let go. Only this crate makes one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Victim(u64);
+
+impl Victim {
+    /// The block's key.
+    pub const fn key(self) -> u64 {
+        self.0
+    }
+}
+
+/// What a policy decides.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Action {
+    /// A proposal: evict this block if nothing needs it.
+    Evict(u64),
+    /// Done: this block has left the index.
+    Evicted(Victim),
+    /// Bring the blocks of this session's agent back.
+    Prefetch(Expected),
+}
+
+/// What a policy says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct About {
+    /// Name in configurations.
+    pub name: Cow<'static, str>,
+    /// What it observes.
+    pub observes: &'static str,
+    /// What it may decide.
+    pub decides: &'static str,
+    /// What an event and a decision cost.
+    pub costs: &'static str,
+}
+
+/// A policy. Any thread may call any method at any time.
+pub trait Policy: Send + Sync {
+    /// What it is.
+    fn about(&self) -> About;
+
+    /// Hears of an event. The core has learned from it already.
+    fn observe(&self, _runtime: &Runtime, _event: &Event<'_>) {}
+
+    /// Whether [`Policy::observe`] does anything; batches are not walked for policies that only read the core.
+    fn listens(&self) -> bool {
+        true
+    }
+
+    /// Decides, or returns false: the next policy is asked then.
+    fn act(&self, runtime: &Runtime, request: &Request, decide: &mut dyn FnMut(Action)) -> Result<bool>;
+}
+
+/// The learned policy: lowest hit density goes first, blocks of expected calls come back.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct KvCachePolicy;
+
+impl Policy for KvCachePolicy {
+    fn about(&self) -> About {
+        About {
+            name: "kv_cache".into(),
+            observes: "calls, blocks, tools, session ends",
+            decides: "evict, prefetch",
+            costs: "an event: some tens of nanoseconds and one hash probe a block; 64 victims: some microseconds",
+        }
+    }
+
+    fn listens(&self) -> bool {
+        false
+    }
+
+    fn act(&self, runtime: &Runtime, request: &Request, decide: &mut dyn FnMut(Action)) -> Result<bool> {
+        match request.kind {
+            Kind::Evict => {
+                runtime.evict(request.n, request.now_us, |key| decide(Action::Evicted(Victim(key))))?;
+            }
+            Kind::Prefetch => {
+                const LEAST_PROBABILITY: f32 = 0.6;
+                let none = Expected { session: 0, workload: 0, agent: 0, probability: 0.0, score: 0.0 };
+                let mut expected = [none; 64];
+                let n = request.n.min(expected.len());
+                let n = runtime.expected(request.now_us, LEAST_PROBABILITY, &mut expected[..n])?;
+                expected[..n].iter().for_each(|&one| decide(Action::Prefetch(one)));
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// Least recently used first, leaf by leaf: what engines do without agentrt.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LruPolicy;
+
+impl Policy for LruPolicy {
+    fn about(&self) -> About {
+        About {
+            name: "lru".into(),
+            observes: "calls and blocks",
+            decides: "evict",
+            costs: "as kv_cache, without scoring",
+        }
+    }
+
+    fn listens(&self) -> bool {
+        false
+    }
+
+    fn act(&self, runtime: &Runtime, request: &Request, decide: &mut dyn FnMut(Action)) -> Result<bool> {
+        if request.kind != Kind::Evict {
+            return Ok(false);
+        }
+        runtime.evict_oldest(request.n, request.now_us, |key| decide(Action::Evicted(Victim(key))))?;
+        Ok(true)
+    }
+}
+
+/// Names of the built-in policies.
+pub const BUILT_IN: [&str; 2] = ["kv_cache", "lru"];
+
+/// A built-in policy by name.
+pub fn built_in(name: &str) -> Option<Box<dyn Policy>> {
+    match name {
+        "kv_cache" => Some(Box::new(KvCachePolicy)),
+        "lru" => Some(Box::new(LruPolicy)),
+        _ => None,
+    }
+}
+
+/// The active policies, in the order in which they are asked.
+#[derive(Default)]
+pub struct Policies {
+    list: Vec<Box<dyn Policy>>,
+    listens: bool,
+    refused: AtomicU64,
+}
+
+impl std::fmt::Debug for Policies {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.list.iter().map(|policy| policy.about().name)).finish()
+    }
+}
+
+impl Policies {
+    /// Policies that are asked in this order.
+    pub fn new(list: Vec<Box<dyn Policy>>) -> Self {
+        Self { listens: list.iter().any(|policy| policy.listens()), list, refused: AtomicU64::new(0) }
+    }
+
+    /// What each says of itself.
+    pub fn about(&self) -> impl Iterator<Item = About> + '_ {
+        self.list.iter().map(|policy| policy.about())
+    }
+
+    /// Whether any policy wants to hear of events.
+    pub fn listens(&self) -> bool {
+        self.listens
+    }
+
+    /// Proposed victims that could not go: absent, in use, or above a resident block.
+    pub fn refused_victims(&self) -> u64 {
+        self.refused.load(Relaxed)
+    }
+
+    /// Tells every policy of an event that the core has applied.
+    pub fn observe(&self, runtime: &Runtime, event: &Event<'_>) {
+        for policy in self.list.iter().filter(|policy| policy.listens()) {
+            policy.observe(runtime, event);
+        }
+    }
+
+    /// Asks the policies; `decide` hears what is decided, victims as [`Action::Evicted`] only. Returns how many.
+    pub fn act(&self, runtime: &Runtime, request: &Request, decide: &mut dyn FnMut(Action)) -> Result<usize> {
+        let mut done = 0;
+        let mut proposed = Vec::new();
+        for policy in &self.list {
+            let rest = Request { n: request.n - done, ..*request };
+            let answered = policy.act(runtime, &rest, &mut |action| match action {
+                Action::Evict(key) => proposed.push(key),
+                action => {
+                    done += 1;
+                    decide(action);
+                }
+            })?;
+            if !proposed.is_empty() {
+                let wanted = request.n.saturating_sub(done);
+                let evicted = |key| decide(Action::Evicted(Victim(key)));
+                let (taken, refused) = runtime.evict_blocks(&proposed, wanted, request.now_us, evicted)?;
+                done += taken;
+                self.refused.fetch_add(refused as u64, Relaxed);
+                proposed.clear();
+            }
+            if done >= request.n || (answered && request.kind != Kind::Evict) {
+                break;
+            }
+        }
+        Ok(done)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::{Events, Options};
+
+    /// A runtime that holds two finished calls of two blocks each, the second one younger.
+    fn two_prompts() -> Runtime {
+        let runtime = Runtime::new(Options::for_pool(16)).unwrap();
+        let workload = runtime.workload("test").unwrap();
+        for call in 0..2u64 {
+            let blocks = [call * 10 + 1, call * 10 + 2];
+            let at = call * 1_000;
+            assert_eq!(runtime.call_started(workload, call, call, 0, at, &blocks, &[]).unwrap(), 0);
+            runtime.stored(workload, call, at, &blocks, &[]).unwrap();
+            runtime.call_ended(workload, call, call, 0, at + 10, &[], &[]).unwrap();
+        }
+        runtime
+    }
+
+    struct Proposes(Vec<u64>);
+
+    impl Policy for Proposes {
+        fn about(&self) -> About {
+            About { name: "proposes".into(), observes: "nothing", decides: "evict", costs: "nothing" }
+        }
+
+        fn act(&self, _: &Runtime, _: &Request, decide: &mut dyn FnMut(Action)) -> Result<bool> {
+            self.0.iter().for_each(|&key| decide(Action::Evict(key)));
+            Ok(!self.0.is_empty())
+        }
+    }
+
+    fn evict(policies: &Policies, runtime: &Runtime, n: usize) -> Vec<u64> {
+        let mut victims = Vec::new();
+        let request = Request { kind: Kind::Evict, n, now_us: 5_000 };
+        let done = policies.act(runtime, &request, &mut |action| match action {
+            Action::Evicted(victim) => victims.push(victim.key()),
+            other => panic!("{other:?}"),
+        });
+        assert_eq!(done.unwrap(), victims.len());
+        victims
+    }
+
+    #[test]
+    fn lru_names_the_deepest_block_of_the_oldest_prompt_first() {
+        let runtime = two_prompts();
+        let policies = Policies::new(vec![built_in("lru").unwrap()]);
+        assert_eq!(evict(&policies, &runtime, 3), [2, 1, 12]);
+        assert_eq!(runtime.resident_blocks().unwrap(), 1);
+        assert_eq!(evict(&policies, &runtime, 9), [11]);
+    }
+
+    #[test]
+    fn a_proposed_victim_goes_only_if_nothing_needs_it() {
+        let runtime = two_prompts();
+        let workload = runtime.workload("test").unwrap();
+        assert_eq!(runtime.call_started(workload, 7, 7, 0, 4_000, &[11, 12], &[]).unwrap(), 2);
+        // Absent, in use, above a resident block, fine, gone already.
+        let policies = Policies::new(vec![Box::new(Proposes(vec![99, 12, 1, 2, 2]))]);
+        assert_eq!(evict(&policies, &runtime, 8), [2]);
+        assert_eq!(policies.refused_victims(), 4);
+    }
+
+    #[test]
+    fn the_next_policy_is_asked_for_the_rest() {
+        let runtime = two_prompts();
+        let policies = Policies::new(vec![Box::new(Proposes(vec![12])), built_in("lru").unwrap()]);
+        assert_eq!(evict(&policies, &runtime, 2), [12, 2]);
+    }
+
+    #[test]
+    fn no_more_victims_go_than_were_asked_for() {
+        let runtime = two_prompts();
+        let policies = Policies::new(vec![Box::new(Proposes(vec![12, 11, 2])), built_in("lru").unwrap()]);
+        assert_eq!(evict(&policies, &runtime, 1), [12]);
+        assert_eq!(runtime.resident_blocks().unwrap(), 3);
+    }
+
+    #[test]
+    fn a_call_that_starts_twice_is_ended_once_and_leaves_nothing_pinned() {
+        let runtime = two_prompts();
+        let workload = runtime.workload("test").unwrap();
+        let (blocks, offsets) = ([1, 2, 1, 2], [0, 2, 4, 4]);
+        let events = Events {
+            kinds: &[0, 0, 2],
+            sessions: &[5, 5, 5],
+            agents: &[1, 1, 1],
+            calls: &[77, 77, 77],
+            times_us: &[4_000, 4_001, 4_002],
+            offsets: &offsets,
+            blocks: &blocks,
+        };
+        runtime.observe(workload, &events).unwrap();
+        assert_eq!(runtime.repairs().unwrap().duplicate_calls, 1);
+        let policies = Policies::new(vec![built_in("kv_cache").unwrap()]);
+        assert_eq!(evict(&policies, &runtime, 9).len(), 4);
+    }
+}
