@@ -4,7 +4,7 @@
 //! calling. `act` times the eviction alone, each one preceded by one call's events; `call` times a whole call's events
 //! with the evictions it needs, per block. Threads start at a barrier; their overlap is printed.
 
-#![expect(clippy::print_stderr, missing_docs, reason = "a benchmark reports; criterion's macro has no doc")]
+#![expect(clippy::print_stderr, reason = "a benchmark reports")]
 
 #[path = "../tests/support/steady.rs"]
 mod steady;
