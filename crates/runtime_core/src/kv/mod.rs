@@ -668,7 +668,10 @@ impl KvCache {
         prompt_len: u32,
         hints: &[Hint],
     ) -> bool {
-        let Lane { agent, calls, .. } = self.lanes[lane as usize];
+        let Lane { agent, calls, head, .. } = self.lanes[lane as usize];
+        if head == NONE && self.path.is_empty() {
+            return true;
+        }
         // One vote per (misses, class) cell: all blocks of the lane, used or not.
         let mut expected = [[0u32; CLASSES]; MISSES];
         let mut used = [[0u32; CLASSES]; MISSES];
