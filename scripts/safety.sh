@@ -3,7 +3,7 @@
 #
 #   loom     every lock-free step under every interleaving, and each control must fail (10 s)
 #   tsan     the thread tests under ThreadSanitizer, which must also find a seeded race (2 s)
-#   property the property tests with many more cases (60 s)
+#   property the property tests with many more cases, ten million hostile events (3 minutes)
 #   fuzz     the event interface with arbitrary bytes, where cargo-fuzz is installed (300 s)
 # Times are those of a 2-core x86-64 VM, builds apart.
 #
@@ -13,6 +13,7 @@ cd "$(dirname "$0")/.."
 
 # How long the open-ended parts run.
 PROPERTY_CASES=${PROPERTY_CASES:-300000}
+POOL_CASES=${POOL_CASES:-20000}
 FUZZ_SECONDS=${FUZZ_SECONDS:-300}
 
 run_loom() {
@@ -32,7 +33,7 @@ run_tsan() {
       RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer" \
       TSAN_OPTIONS="suppressions=$suppressions exitcode=66" \
       CARGO_TARGET_DIR=target/tsan \
-      setarch -R cargo test -p runtime_core --test threads --target "$target" -- "$@"
+      setarch -R cargo test -p runtime_core --test threads --test runtime_threads --target "$target" -- "$@"
   }
   tsan
   status=0
@@ -48,6 +49,8 @@ run_tsan() {
 
 run_property() {
   PROPTEST_CASES=$PROPERTY_CASES cargo test --release -p runtime_core --test 'properties*'
+  PROPTEST_CASES=$POOL_CASES cargo test --release -p runtime_core --test pool_properties
+  cargo test --release -p runtime_core --test hostile -- --include-ignored
 }
 
 run_fuzz() {

@@ -17,7 +17,10 @@
 //!
 //! Times are microseconds of any monotone clock. A time that runs backwards counts as "now", see [`Repairs`].
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicU64,
+    Ordering::{Acquire, Relaxed, Release},
+};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use crate::error::{Error, Result};
@@ -137,9 +140,46 @@ pub struct Runtime {
     published: Arc<Published>,
     // Never waited for: `try_lock` is the owner flag of the one writer.
     pool: Mutex<KvCache>,
+    missed: Missed,
     now_us: AtomicU64,
     /// Moving mean of a call's duration, microseconds.
     service_us: AtomicU64,
+}
+
+/// Calls whose end was reported while another thread was in the pool, which would otherwise hold their blocks for ever.
+/// Whoever enters the pool next takes them out. A full box loses ends; the pool lets its oldest calls go some day.
+#[derive(Debug)]
+struct Missed {
+    calls: [AtomicU64; 256],
+    posted: AtomicU64,
+}
+
+impl Missed {
+    fn new() -> Self {
+        Self { calls: std::array::from_fn(|_| AtomicU64::new(0)), posted: AtomicU64::new(0) }
+    }
+
+    fn post(&self, call: u64) {
+        for slot in &self.calls {
+            if slot.compare_exchange(0, call, Relaxed, Relaxed).is_ok() {
+                // Pairs with the Acquire in `take`: who sees the count sees the call.
+                self.posted.fetch_add(1, Release);
+                return;
+            }
+        }
+    }
+
+    fn take(&self, mut ended: impl FnMut(u64)) {
+        if self.posted.load(Relaxed) == 0 || self.posted.swap(0, Acquire) == 0 {
+            return;
+        }
+        for slot in &self.calls {
+            let call = slot.swap(0, Relaxed);
+            if call != 0 {
+                ended(call);
+            }
+        }
+    }
 }
 
 fn out_of_range(what: &'static str, min: u64, max: u64, requested: u64) -> Error {
@@ -160,6 +200,7 @@ impl Runtime {
             published: Arc::clone(&pool.index.published),
             sessions,
             pool: Mutex::new(pool),
+            missed: Missed::new(),
             now_us: AtomicU64::new(0),
             service_us: AtomicU64::new(1_000_000),
         })
@@ -213,7 +254,10 @@ impl Runtime {
 
     fn writer(&self) -> Result<MutexGuard<'_, KvCache>> {
         match self.pool.try_lock() {
-            Ok(guard) => Ok(guard),
+            Ok(mut guard) => {
+                self.missed.take(|call| guard.call_finished(call, self.now_us()));
+                Ok(guard)
+            }
             Err(TryLockError::WouldBlock) => Err(Error::Busy { what: "the pool" }),
             // A panic inside the pool must not take the engine down with it: start again from an empty index.
             Err(TryLockError::Poisoned(poisoned)) => {
@@ -228,6 +272,12 @@ impl Runtime {
     #[inline]
     fn key(workload: WorkloadId, session: u64) -> SessionKey {
         SessionKey(session ^ mix(u64::from(workload.0)))
+    }
+
+    /// Calls of two workloads may have the same name; 0 is no call.
+    #[inline]
+    fn call_key(workload: WorkloadId, call: u64) -> u64 {
+        (call ^ mix(u64::from(workload.0))).max(1)
     }
 
     fn check(events: &Events<'_>) -> Result<bool> {
@@ -293,7 +343,7 @@ impl Runtime {
         let mut pool = match self.writer() {
             Ok(pool) => Some(pool),
             Err(busy) if has_blocks => return Err(busy),
-            // Identities are learned all the same; the pool catches up at the session's next event.
+            // Identities are learned all the same; the pool hears of the calls that end.
             Err(_) => None,
         };
         let mut observed = Observed { events: events.kinds.len(), ..Observed::default() };
@@ -303,7 +353,7 @@ impl Runtime {
             let one = One {
                 session: Self::key(workload, events.sessions[i]),
                 agent: events.agents[i],
-                call: events.calls[i],
+                call: Self::call_key(workload, events.calls[i]),
                 time_us: events.times_us[i],
                 blocks,
                 hints: &[],
@@ -368,6 +418,8 @@ impl Runtime {
                 if let Some(pool) = pool {
                     pool.stored(learned, event.call, event.time_us, event.blocks, event.hints, true);
                     pool.call_finished(event.call, event.time_us);
+                } else {
+                    self.missed.post(event.call);
                 }
             }
             EventKind::ToolStart => {
@@ -426,13 +478,15 @@ impl Runtime {
     ) -> Result<usize> {
         let learned = self.learned(workload)?;
         let mut pool = self.writer()?;
-        let one = One { session: Self::key(workload, session), agent, call, time_us, blocks, hints };
+        let (session, call) = (Self::key(workload, session), Self::call_key(workload, call));
+        let one = One { session, agent, call, time_us, blocks, hints };
         Ok(self.apply((workload, learned), EventKind::CallStart, &one, Some(&mut pool)))
     }
 
     /// Further blocks of a call have entered the pool.
     pub fn stored(&self, workload: WorkloadId, call: u64, time_us: u64, blocks: &[u64], hints: &[Hint]) -> Result<()> {
-        self.writer()?.stored(self.learned(workload)?, call, time_us, blocks, hints, false);
+        let (learned, call) = (self.learned(workload)?, Self::call_key(workload, call));
+        self.writer()?.stored(learned, call, time_us, blocks, hints, false);
         Ok(())
     }
 
@@ -450,7 +504,7 @@ impl Runtime {
     ) -> Result<()> {
         let learned = self.learned(workload)?;
         let mut pool = self.writer()?;
-        let session = Self::key(workload, session);
+        let (session, call) = (Self::key(workload, session), Self::call_key(workload, call));
         let one = One { session, agent: 0, call, time_us, blocks: output, hints };
         self.apply((workload, learned), EventKind::CallEnd, &one, Some(&mut pool));
         if tool > 0 {
@@ -616,6 +670,13 @@ impl Runtime {
         let runtime = Self::new(options)?;
         let pool = KvCache::with_segments(options.pool_blocks, runtime.sessions.capacity(), options.config, segments);
         Ok(Self { published: Arc::clone(&pool.index.published), pool: Mutex::new(pool), ..runtime })
+    }
+
+    /// How many calls were counted that followed one of `last`; for tests.
+    #[doc(hidden)]
+    pub fn transitions(&self, workload: WorkloadId, last: u16) -> Result<u32> {
+        let context = crate::successors::context_of(crate::ids::AgentId(last));
+        Ok(self.learned(workload)?.transitions.total(context))
     }
 
     /// Latest time seen, microseconds.

@@ -23,6 +23,9 @@ pub(crate) const PACES: usize = 20;
 pub(crate) const TOOLS: usize = 12;
 const CHAINS: usize = 4;
 const KAPPA: f32 = 2.0;
+/// So many gaps are foreseen by every chain, then every `COMPARED`th.
+const ALL_COMPARED: u32 = 512;
+const COMPARED: u32 = 8;
 
 pub(super) type Histogram = Counters<{ BUCKETS / 4 }>;
 
@@ -61,6 +64,8 @@ pub(crate) struct Gaps {
     tools: [Histogram; TOOLS],
     /// Decayed log-likelihood of each chain, `f32` bits.
     skill: [AtomicU32; CHAINS],
+    /// Gaps learned so far.
+    seen: AtomicU32,
 }
 
 impl Gaps {
@@ -107,15 +112,30 @@ impl Gaps {
     pub(crate) fn learn(&self, context: Context, seconds: f32) {
         let at = (position(seconds) - 0.5).max(0.0);
         let (bucket, reached) = ((at as usize).min(BUCKETS - 2), position(seconds) as usize);
-        for which in 0..CHAINS {
-            let hazards = self.chain_hazards(which, context);
-            let survived: f32 = hazards[..reached].iter().map(|h| (1.0 - h).ln()).sum();
-            let gained = hazards[reached].max(1e-6).ln() + survived;
-            // Two gaps learned at once may lose one of the two gains: the ranking of chains does not hang on one.
-            let old = f32::from_bits(self.skill[which].load(Relaxed));
-            self.skill[which].store((0.999 * old + gained).to_bits(), Relaxed);
+        let seen = self.seen.load(Relaxed).wrapping_add(1);
+        self.seen.store(seen, Relaxed);
+        if seen < ALL_COMPARED || seen % COMPARED == 0 {
+            let fade = if seen < ALL_COMPARED { 0.999 } else { 0.999f32.powi(COMPARED as i32) };
+            self.compare(context, reached, fade);
         }
         self.count(context, bucket, at - bucket as f32);
+    }
+
+    /// Counts how well each chain foresaw a gap that ended in bucket `reached`.
+    fn compare(&self, context: Context, reached: usize, fade: f32) {
+        let prior = Prefix::new(&self.all, reached).refine(&[0.0; BUCKETS], 1.0, 0.05);
+        for (which, skill) in self.skill.iter().enumerate() {
+            let mut hazards = prior;
+            for histogram in self.chain(which, context).into_iter().flatten() {
+                hazards = Prefix::new(histogram, reached).refine(&hazards, KAPPA, 0.0);
+            }
+            // The product is at least 0.02^44: f64 holds it.
+            let survived: f64 = hazards[..reached].iter().map(|&h| 1.0 - f64::from(h)).product();
+            let gained = hazards[reached].max(1e-6).ln() + survived.ln() as f32;
+            // Two gaps learned at once may lose one of the two gains: the ranking of chains does not hang on one.
+            let old = f32::from_bits(skill.load(Relaxed));
+            skill.store((fade * old + gained).to_bits(), Relaxed);
+        }
     }
 
     fn count(&self, context: Context, bucket: usize, above: f32) {
@@ -149,6 +169,37 @@ impl Gaps {
             bucket -= 1;
         }
         edge_s(bucket + 1)
+    }
+}
+
+/// A histogram up to a bucket: as much as the hazards up to there depend on.
+struct Prefix {
+    events: [f32; BUCKETS],
+    at_risk: [f32; BUCKETS],
+    reached: usize,
+}
+
+impl Prefix {
+    fn new(histogram: &Histogram, reached: usize) -> Self {
+        let mut counts = [0u16; BUCKETS];
+        histogram.snapshot(&mut counts);
+        let events = counts.map(|count| f32::from(count) / UNIT as f32);
+        let total: u32 = counts.iter().map(|&count| u32::from(count)).sum();
+        let (mut at_risk, mut left) = ([0.0; BUCKETS], total as f32 / UNIT as f32);
+        for b in 0..=reached {
+            at_risk[b] = left;
+            left = (left - events[b]).max(0.0);
+        }
+        Self { events, at_risk, reached }
+    }
+
+    /// As [`refine`], from one array into another.
+    fn refine(&self, prior: &[f32; BUCKETS], kappa: f32, floor: f32) -> [f32; BUCKETS] {
+        let mut hazards = [0.0; BUCKETS];
+        for b in 0..=self.reached {
+            hazards[b] = ((self.events[b] + floor + kappa * prior[b]) / (self.at_risk[b] + kappa)).min(0.98);
+        }
+        hazards
     }
 }
 

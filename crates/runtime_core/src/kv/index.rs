@@ -34,8 +34,10 @@ pub(crate) const QUEUE_BYTES: usize = CLASSES * 4 + CLASSES / 8;
 /// The part of the index that any thread may read.
 #[derive(Debug)]
 pub(crate) struct Published {
-    /// Block slots by hash, [`NONE`] where empty; linear probing.
+    /// Block slots by hash, [`NONE`] where empty; linear probing. The bits that slots leave free hold the distance from
+    /// the entry's home, so that probes and deletions load the keys of entries with the same home only.
     table: Box<[AtomicU32]>,
+    slot_bits: u32,
     /// Key and segment of each slot.
     entries: Box<[PublishedEntry]>,
     /// Score of each segment, `f32` bits.
@@ -57,18 +59,41 @@ impl Published {
         }
     }
 
+    #[inline]
+    fn most_distance(&self) -> usize {
+        (1 << (32 - self.slot_bits)) - 1
+    }
+
+    /// A table entry: a slot at `distance` from its home, as far as that can be told.
+    #[inline]
+    fn entry(&self, slot: u32, distance: usize) -> u32 {
+        (u64::from(slot) | (distance.min(self.most_distance()) as u64) << self.slot_bits) as u32
+    }
+
+    #[inline]
+    fn slot(&self, entry: u32) -> u32 {
+        (u64::from(entry) & ((1 << self.slot_bits) - 1)) as u32
+    }
+
+    #[inline]
+    fn distance(&self, entry: u32) -> usize {
+        (u64::from(entry) >> self.slot_bits) as usize
+    }
+
     /// The published score of a block: `None` where it is not resident, or is being moved this moment. Wait-free.
     pub(crate) fn score(&self, key: u64) -> Option<f32> {
         let key = nonzero(key);
-        let mut at = self.home(key);
-        for _ in 0..self.table.len() {
-            let slot = self.table[at].load(Relaxed);
-            if slot == NONE {
+        let (mut at, most) = (self.home(key), self.most_distance());
+        for distance in 0..self.table.len() {
+            let entry = self.table[at].load(Relaxed);
+            if entry == NONE {
                 return None;
             }
-            if let Some(segment) = self.entries[slot as usize].get(key) {
-                let bits = self.scores.get(segment as usize)?.load(Relaxed);
-                return Some(f32::from_bits(bits));
+            if self.distance(entry) == distance.min(most) {
+                if let Some(segment) = self.entries[self.slot(entry) as usize].get(key) {
+                    let bits = self.scores.get(segment as usize)?.load(Relaxed);
+                    return Some(f32::from_bits(bits));
+                }
             }
             at = self.after(at);
         }
@@ -176,6 +201,8 @@ impl Index {
         Self {
             published: Arc::new(Published {
                 table: (0..table).map(|_| AtomicU32::new(NONE)).collect(),
+                // Wide enough for one slot more than there are, so that no entry is `NONE`.
+                slot_bits: usize::BITS - blocks.leading_zeros(),
                 entries: (0..blocks).map(|_| PublishedEntry::default()).collect(),
                 scores: (0..segments).map(|_| AtomicU32::new(0)).collect(),
             }),
@@ -257,13 +284,19 @@ impl Index {
     #[inline]
     pub(crate) fn find(&self, key: u64) -> u32 {
         let key = nonzero(key);
-        let mut at = self.published.home(key);
+        let published = &*self.published;
+        let (mut at, mut distance, most) = (published.home(key), 0, published.most_distance());
         loop {
-            let slot = self.published.table[at].load(Relaxed);
-            if slot == NONE || self.key(slot) == key {
+            let entry = published.table[at].load(Relaxed);
+            if entry == NONE {
+                return NONE;
+            }
+            let slot = published.slot(entry);
+            if published.distance(entry) == distance && self.key(slot) == key {
                 return slot;
             }
-            at = self.published.after(at);
+            at = published.after(at);
+            distance = (distance + 1).min(most);
         }
     }
 
@@ -287,11 +320,12 @@ impl Index {
         self.free_block = self.parents[slot as usize];
         self.parents[slot as usize] = parent;
         self.published.entries[slot as usize].publish(key, segment);
-        let mut at = self.published.home(key);
+        let (mut at, mut distance) = (self.published.home(key), 0);
         while self.published.table[at].load(Relaxed) != NONE {
             at = self.published.after(at);
+            distance += 1;
         }
-        self.published.table[at].store(slot, Relaxed);
+        self.published.table[at].store(self.published.entry(slot, distance), Relaxed);
         self.resident += 1;
         slot
     }
@@ -299,9 +333,10 @@ impl Index {
     pub(crate) fn remove_block(&mut self, slot: u32) {
         let published = &*self.published;
         let len = published.table.len();
-        let distance = |from: usize, to: usize| if to >= from { to - from } else { to + len - from };
+        let between = |from: usize, to: usize| if to >= from { to - from } else { to + len - from };
+        let most = published.most_distance();
         let mut at = published.home(self.key(slot));
-        while published.table[at].load(Relaxed) != slot {
+        while published.slot(published.table[at].load(Relaxed)) != slot {
             at = published.after(at);
         }
         // Backward-shift deletion keeps probe sequences short without tombstones.
@@ -312,9 +347,14 @@ impl Index {
             if moved == NONE {
                 break;
             }
-            let home = published.home(published.entries[moved as usize].key());
-            if distance(home, next) >= distance(hole, next) {
-                published.table[hole].store(moved, Relaxed);
+            let slot = published.slot(moved);
+            let mut distance = published.distance(moved);
+            if distance == most {
+                distance = between(published.home(self.key(slot)), next);
+            }
+            let gap = between(hole, next);
+            if distance >= gap {
+                published.table[hole].store(published.entry(slot, distance - gap), Relaxed);
                 hole = next;
             }
             next = published.after(next);

@@ -41,8 +41,9 @@ pub use workload::{Workload, STATE_BUDGET_BYTES};
 
 /// Sessions visited per eviction in search of stale scores.
 const VISITS: usize = 64;
-/// Of these, scored again at most.
+/// Of these, scored again at most; and one for so many victims.
 const REFRESHES: usize = 16;
+const REFRESH_BLOCKS: usize = 128;
 /// Share of blocks brought back that must be used for prefetching to go on.
 const MIN_PRECISION: f32 = 0.6;
 /// One in so many opportunities is taken while it does not pay.
@@ -669,7 +670,10 @@ impl KvCache {
         prompt_len: u32,
         hints: &[Hint],
     ) -> bool {
-        let Lane { agent, calls, .. } = self.lanes[lane as usize];
+        let Lane { agent, calls, head, .. } = self.lanes[lane as usize];
+        if head == NONE && self.path.is_empty() {
+            return true;
+        }
         // One vote per (misses, class) cell: all blocks of the lane, used or not.
         let mut expected = [[0u32; CLASSES]; MISSES];
         let mut used = [[0u32; CLASSES]; MISSES];
@@ -1294,7 +1298,7 @@ impl KvCache {
             self.tenants[slot as usize].dirty = false;
             self.refresh(workloads, sessions, slot);
         }
-        self.age(workloads, sessions);
+        self.age(workloads, sessions, (1 + n / REFRESH_BLOCKS).min(REFRESHES));
         let mut done = 0;
         while done < n {
             let segment = self.index.lowest();
@@ -1394,7 +1398,7 @@ impl KvCache {
     }
 
     /// Scores sessions again whose silence has grown by a fifth: visits some, round robin.
-    fn age(&mut self, workloads: &Workloads, sessions: &Sessions) {
+    fn age(&mut self, workloads: &Workloads, sessions: &Sessions, most: usize) {
         let mut refreshed = 0;
         for _ in 0..VISITS.min(self.active.len()) {
             if self.hand >= self.active.len() {
@@ -1411,7 +1415,7 @@ impl KvCache {
                 self.tenants[slot as usize].active = false;
             }
             refreshed += 1;
-            if refreshed == REFRESHES {
+            if refreshed == most {
                 return;
             }
         }

@@ -46,7 +46,7 @@ struct World {
 ///
 /// # Panics
 /// If an invariant does not hold: that is the finding.
-pub fn run(bytes: &[u8]) {
+pub(crate) fn run(bytes: &[u8]) {
     let [blocks, segments, rest @ ..] = bytes else { return };
     let blocks = 1 + usize::from(*blocks % 120);
     let segments = if segments % 3 == 0 { 2 + usize::from(segments / 3) % 24 } else { 1024 };
