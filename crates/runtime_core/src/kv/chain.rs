@@ -5,11 +5,10 @@
 //! the session's own recency list - not to the unigram: among many agents the next speaker is usually a recent one.
 //! P(b) = (n_b + kappa P'(b)) / (N + kappa), kappa 4 for order 1 and 3 for order 2.
 
-use crate::histogram::Counters;
 use crate::ids::AgentId;
 use crate::successors::{context_of, context_of_two};
 
-use super::workload::{rank_context, Workload, NEW, RANKS};
+use super::workload::{Workload, NEW, RANKS};
 use super::Config;
 
 /// Calls looked ahead.
@@ -36,26 +35,16 @@ pub(crate) struct Chain<'a> {
     agents: &'a [u16],
     rows: [Row; WIDTH * WIDTH],
     known: [bool; WIDTH * WIDTH],
-    /// By whether the last agent had spoken twice in a row.
-    rank_share: [[f32; RANKS]; 2],
+    rank_share: [f32; RANKS],
 }
 
 impl<'a> Chain<'a> {
     /// `agents` of the session's lanes, most recent first, at most [`LANES`].
     pub(crate) fn new(workload: &'a Workload, config: &'a Config, agents: &'a [u16]) -> Self {
-        let rank_share = std::array::from_fn(|stayed| {
-            // Prior: the ranks of all contexts with as many agents, then those of all.
-            let mut share: [f32; RANKS] = std::array::from_fn(|rank| 1.0 / (2.0 + rank as f32) / 2.0);
-            let mut pooled = [0u32; RANKS + 1];
-            for row in &workload.ranks {
-                add(row, &mut pooled);
-            }
-            refine_ranks(&mut share, &pooled, 4.0);
-            let mut own = [0u32; RANKS + 1];
-            add(&workload.ranks[rank_context(stayed == 1, agents.len())], &mut own);
-            refine_ranks(&mut share, &own, 8.0);
-            share
-        });
+        let mut counts = [0u16; RANKS + 1];
+        workload.ranks.snapshot(&mut counts);
+        let total: f32 = counts.iter().map(|&c| f32::from(c)).sum::<f32>() + 4.0;
+        let rank_share = std::array::from_fn(|rank| (f32::from(counts[rank]) + 1.0 / (1.0 + rank as f32)) / total);
         debug_assert_eq!(NEW, RANKS);
         Self {
             workload,
@@ -96,7 +85,7 @@ impl<'a> Chain<'a> {
         let order = [last, prev].into_iter().chain(0..n);
         for lane in order {
             if lane < n && row[lane] == 0.0 {
-                row[lane] = self.rank_share[usize::from(prev == last)][rank.min(RANKS - 1)];
+                row[lane] = self.rank_share[rank.min(RANKS - 1)];
                 rank += 1;
             }
         }
@@ -190,21 +179,6 @@ impl<'a> Chain<'a> {
             }
             now = next;
         }
-    }
-}
-
-fn add(row: &Counters<2>, counts: &mut [u32; RANKS + 1]) {
-    let mut lanes = [0u16; RANKS + 1];
-    row.snapshot(&mut lanes);
-    for (count, lane) in counts.iter_mut().zip(lanes) {
-        *count += u32::from(lane);
-    }
-}
-
-fn refine_ranks(share: &mut [f32; RANKS], counts: &[u32; RANKS + 1], kappa: f32) {
-    let total: f32 = counts.iter().map(|&c| c as f32).sum();
-    for (share, &count) in share.iter_mut().zip(counts) {
-        *share = (count as f32 + kappa * *share) / (total + kappa);
     }
 }
 

@@ -63,8 +63,7 @@ impl<const N: usize, const HALVE_AT: u32> Row for Ratio<N, HALVE_AT> {
 
 impl Workload {
     fn rows(&self) -> Vec<&dyn Row> {
-        let mut rows: Vec<&dyn Row> = Vec::new();
-        self.ranks.iter().for_each(|row| rows.push(row));
+        let mut rows: Vec<&dyn Row> = vec![&self.ranks];
         self.content.rows().for_each(|row| rows.push(row));
         self.gaps.rows().for_each(|row| rows.push(row));
         rows.push(self.ends.row());

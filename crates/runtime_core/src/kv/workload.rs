@@ -3,7 +3,7 @@
 //! | field | what | bytes |
 //! |---|---|---|
 //! | `transitions` | successors of (agent before last, last agent) and of (last agent), 80 sets of 8 | 5,200 |
-//! | `ranks` | rank of the next agent in the session's recency list, by its last change and its agents | 128 |
+//! | `ranks` | rank of the next agent in the session's recency list | 16 |
 //! | `content` | promises by agent, misses, class | 6,144 |
 //! | `gaps` | gap histograms by agent, pace, tool; skill of four chains | 3,888 |
 //! | `ends` | trials and successes by agent, step, size | 208 |
@@ -32,14 +32,6 @@ pub(crate) const RANKS: usize = 7;
 /// The rank of an agent that is not among them.
 pub(crate) const NEW: usize = RANKS;
 
-/// Contexts of a rank: the last call was by the same agent as the one before or not; one, two, three or more agents.
-pub(crate) const RANK_CONTEXTS: usize = 8;
-
-/// The context of a rank, from whether the last agent had spoken twice in a row and how many have spoken recently.
-pub(crate) fn rank_context(stayed: bool, agents: usize) -> usize {
-    usize::from(stayed) * 4 + agents.clamp(1, 4) - 1
-}
-
 /// Bytes of learned state that one workload may have.
 pub const STATE_BUDGET_BYTES: usize = 20_000;
 
@@ -50,7 +42,7 @@ const _: () = assert!(size_of::<Workload>() + QUEUE_BYTES <= STATE_BUDGET_BYTES)
 #[repr(C, align(64))]
 pub struct Workload {
     pub(crate) transitions: SuccessorTable<80, 8>,
-    pub(crate) ranks: [Counters<2>; RANK_CONTEXTS],
+    pub(crate) ranks: Counters<2>,
     pub(crate) content: Content,
     pub(crate) gaps: Gaps,
     pub(crate) ends: Ends,
@@ -171,11 +163,6 @@ impl Recent {
         sessions.store(handle, RECENT_MORE, pack(&self.0[3..6]));
     }
 
-    /// How many agents are known.
-    fn agents(&self) -> usize {
-        self.0.iter().filter(|&&agent| agent != AgentId::UNKNOWN.0).count()
-    }
-
     fn rank(&self, agent: u16) -> usize {
         self.0.iter().position(|&a| a == agent).unwrap_or(NEW)
     }
@@ -243,8 +230,7 @@ impl Workload {
         }
         let recent = Recent::load(sessions, handle);
         if before.last.is_known() {
-            let context = rank_context(before.prev == before.last, recent.agents());
-            self.ranks[context].add(recent.rank(agent));
+            self.ranks.add(recent.rank(agent));
         }
         recent.front(agent).store(sessions, handle);
         sessions.store(handle, Word::LastStart, now_us);
