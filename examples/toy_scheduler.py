@@ -1,14 +1,15 @@
 """A toy scheduler that reports in batches, as an engine does, once with LRU and once with the learned policy.
 
 Sessions run through the same team of agents; each agent's prompt is its own system prompt followed by the session's
-growing history. Each step of the scheduler ends what has finished, starts what is due, and reports everything in one call
-of ``observe`` with one array per field. Run it: python examples/toy_scheduler.py
+growing history. The scheduler gathers the events of a step and reports them in one call of ``observe`` with one array
+per field. Run it: python examples/toy_scheduler.py
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -42,12 +43,14 @@ class Batch:
         self.offsets, self.blocks = [0], []
 
     def add(self, kind: EventKind, run: Run, agent: int, now_s: float, blocks: list[int]) -> None:
+        """One event."""
         for column, value in zip(self.fields, (kind, run.name, agent, run.name, round(now_s * 1e6)), strict=True):
             column.append(value)
         self.blocks += blocks
         self.offsets.append(len(self.blocks))
 
-    def arrays(self) -> tuple[np.ndarray, ...]:
+    def arrays(self) -> Any:
+        """The arguments of ``observe``."""
         dtypes = (np.uint8, np.uint64, np.uint16, np.uint64, np.uint64)
         columns = [np.array(column, dtype) for column, dtype in zip(self.fields, dtypes, strict=True)]
         return (*columns, np.array(self.offsets, np.uint32), np.array(self.blocks, np.uint64))
@@ -55,7 +58,7 @@ class Batch:
 
 def serve(policy: str) -> float:
     """Hit rate over 4,000 calls."""
-    rng = random.Random(1)
+    rng = random.Random(1)  # noqa: S311 - a toy
     runtime = agentrt.Runtime(POOL_BLOCKS, policies=(policy,))
     workload = runtime.workload("toy")
     agents = {name: workload.agent(name) for name in TEAM}

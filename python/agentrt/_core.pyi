@@ -14,7 +14,7 @@ def is_debug_build() -> bool: ...
 
 # observe, score, predict, act
 
-def block_key(hash: bytes, /) -> int:
+def block_key(digest: bytes, /) -> int:
     """A 64-bit block key for an engine's hash. Equal bytes give equal keys in every process and version.
 
     Raises:
@@ -65,14 +65,15 @@ class Runtime:
     """Learned state, sessions and residency index of one engine's block pool.
 
     Allocates all it will ever use when it is made: about 32 bytes a pool block, 250 a session, 20,000 a workload.
-    Frozen; use it from any thread. Identity-only events, scores and predictions never wait; what touches the pool has one
-    caller at a time and raises :class:`~agentrt.errors.BusyError` for a second one.
+    Frozen; use it from any thread. Identity-only events, scores and predictions never wait; what touches the pool has
+    one caller at a time and raises :class:`~agentrt.errors.BusyError` for a second one.
 
     Args:
         pool_blocks: KV blocks of the engine's pool, 1 to 2^31.
         sessions: Sessions remembered, 8 to 2^24; the least recently used is forgotten first.
         policies: Who decides, in order: ``"kv_cache"`` (learned), ``"lru"``, or objects that follow
-            :class:`agentrt.Policy`. The first that answers decides; the next one names what is missing.
+            :class:`agentrt.Policy`. The first that answers decides; the next one names what is missing. By default
+            ``("kv_cache",)``.
 
     Raises:
         OutOfRangeError: A size cannot be had.
@@ -82,7 +83,7 @@ class Runtime:
     """
 
     def __new__(
-        cls, pool_blocks: int, sessions: int = 4096, policies: Sequence[str | Policy | type[Policy]] = ("kv_cache",)
+        cls, pool_blocks: int, sessions: int = 4096, policies: Sequence[str | Policy | type[Policy]] | None = None
     ) -> Runtime: ...
     def workload(self, name: str, /) -> Workload:
         """The workload called ``name``, made if it is new; at most 64.
@@ -280,10 +281,8 @@ class Session:
     def end(self, time: float | None = None) -> None:
         """The session is over."""
 
-    def restored(
-        self, agent: str | int, blocks: NDArray[np.uint64] | Sequence[int], time: float | None = None
-    ) -> None:
-        """A lower tier has given back blocks of the agent's last prompt; ``blocks`` is the whole chain from the root."""
+    def restored(self, agent: str | int, blocks: NDArray[np.uint64] | Sequence[int], time: float | None = None) -> None:
+        """A lower tier has given back blocks of the agent's last prompt; ``blocks`` is the chain from the root."""
 
     def score_agents(
         self, agents: NDArray[np.uint16] | Sequence[str | int], horizon_s: float, time: float | None = None

@@ -47,8 +47,8 @@ def test_a_prompt_seen_before_is_resident() -> None:
 def test_arrays_lists_and_single_events_do_the_same() -> None:
     workloads = [_runtime().workload("w") for _ in range(3)]
     workloads[0].observe(*FIELDS.values())
-    lists = [FIELDS[name].tolist() for name in ("kinds", "sessions", "agents", "calls", "times_us")]
-    workloads[1].observe_lists(*lists, [[1, 2], [1, 2], [3]])
+    kinds, sessions, agents, calls, times, *_ = (field.tolist() for field in FIELDS.values())
+    workloads[1].observe_lists(kinds, sessions, agents, calls, times, [[1, 2], [1, 2], [3]])
     session = workloads[2].session(7)
     session.call_start(0, [1, 2], call=1, time=10e-6)
     session.stored([1, 2], call=1, time=20e-6)
@@ -278,7 +278,13 @@ def test_answers_are_written_where_the_caller_says() -> None:
 
 @pytest.mark.parametrize(
     "out",
-    [np.zeros(1, np.float32), np.zeros(9, np.float64), np.zeros((2, 3), np.float32), np.zeros(8, np.float32)[::2], [0.0] * 4],
+    [
+        np.zeros(1, np.float32),
+        np.zeros(9, np.float64),
+        np.zeros((2, 3), np.float32),
+        np.zeros(8, np.float32)[::2],
+        [0.0] * 4,
+    ],
 )
 def test_an_output_that_cannot_be_written_is_refused(out: Any) -> None:
     with pytest.raises((errors.ArrayTypeError, errors.ArrayValueError), match="`out`"):

@@ -132,8 +132,7 @@ def test_batches_with_blocks_are_applied_or_refused_as_a_whole() -> None:
         for _ in range(8):
             try:
                 workload.observe(*fields)
-            except errors.BusyError as error:
-                assert error.what == "the pool"
+            except errors.BusyError:  # noqa: PERF203 - each batch stands for itself
                 refused[thread] += 1
             except BaseException as error:  # noqa: BLE001 - as above
                 unexpected.append(error)

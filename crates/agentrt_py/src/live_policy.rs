@@ -198,7 +198,9 @@ impl Policy for LivePolicy {
             })
         });
         let Some(victims) = victims else { return Ok(false) };
-        victims.into_iter().for_each(|key| decide(Action::Evict(key)));
+        for key in victims {
+            decide(Action::Evict(key));
+        }
         Ok(true)
     }
 }

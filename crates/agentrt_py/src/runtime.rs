@@ -3,7 +3,6 @@
 //! Two doors for batches: `observe` takes one numpy array per field and copies nothing, `observe_lists` takes lists.
 //! Arguments are checked before the core is entered, so that a refused call has changed nothing. Work that takes longer
 //! than some tens of microseconds runs without the interpreter's lock.
-#![expect(clippy::needless_pass_by_value, reason = "PyO3 hands extracted arguments over by value")]
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -156,9 +155,9 @@ impl Shared {
         } else {
             self.core.observe(workload, events).map_err(refused)?
         };
-        let calls = events.kinds.iter().filter(|&&kind| kind == EventKind::CallStart as u8).count();
+        let calls: u64 = events.kinds.iter().map(|&kind| u64::from(kind == EventKind::CallStart as u8)).sum();
         self.counts.events.fetch_add(observed.events as u64, Relaxed);
-        self.counts.calls.fetch_add(calls as u64, Relaxed);
+        self.counts.calls.fetch_add(calls, Relaxed);
         self.counts.prompt_blocks.fetch_add(observed.prompt_blocks, Relaxed);
         self.counts.hit_blocks.fetch_add(observed.hit_blocks, Relaxed);
         Ok(observed)
@@ -219,15 +218,13 @@ impl<'a> Batch<'a> {
 
 /// A 64-bit block key for an engine's hash.
 #[pyfunction]
-#[pyo3(signature = (hash, /))]
-pub(crate) fn block_key(hash: &Bound<'_, PyAny>) -> PyResult<u64> {
-    match hash.cast::<PyBytes>() {
-        Ok(bytes) => Ok(key_of(bytes.as_bytes())),
-        Err(_) => {
-            let problem = format!("is a {}, expected bytes", kind_of(hash));
-            Err(type_error("hash", problem, "pass the engine's hash as bytes; 64-bit integers are keys already".into()))
-        }
+#[pyo3(signature = (digest, /))]
+pub(crate) fn block_key(digest: &Bound<'_, PyAny>) -> PyResult<u64> {
+    if let Ok(bytes) = digest.cast::<PyBytes>() {
+        return Ok(key_of(bytes.as_bytes()));
     }
+    let problem = format!("is a {}, expected bytes", kind_of(digest));
+    Err(type_error("digest", problem, "pass the engine's hash as bytes; 64-bit integers are keys already".into()))
 }
 
 /// A guess about a session's future.
@@ -334,7 +331,7 @@ impl Runtime {
     #[new]
     #[pyo3(
         signature = (pool_blocks, sessions = None, policies = None),
-        text_signature = "(pool_blocks, sessions=4096, policies=('kv_cache',))"
+        text_signature = "(pool_blocks, sessions=4096, policies=None)"
     )]
     fn new(
         py: Python<'_>,
