@@ -133,7 +133,7 @@ impl World {
         mix(parent ^ mix(symbol)).max(1)
     }
 
-    fn anchor(&self, agent: u8) -> Vec<u64> {
+    fn anchor(agent: u8) -> Vec<u64> {
         let mut path = Vec::new();
         for symbol in 0..2 + u64::from(agent % 3) * 4 {
             path.push(Self::child(path.last().copied().unwrap_or(u64::from(agent % 3)), symbol));
@@ -146,13 +146,13 @@ impl World {
         let agent = if b >= 250 { u16::from(b) * 200 } else { u16::from(b) % 5 };
         let known = self.histories.get(&session).cloned();
         let base = match (b / 16) % 4 {
-            0 | 1 => known.unwrap_or_else(|| self.anchor(a)),
+            0 | 1 => known.unwrap_or_else(|| Self::anchor(a)),
             2 => {
-                let mut path = known.unwrap_or_else(|| self.anchor(a));
+                let mut path = known.unwrap_or_else(|| Self::anchor(a));
                 path.truncate(path.len() * usize::from(c) / 256);
                 path
             }
-            _ => self.histories.get(&(u64::from(c) % NAMES)).cloned().unwrap_or_else(|| self.anchor(b)),
+            _ => self.histories.get(&(u64::from(c) % NAMES)).cloned().unwrap_or_else(|| Self::anchor(b)),
         };
         let mut path = self.grow(base, c as usize % 9);
         path.truncate(160);
