@@ -49,7 +49,7 @@ impl Batches {
             let random = mix(thread << 40 | call);
             let session = random % sessions;
             let agent = &mut at[session as usize];
-            *agent = if random >> 32 & 7 == 0 { random >> 40 } else { *agent + 1 + session } % agents;
+            *agent = if (random >> 32) % 8 == 0 { random >> 40 } else { *agent + 1 + session } % agents;
             for kind in [EventKind::CallStart, EventKind::CallEnd] {
                 b.kinds.push(kind as u8);
                 b.sessions.push(thread << 32 | session);
@@ -133,6 +133,21 @@ fn warm(pool: usize, agents: u64) -> Steady {
     steady
 }
 
+/// Two events by name alone, and a prediction, beside a full pool.
+fn mixed(c: &mut Criterion) {
+    let mut group = c.benchmark_group("mixed");
+    group.throughput(Throughput::Elements(3));
+    let mut steady = None;
+    group.bench_function(BenchmarkId::new("start+end+predict", "pool=5000"), |b| {
+        let steady = steady.get_or_insert_with(|| warm(5_000, 6));
+        b.iter(|| {
+            steady.identity();
+            black_box(steady.predict(4))
+        });
+    });
+    group.finish();
+}
+
 fn predict(c: &mut Criterion) {
     let mut group = c.benchmark_group("predict");
     group.throughput(Throughput::Elements(1));
@@ -157,11 +172,15 @@ fn predict(c: &mut Criterion) {
 fn score(c: &mut Criterion) {
     let mut group = c.benchmark_group("score");
     for pool in POOLS {
-        let mut steady = warm(pool, 6);
+        // Only where the filter lets something run.
+        let mut steady = None;
         for n in [64, 4096] {
             group.throughput(Throughput::Elements(n as u64));
             let id = BenchmarkId::new(format!("blocks={n}"), format!("pool={pool}"));
-            group.bench_function(id, |b| b.iter(|| black_box(steady.score(black_box(n)))));
+            group.bench_function(id, |b| {
+                let steady = steady.get_or_insert_with(|| warm(pool, 6));
+                b.iter(|| black_box(steady.score(black_box(n))));
+            });
         }
     }
     group.finish();
@@ -169,12 +188,14 @@ fn score(c: &mut Criterion) {
 
 fn act(c: &mut Criterion) {
     for pool in POOLS {
-        let mut steady = warm(pool, 6);
+        // Only where the filter lets something run.
+        let mut steady = None;
         let mut group = c.benchmark_group("act");
         group.sample_size(20).measurement_time(Duration::from_secs(3));
         for n in [1, 64, 512] {
             group.throughput(Throughput::Elements(n as u64));
             group.bench_function(BenchmarkId::new(format!("victims={n}"), format!("pool={pool}")), |b| {
+                let steady = steady.get_or_insert_with(|| warm(pool, 6));
                 b.iter_custom(|iterations| {
                     let mut time = Duration::ZERO;
                     for _ in 0..iterations {
@@ -199,6 +220,7 @@ fn act(c: &mut Criterion) {
         let mut group = c.benchmark_group("call");
         group.sample_size(20).measurement_time(Duration::from_secs(3)).throughput(Throughput::Elements(1));
         group.bench_function(BenchmarkId::new("per_block", format!("pool={pool}")), |b| {
+            let steady = steady.get_or_insert_with(|| warm(pool, 6));
             b.iter_custom(|iterations| {
                 let (mut blocks, from) = (0, Instant::now());
                 for _ in 0..iterations.max(100) {
@@ -238,5 +260,5 @@ fn merge(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, observe, predict, score, act, merge);
+criterion_group!(benches, observe, mixed, predict, score, act, merge);
 criterion_main!(benches);

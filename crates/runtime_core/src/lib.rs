@@ -1,5 +1,49 @@
 //! Learned, lock-free state and policies of agentrt: observe, score, predict, act.
-#![allow(dead_code)]
+//!
+//! [`Runtime`] is the whole of it: one engine's pool, its sessions, and what each workload has taught. Everything is
+//! allocated by [`Runtime::new`]; afterwards nothing on the hot path locks, waits or allocates. Pure Rust, no Python.
+//!
+//! | module | what it owns |
+//! |---|---|
+//! | [`runtime`] | the four calls |
+//! | [`kv`] | the `kv_cache` policy: pool, estimators, decision |
+//! | [`sessions`], [`successors`], [`histogram`] | bounded tables that any thread may change |
+//! | [`protocol`] | the steps they are made of, model-checked |
+//! | [`merge`] | states of replicas, added up |
+//! | [`ids`], [`error`] | names and errors |
+//!
+//! # Contract
+//!
+//! *Wait-free*: ends after a fixed number of own steps. *Lock-free*: a retry means that another thread succeeded.
+//! *One writer*: one thread at a time; another one is told so at once ([`Error::Busy`]) and nothing has happened.
+//! n is the number of blocks given or asked for, `s` the segments of a session (runs of blocks with one history).
+//!
+//! | operation | progress | allocates | worst case |
+//! |---|---|---|---|
+//! | [`Runtime::observe`], events without blocks | lock-free; never refused | no | 5 exchanges, 18 additions and, every eighth gap, 9 histograms an event; up to 64 lanes and 4,096 calls in flight are passed when the pool is free |
+//! | [`Runtime::observe`], events with blocks; [`Runtime::call_started`], [`Runtime::stored`], [`Runtime::call_ended`] | one writer | no | two hash probes a block, one visit a segment of the agent's |
+//! | of these: a session's slot goes to another | | no | once a segment it had |
+//! | of these: `Removed` | | no | 16 n probes |
+//! | of these: `Reset` | | no | once the pool |
+//! | [`Runtime::evict`] | one writer | no | 64 sessions that changed + 1 + n / 128 (at most 16) that aged, each 5 s steps; n hash deletions |
+//! | [`Runtime::expected`] | one writer | no | 64 sessions |
+//! | [`Runtime::restored`] | one writer | no | two hash probes a block |
+//! | [`Runtime::score_blocks`] | wait-free | no | one hash probe a block |
+//! | [`Runtime::score_agents`], [`Runtime::predict`], [`Runtime::predict_times`] | wait-free | no | 64 rows of 8 successors |
+//! | [`Runtime::knows`], [`Runtime::now_us`], [`Runtime::options`], [`Runtime::workload_name`] | wait-free | no | one cache line |
+//! | [`Runtime::known_sessions`] | wait-free | no | once the session table |
+//! | [`Runtime::memory`], [`Runtime::resident_blocks`], [`Runtime::repairs`] | one writer | no | |
+//! | [`Runtime::new`], [`Runtime::workload`] | blocking, cold | yes | |
+//!
+//! A hash probe loads the entries of one home; tables are three quarters full at most. The structures below have tables
+//! of their own in their modules. Which test or model notices when a line is broken: `docs/concurrency.md`; what the
+//! calls cost: `docs/benchmarks.md`.
+//!
+//! # Memory
+//!
+//! [`Runtime::memory`] reports it: at most 20,000 bytes of learned state a workload (asserted when compiling), at most 32
+//! bytes of index a pool block (and 160 kB for small pools), and a bounded part per session. None of it depends on what
+//! happens.
 
 pub mod error;
 pub mod histogram;

@@ -213,6 +213,7 @@ pub(crate) fn bucket(score: f32) -> u16 {
 }
 
 /// The score at a class's lower edge.
+#[cfg(test)]
 pub(crate) fn bucket_score(bucket: u16) -> f32 {
     (f32::from(bucket) / 6.4 - 32.0).exp2()
 }

@@ -57,6 +57,10 @@ pub(crate) fn run(bytes: &[u8]) {
     }
 }
 
+fn child(parent: u64, symbol: u64) -> u64 {
+    mix(parent ^ mix(symbol)).max(1)
+}
+
 impl World {
     fn new(blocks: usize, segments: usize) -> Self {
         let options = Options { pool_blocks: blocks, sessions: 8, config: Config::default() };
@@ -124,19 +128,15 @@ impl World {
     fn grow(&mut self, mut path: Vec<u64>, n: usize) -> Vec<u64> {
         for _ in 0..n {
             self.next_symbol += 1;
-            path.push(Self::child(path.last().copied().unwrap_or(0), self.next_symbol | 1 << 40));
+            path.push(child(path.last().copied().unwrap_or(0), self.next_symbol | 1 << 40));
         }
         path
-    }
-
-    fn child(parent: u64, symbol: u64) -> u64 {
-        mix(parent ^ mix(symbol)).max(1)
     }
 
     fn anchor(agent: u8) -> Vec<u64> {
         let mut path = Vec::new();
         for symbol in 0..2 + u64::from(agent % 3) * 4 {
-            path.push(Self::child(path.last().copied().unwrap_or(u64::from(agent % 3)), symbol));
+            path.push(child(path.last().copied().unwrap_or(u64::from(agent % 3)), symbol));
         }
         path
     }
