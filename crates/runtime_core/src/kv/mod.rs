@@ -26,6 +26,8 @@ mod gaps;
 pub(crate) mod index;
 mod sharing;
 mod state;
+#[cfg(test)]
+mod twins;
 pub(crate) mod workload;
 
 use crate::sessions::SessionHandle;
