@@ -57,7 +57,7 @@ def _drive(runtime: agentrt.Runtime, steps: int = 300, pool: int = 48) -> tuple[
     for step in range(steps):
         run, agent = step * 7 % 5, step * 3 % 2
         session = workload.session(run)
-        prompt = [0, 1 + agent] + [1000 * (1 + run) + 500 * agent + i for i in range(4 + step // 60)]
+        prompt = [10, 11 + agent] + [1000 * (1 + run) + 500 * agent + i for i in range(4 + step // 60)]
         at = float(step)
         resident = session.call_start(f"agent{agent}", prompt, time=at)
         hits += resident

@@ -239,11 +239,21 @@ impl Policies {
                     done += 1;
                     decide(action);
                 }
-            })?;
+            });
+            let answered = match answered {
+                Ok(answered) => answered,
+                // What has been decided stands: its blocks have left the index already.
+                Err(_) if done > 0 => break,
+                Err(error) => return Err(error),
+            };
             if !proposed.is_empty() {
                 let wanted = request.n.saturating_sub(done);
                 let evicted = |key| decide(Action::Evicted(Victim(key)));
-                let (taken, refused) = runtime.evict_blocks(&proposed, wanted, request.now_us, evicted)?;
+                let (taken, refused) = match runtime.evict_blocks(&proposed, wanted, request.now_us, evicted) {
+                    Ok(counts) => counts,
+                    Err(_) if done > 0 => break,
+                    Err(error) => return Err(error),
+                };
                 done += taken;
                 self.refused.fetch_add(refused as u64, Relaxed);
                 proposed.clear();
@@ -324,6 +334,28 @@ mod tests {
         let runtime = two_prompts();
         let policies = Policies::new(vec![Box::new(Proposes(vec![12])), built_in("lru").unwrap()]);
         assert_eq!(evict(&policies, &runtime, 2), [12, 2]);
+    }
+
+    struct Fails;
+
+    impl Policy for Fails {
+        fn about(&self) -> About {
+            About { name: "fails".into(), observes: "nothing", decides: "nothing", costs: "nothing" }
+        }
+
+        fn act(&self, _: &Runtime, _: &Request, _: &mut dyn FnMut(Action)) -> Result<bool> {
+            Err(crate::Error::Busy { what: "the test" })
+        }
+    }
+
+    #[test]
+    fn victims_named_before_an_error_are_not_lost() {
+        let runtime = two_prompts();
+        let policies = Policies::new(vec![Box::new(Proposes(vec![12])), Box::new(Fails)]);
+        assert_eq!(evict(&policies, &runtime, 2), [12]);
+        let request = Request { kind: Kind::Evict, n: 2, now_us: 5_000 };
+        let failed = Policies::new(vec![Box::new(Fails)]).act(&runtime, &request, &mut |_| {});
+        assert_eq!(failed, Err(crate::Error::Busy { what: "the test" }));
     }
 
     #[test]
