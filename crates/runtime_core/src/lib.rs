@@ -33,6 +33,8 @@
 //! | [`Runtime::knows`], [`Runtime::now_us`], [`Runtime::options`], [`Runtime::workload_name`] | wait-free | no | one cache line |
 //! | [`Runtime::known_sessions`] | wait-free | no | once the session table |
 //! | [`Runtime::memory`], [`Runtime::resident_blocks`], [`Runtime::repairs`] | one writer | no | |
+//! | [`Runtime::foretell`] | one writer | no | as one event; for offline studies |
+//! | [`Runtime::publish`], [`Runtime::merged`], [`Runtime::absorb`] | wait-free, but for halving (lock-free) | yes, off the hot path | once the learned state |
 //! | [`Runtime::new`], [`Runtime::workload`] | blocking, cold | yes | |
 //!
 //! A hash probe loads the entries of one home; tables are three quarters full at most. The structures below have tables

@@ -42,6 +42,11 @@ static GRID_TABLE: LazyLock<Grid> = LazyLock::new(|| {
     Grid { t, minus }
 });
 
+/// Computes the grid, so that no later call waits for another one that does.
+pub(crate) fn prepare() {
+    LazyLock::force(&GRID_TABLE);
+}
+
 fn locate(t: &[f32; GRID], x: f32) -> At {
     if x <= 0.0 {
         return At { i: -1, f: 0.0 };

@@ -623,4 +623,13 @@ impl Index {
             self.seg_mut(newer).older = older;
         }
     }
+
+    /// The least recently used leaf.
+    pub(crate) fn oldest_leaf(&self) -> u32 {
+        let mut s = self.oldest;
+        while s != NONE && self.seg(s).bucket == NOT_QUEUED {
+            s = self.seg(s).newer;
+        }
+        s
+    }
 }

@@ -315,6 +315,7 @@ impl KvCache {
     }
 
     pub(crate) fn with_segments(pool_blocks: usize, sessions: usize, config: Config, segments: usize) -> Self {
+        density::prepare();
         let oracle = config.oracle.any();
         let index = Index::with_segments(pool_blocks, segments);
         let vacant = Tenant {

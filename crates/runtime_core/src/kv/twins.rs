@@ -110,7 +110,7 @@ proptest! {
                     pooled.iter_mut().zip(row).for_each(|(a, b)| *a += b);
                 }
             }
-            let prior = refine(&vec![0.0; AGES], &pooled[0], &pooled[1], (1.0, 0.001, 0.95));
+            let prior = refine(&[0.0; AGES], &pooled[0], &pooled[1], (1.0, 0.001, 0.95));
             let own = counts.get(&class).cloned().unwrap_or_else(none);
             let twin = refine(&prior, &own[0], &own[1], (4.0, 0.0, 0.95));
             near(&sharing.hazards(class, &Config::default()), &twin, 1e-3);
