@@ -104,7 +104,7 @@ fn a_flood_of_new_ids_leaves_memory_bounded() {
 }
 
 #[test]
-#[ignore = "ten million events take half a minute; `make safety` runs it"]
+#[ignore = "ten million events take a minute or two; `make safety` runs it"]
 fn ten_million_events_with_new_ids_leave_memory_bounded() {
     flood(10_000_000);
 }
