@@ -1,0 +1,1 @@
+"""Adapters to serving engines; each imports its engine only when that engine loads it."""

@@ -1,0 +1,185 @@
+"""The class vLLM instantiates. It carries no KV data: every worker hook does nothing, every scheduler hook is guarded.
+
+On with ``--kv-transfer-config '{"kv_connector":"AgentRTConnector","kv_role":"kv_producer"}'``. The role is only a word
+here; ``kv_producer`` keeps vLLM from deferring the release of blocks as it does for connectors that receive KV.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+
+from agentrt.engines.vllm.adapter import Adapter, Settings
+from agentrt.engines.vllm.guard import Guard
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["AgentRTConnector", "AgentRTMetadata"]
+
+logger = logging.getLogger("vllm.agentrt")
+
+CONTROL_INTERVAL_S = 1.0
+
+
+class AgentRTMetadata(KVConnectorMetadata):  # type: ignore[misc, unused-ignore]
+    """Nothing to tell the workers."""
+
+
+class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, unused-ignore]
+    """Observes vLLM's scheduler and puts eviction victims in place."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None, *more: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config, *more)
+        self.guard = Guard()
+        self.adapter: Adapter | None = None
+        self.settings = Settings()
+        self.enabled = True
+        self._next_control = 0.0
+        self._next_log = 0.0
+        if role == KVConnectorRole.SCHEDULER:
+            extra = dict(getattr(self._kv_transfer_config, "kv_connector_extra_config", None) or {})
+            self.settings = self.guard.run("settings", self.settings, Settings.read, extra, dict(os.environ))
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """No KV is handed to anybody."""
+        return False
+
+    # ---- scheduler side ----
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """VLLM hands its block pool over."""
+        if self._role == KVConnectorRole.SCHEDULER:
+            self.guard.run("bind", None, self._bind, gpu_block_pool)
+
+    def _bind(self, pool: Any) -> None:
+        groups = getattr(self._kv_cache_config, "kv_cache_groups", None) or [None]
+        block_size = getattr(getattr(groups[0], "kv_cache_spec", None), "block_size", pool.hash_block_size)
+        self.adapter = Adapter(pool, self.settings, block_size, len(groups))
+        logger.info(
+            "agentrt: policy `%s`, %d blocks of %d tokens, %s",
+            self.settings.policy,
+            pool.num_gpu_blocks,
+            block_size,
+            "acting" if self.adapter.acting else "observing only",
+        )
+
+    @property
+    def _on(self) -> Adapter | None:
+        return self.adapter if self.enabled else None
+
+    def on_new_request(self, request: Any) -> None:
+        """A request has been queued."""
+        if (adapter := self._on) is not None:
+            self.guard.run("on_new_request", None, adapter.new_request, request)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Right before the allocation of a waiting request; no tokens come from outside."""
+        if (adapter := self._on) is not None:
+            self.guard.run("get_num_new_matched_tokens", None, adapter.before_allocation, request, num_computed_tokens)
+        return 0, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:  # noqa: ARG002
+        """The request has its blocks."""
+        if (adapter := self._on) is not None:
+            self.guard.run("update_state_after_alloc", None, self._allocated, adapter, request, blocks)
+
+    @staticmethod
+    def _allocated(adapter: Adapter, request: Any, blocks: Any) -> None:
+        adapter.allocated(request, blocks.blocks[0])
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        """The step has been scheduled."""
+        if (adapter := self._on) is not None:
+            self.guard.run("build_connector_meta", None, self._step, adapter, scheduler_output)
+        self.guard.run("housekeeping", None, self._housekeeping)
+        return AgentRTMetadata()
+
+    @staticmethod
+    def _step(adapter: Adapter, scheduler_output: Any) -> None:
+        adapter.step_ended(scheduler_output.num_scheduled_tokens)
+
+    def request_finished(self, request: Any, block_ids: Sequence[int]) -> tuple[bool, dict[str, Any] | None]:
+        """The request is over; its blocks are freed next."""
+        if (adapter := self.adapter) is not None:
+            self.guard.run("request_finished", None, adapter.finished, request, block_ids)
+        return False, None
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """As :meth:`request_finished`, for models with several cache groups."""
+        return self.request_finished(request, block_ids[0] if block_ids else [])
+
+    def reset_cache(self) -> bool | None:
+        """The operator resets connectors together with the prefix cache."""
+        return True
+
+    def shutdown(self) -> None:
+        """The engine ends."""
+        if (adapter := self.adapter) is not None:
+            self.guard.run("shutdown", None, adapter.close)
+
+    # ---- now and then ----
+
+    def _housekeeping(self) -> None:
+        now = time.monotonic()
+        if self.settings.control_file is not None and now >= self._next_control:
+            self._next_control = now + CONTROL_INTERVAL_S
+            self._control(self.settings.control_file)
+        if now >= self._next_log:
+            first = self._next_log == 0.0
+            self._next_log = now + self.settings.log_interval_s
+            if not first and self.adapter is not None:
+                logger.info("agentrt: %s", self.summary())
+
+    def _control(self, path: str) -> None:
+        try:
+            with open(path, encoding="utf-8") as file:  # noqa: PTH123 - once a second, on the scheduler's thread
+                word = file.read(16).strip().lower()
+        except OSError:
+            word = ""
+        enabled = word not in ("off", "0", "false")
+        if enabled != self.enabled:
+            self.enabled = enabled
+            if enabled and self.adapter is not None:
+                # Much has happened unseen.
+                self.adapter.reset()
+            logger.info("agentrt: switched %s by %s", "on" if enabled else "off", path)
+
+    def summary(self) -> str:
+        """One line on what has been seen and done."""
+        if self.adapter is None:
+            return "not bound"
+        counters, ranker = self.adapter.counters, self.adapter.ranker
+        rate = counters.hit_tokens / max(counters.prompt_tokens, 1)
+        per_step = self.guard.spent_s * 1e6 / max(counters.steps, 1)
+        faults = sum(self.guard.faults.values())
+        return (
+            f"{counters.finished} calls, prefix hits: {rate:.1%} of tokens, blocks ranked: {ranker.ranked_blocks}, "
+            f"stale: {ranker.stale_blocks}, us per step: {per_step:.0f}, faults: {faults}"
+        )
+
+    # ---- worker side: no data ----
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Nothing to load."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing to save."""
+
+    def wait_for_save(self) -> None:
+        """Nothing to wait for."""

@@ -1,0 +1,236 @@
+"""The connector through the life of requests: preemption, aborts, chunks, resets, switches; and what it declares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tests.engines.vllm.pool import BLOCK, Call, Engine
+from tests.engines.vllm.test_ranker import cached, engine, key
+
+from agentrt.engines.vllm.adapter import Adapter, Settings
+
+pytestmark = pytest.mark.usefixtures("vllm")
+
+
+def adapter_of(made: Engine) -> Adapter:
+    assert made.connector is not None
+    assert made.connector.adapter is not None
+    return made.connector.adapter
+
+
+def quiet(made: Engine) -> None:
+    """No fault, no request left behind, a whole queue."""
+    assert made.connector is not None
+    assert not made.connector.guard.faults
+    assert not adapter_of(made).calls
+    assert not adapter_of(made)._prefilling
+    made.check()
+
+
+def test_a_preempted_request_comes_back_and_its_blocks_are_found_again() -> None:
+    made, core = engine(16)
+    request = made.request(Call("s", "a", [0, 1, 2, 3], []))
+    assert made.admit(request)
+    assert made.decode(request, 20)
+    made.preempt(request)
+    made.call(Call("t", "a", list(range(10, 22)), []))  # takes some of them
+    assert made.admit(request)
+    made.finish(request)
+    core.victims = [key(b) for b in (3, 2, 1, 0)]
+    adapter_of(made).ranker.prepare(16)
+    assert adapter_of(made).ranker.stale_blocks == 0
+    quiet(made)
+
+
+def test_a_request_aborted_while_it_waits_leaves_nothing() -> None:
+    made, core = engine(16)
+    request = made.request(Call("s", "a", [0, 1, 2], []))
+    assert made.connector is not None
+    made.connector.request_finished_all_groups(request, ([],))
+    assert [kind for kind, _ in core.events] == ["start", "end"]
+    quiet(made)
+
+
+def test_a_request_aborted_in_its_prompt_takes_back_what_was_not_computed() -> None:
+    made, core = engine(16)
+    request = made.request(Call("s", "a", [0, 1, 2, 3, 4, 5], []))
+    assert made.admit(request, chunk=2 * BLOCK)
+    made.finish(request)
+    assert core.events[-2:] == [("end", []), ("removed", [key(2)])]
+    quiet(made)
+
+
+def test_a_chunked_prompt_finds_its_victims_ready_at_every_chunk() -> None:
+    made, core = engine(16)
+    made.call(Call("s", "a", [0, 1, 2, 3], []))
+    made.call(Call("t", "a", [10, 11, 12, 13], []))
+    request = made.request(Call("u", "a", list(range(20, 28)), []))
+    core.victims = [key(13)]
+    assert made.admit(request, chunk=3 * BLOCK)
+    core.victims = [key(b) for b in (12, 11, 10)]
+    while request.num_computed_tokens < request.num_tokens:
+        assert made.prefill(request, 3 * BLOCK)
+    assert all(cached(made, b) for b in (0, 1, 2, 3))
+    made.finish(request)
+    quiet(made)
+
+
+def test_a_prompt_that_does_not_fit_moves_nothing() -> None:
+    made, core = engine(16)
+    made.call(Call("s", "a", [0, 1, 2], []))
+    running = made.request(Call("t", "a", list(range(10, 20)), []))
+    assert made.admit(running)
+    core.victims = [key(2), key(1), key(0)]
+    order = [block.block_id for block in made.queue()]
+    waiting = made.request(Call("u", "a", list(range(30, 45)), []))
+    assert not made.admit(waiting)
+    assert [block.block_id for block in made.queue()] == order
+    made.finish(running)
+    made.connector.request_finished_all_groups(waiting, ([],))  # type: ignore[union-attr]
+    quiet(made)
+
+
+def test_a_reset_of_the_prefix_cache_is_noticed() -> None:
+    made, core = engine(16)
+    made.call(Call("s", "a", [0, 1, 2], []))
+    assert made.manager.reset_prefix_cache()
+    assert made.call(Call("s", "a", [0, 1, 2], [])) == 0
+    assert ("reset", []) in core.events
+    assert adapter_of(made).counters.resets == 1
+    assert made.call(Call("s", "a", [0, 1, 2], [])) == 3
+    quiet(made)
+
+
+def test_a_reset_with_running_requests_starts_them_anew() -> None:
+    made, core = engine(16)
+    request = made.request(Call("s", "a", [0, 1, 2], []))
+    assert made.admit(request)
+    made.preempt(request)
+    assert made.manager.reset_prefix_cache()
+    core.events.clear()
+    assert made.admit(request)
+    made.finish(request)
+    assert [kind for kind, _ in core.events] == ["reset", "start", "stored", "end"]
+    quiet(made)
+
+
+def test_the_end_of_a_session_is_passed_on() -> None:
+    made, core = engine(16)
+    request = made.request(Call("s", "a", [0], []))
+    made.connector.request_finished_all_groups(request, ([],))  # type: ignore[union-attr]
+    assert ("session end", []) not in core.events
+    last = made.request(Call("s", "a", [0], []))
+    last.request_id = "last"
+    last.kv_transfer_params = {"agentrt": {"session_end": True}}
+    made.connector.on_new_request(last)  # type: ignore[union-attr]
+    made.connector.request_finished_all_groups(last, ([],))  # type: ignore[union-attr]
+    assert core.events[-1] == ("session end", [])
+
+
+def test_a_control_file_switches_it_off_and_on_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentrt.engines.vllm.connector.CONTROL_INTERVAL_S", 0.0)
+    switch = tmp_path / "switch"
+    made = Engine(16, "tests.engines.vllm.test_ranker:Scripted", control_file=str(switch))
+    core: Any = adapter_of(made).core
+    made.call(Call("s", "a", [0], []))
+    switch.write_text("off\n")
+    made.call(Call("s", "a", [0, 1], []))  # sees the file at its first step
+    n = len(core.events)
+    made.call(Call("s", "a", [0, 1, 2], []))
+    assert len(core.events) == n
+    switch.unlink()
+    made.call(Call("s", "a", [0, 1, 2, 3], []))
+    made.call(Call("s", "a", [0, 1, 2, 3, 4], []))
+    assert len(core.events) > n
+    assert ("reset", []) in core.events
+    quiet(made)
+
+
+def test_observing_only_reports_and_never_ranks() -> None:
+    made, core = engine(16)
+    adapter_of(made).acting = False
+    stock = Engine(16, None)
+    for e in (made, stock):
+        for i in range(6):
+            e.call(Call(f"s{i}", "a", list(range(10 * i, 10 * i + 6)), []))
+    assert made.evicted == stock.evicted
+    assert adapter_of(made).ranker.ranked_blocks == 0
+    assert {"start", "stored", "end", "removed"} <= {kind for kind, _ in core.events}
+
+
+def test_models_with_several_cache_groups_are_observed_only() -> None:
+    made, core = engine(16)
+    assert not Adapter(made.pool, Settings(), BLOCK, groups=2, core=core).acting
+    assert not Adapter(made.pool, Settings(), BLOCK * 2, groups=1, core=core).acting
+
+
+def test_settings_come_from_the_flag_and_the_environment_wins() -> None:
+    settings = Settings.read(
+        {"policy": "lru", "record_bytes": "100", "unknown": 1}, {"AGENTRT_VLLM_POLICY": "observe", "OTHER": "x"}
+    )
+    assert settings.policy == "observe"
+    assert settings.record_bytes == 100
+
+
+def test_a_policy_that_does_not_exist_leaves_vllm_alone() -> None:
+    made = Engine(16, "no-such-policy")
+    assert made.connector is not None
+    assert made.connector.adapter is None
+    assert made.connector.guard.faults == {"bind: ValueError": 1}
+    made.call(Call("s", "a", [0], []))
+
+
+def test_it_declares_what_vllm_asks_for() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1 import supports_hma
+
+    from agentrt.engines.vllm.connector import AgentRTConnector
+
+    made, _ = engine(16)
+    connector = made.connector
+    assert connector is not None
+    assert supports_hma(AgentRTConnector)
+    assert connector.requires_kv_delivery is False
+    assert connector.reset_cache() is True
+    assert connector.has_pending_push_work() is False
+    assert connector.get_finished(set()) == (None, None)
+    connector.start_load_kv(None)
+    connector.wait_for_layer_load("layer")
+    connector.save_kv_layer("layer", None, None)
+    connector.wait_for_save()
+    connector.shutdown()
+
+
+def test_the_entry_point_registers_the_connector_once_or_twice() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    from agentrt.engines.vllm.connector import AgentRTConnector
+    from agentrt.engines.vllm.plugin import CONNECTOR, register
+
+    register()
+    register()
+    assert KVConnectorFactory.get_connector_class_by_name(CONNECTOR) is AgentRTConnector
+
+
+def test_memory_stays_bounded_over_many_requests() -> None:
+    made, _ = engine(64)
+    for i in range(3000):
+        made.call(Call(f"s{i}", "a", [i * 10, i * 10 + 1, i * 10 + 2], []))
+    adapter = adapter_of(made)
+    assert len(adapter.ranker.known) <= made.pool.num_gpu_blocks
+    assert len(adapter.ranker.pending) <= made.pool.num_gpu_blocks
+    assert len(adapter.ranker._orphans) <= made.pool.num_gpu_blocks
+    quiet(made)
+
+
+def test_worker_connectors_do_nothing() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+    from agentrt.engines.vllm.connector import AgentRTConnector
+
+    transfer = SimpleNamespace(kv_connector_extra_config={}, is_kv_producer=True)
+    worker = AgentRTConnector(SimpleNamespace(kv_transfer_config=transfer), KVConnectorRole.WORKER, None)
+    worker.bind_gpu_block_pool(object())
+    assert worker.adapter is None

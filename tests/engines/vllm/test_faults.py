@@ -1,0 +1,249 @@
+"""Whatever goes wrong inside agentrt, vLLM serves every request, and its queue stays whole."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tests.engines.vllm.pool import Call, Engine
+from tests.engines.vllm.test_ranker import Scripted
+
+from agentrt.engines.vllm import guard as guard_module
+from agentrt.engines.vllm.guard import Guard
+
+pytestmark = pytest.mark.usefixtures("vllm")
+
+HOOKS = ["new_request", "before_allocation", "allocated", "step_ended", "finished"]
+CORE = ["call_started", "stored", "call_ended", "removed", "reset", "evict"]
+SCRIPTED = "tests.engines.vllm.test_ranker:Scripted"
+
+
+def workload(n: int = 120) -> list[Call]:
+    """Sessions of two agents that extend their prompts and press on a pool of 60 blocks."""
+    rng = random.Random(7)
+    numbers = itertools.count()
+    prompts: dict[tuple[int, str], list[int]] = {}
+    calls = []
+    for _ in range(n):
+        session, agent = rng.randrange(6), rng.choice("ab")
+        prompt = prompts.setdefault((session, agent), [next(numbers) for _ in range(4)])
+        output = [next(numbers) for _ in range(rng.randrange(3))]
+        calls.append(Call(f"s{session}", agent, list(prompt), output))
+        prompt += output
+        if len(prompt) > 20:
+            prompts.pop((session, agent))
+    return calls
+
+
+def served(engine: Engine) -> list[int]:
+    hits = [engine.call(call) for call in workload()]
+    engine.check()
+    assert not engine.running
+    return hits
+
+
+def boom(*_: object, **__: object) -> Any:
+    raise RuntimeError("injected")
+
+
+def break_hook(engine: Engine, name: str) -> None:
+    assert engine.connector is not None
+    setattr(engine.connector.adapter, name, boom)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_that_raises_is_answered_by_vllm(hook: str, caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine(60, SCRIPTED)
+    break_hook(engine, hook)
+    assert len(served(engine)) == 120
+    assert engine.connector is not None
+    ((kind, count),) = engine.connector.guard.faults.items()
+    assert kind.endswith("RuntimeError")
+    assert count > 10
+    assert sum("fault `" in record.getMessage() for record in caplog.records) <= 1
+
+
+def test_all_hooks_at_once_leave_stock_behaviour() -> None:
+    engine, stock = Engine(60, SCRIPTED), Engine(60, None)
+    for hook in HOOKS:
+        break_hook(engine, hook)
+    assert served(engine) == served(stock)
+    assert engine.evicted == stock.evicted
+
+
+@pytest.mark.parametrize("method", CORE)
+def test_a_core_that_raises_is_survived(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scripted, method, boom)
+    assert len(served(Engine(60, SCRIPTED))) == 120
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda _core, n, _now: [0] * n,
+        lambda _core, n, _now: list(range(n)),
+        lambda _core, n, _now: [(1 << 64) - 1] * (n * 1000),
+        lambda _core, n, _now: [-1, None, "x", 1.5],
+        lambda _core, _n, _now: None,
+        lambda _core, _n, _now: 17,
+    ],
+    ids=["zeros", "small", "too many", "no keys", "none", "a number"],
+)
+def test_victims_that_make_no_sense_change_nothing(answer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scripted, "evict", answer)
+    engine, stock = Engine(60, SCRIPTED), Engine(60, None)
+    assert served(engine) == served(stock)
+    assert engine.evicted == stock.evicted
+
+
+@pytest.mark.parametrize("attribute", ["block_hashes", "num_prompt_tokens", "request_id", "num_tokens"])
+def test_requests_without_an_attribute_are_served(attribute: str) -> None:
+    class Without:
+        """A request of some other version of vLLM."""
+
+        def __init__(self, request: Any) -> None:
+            self._request = request
+
+        def __getattr__(self, name: str) -> Any:
+            if name == attribute:
+                raise AttributeError(name)
+            return getattr(self._request, name)
+
+    engine = Engine(60, SCRIPTED)
+    connector = engine.connector
+    assert connector is not None
+    for hook in ("on_new_request", "get_num_new_matched_tokens", "request_finished_all_groups"):
+        real = getattr(connector, hook)
+        setattr(connector, hook, lambda request, *rest, real=real: real(Without(request), *rest))
+    assert len(served(engine)) == 120
+    assert connector.guard.faults
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [
+        {"session_id": None, "agent_id": 17},
+        {"session_id": "x" * 10_000, "agent_id": ["a", {"b": 1}]},
+        {"session_id": "\ud800", "agent_id": ""},
+        {"kv_transfer_params": {"agentrt": "not a mapping"}},
+        {"kv_transfer_params": {"agentrt": {"session_id": object(), "session_end": "yes"}}},
+    ],
+)
+def test_identities_of_any_shape_are_served(identity: dict[str, Any]) -> None:
+    engine = Engine(60, SCRIPTED)
+    real = engine.connector.on_new_request  # type: ignore[union-attr]
+
+    def poisoned(request: Any) -> None:
+        request.sampling_params.extra_args = identity
+        request.kv_transfer_params = identity.get("kv_transfer_params")
+        real(request)
+
+    engine.connector.on_new_request = poisoned  # type: ignore[union-attr, method-assign]
+    assert len(served(engine)) == 120
+    assert not engine.connector.guard.faults  # type: ignore[union-attr]
+
+
+CLOCKS = {"negative": lambda: -5, "huge": lambda: 1 << 70, "nan": lambda: float("nan"), "raises": boom}
+
+
+@pytest.mark.parametrize("clock", CLOCKS.values(), ids=CLOCKS.keys())
+@pytest.mark.parametrize("policy", [SCRIPTED, "agentrt"])
+def test_clocks_of_any_kind_are_survived(clock: Callable[[], Any], policy: str) -> None:
+    engine = Engine(60, policy)
+    if engine.connector is not None and engine.connector.adapter is not None:
+        engine.connector.adapter.now_us = clock
+    assert len(served(engine)) == 120
+
+
+def test_events_out_of_order_are_survived() -> None:
+    engine = Engine(60, "agentrt")
+    connector = engine.connector
+    assert connector is not None
+    ghost = SimpleNamespace(request_id="ghost")
+    for _ in range(3):
+        connector.request_finished_all_groups(ghost, ([1, 2, 3],))
+        connector.update_state_after_alloc(ghost, SimpleNamespace(blocks=[[]]), 0)
+        connector.get_num_new_matched_tokens(ghost, 10**9)
+        connector.build_connector_meta(SimpleNamespace())
+        connector.request_finished_all_groups(None, ())
+    request = engine.request(workload()[0])
+    connector.on_new_request(request)
+    connector.get_num_new_matched_tokens(request, 10**9)
+    connector.request_finished_all_groups(request, ([10**6],))
+    assert len(served(engine)) == 120
+
+
+def test_a_pool_without_the_expected_queue_leaves_vllm_alone() -> None:
+    engine, stock = Engine(60, SCRIPTED), Engine(60, None)
+    assert engine.connector is not None
+    assert engine.connector.adapter is not None
+
+    class Opaque:
+        """Passes on what the pool has, but for the queue."""
+
+        def __init__(self, pool: Any) -> None:
+            self._pool = pool
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "free_block_queue":
+                raise AttributeError(name)
+            return getattr(self._pool, name)
+
+    engine.connector.adapter.pool = engine.connector.adapter.ranker.pool = Opaque(engine.pool)
+    assert served(engine) == served(stock)
+
+
+def test_a_queue_that_raises_half_way_loses_no_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(60, "lru")
+    served(engine)
+    queue = engine.pool.free_block_queue
+    real, count = queue.remove, itertools.count()
+    monkeypatch.setattr(queue, "remove", lambda block: boom() if next(count) % 7 == 3 else real(block))
+    for call in workload():
+        request = engine.request(call)
+        connector = engine.connector
+        connector.get_num_new_matched_tokens(request, 0)  # type: ignore[union-attr]
+        engine.check()
+        connector.request_finished_all_groups(request, ([],))  # type: ignore[union-attr]
+    assert engine.connector.guard.faults  # type: ignore[union-attr]
+
+
+def test_many_faults_pause_the_adapter_and_it_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    guard = Guard(clock=lambda: now[0])
+    calls = []
+
+    def action() -> int:
+        calls.append(1)
+        raise ValueError
+
+    for _ in range(guard_module.LIMIT + 50):
+        assert guard.run("hook", 7, action) == 7
+    assert len(calls) == guard_module.LIMIT + 1
+    assert guard.pauses == 1
+    now[0] += guard_module.PAUSE_S + 1
+    assert guard.run("hook", 7, lambda: 8) == 8
+
+
+def test_slow_hooks_count_as_faults() -> None:
+    now = [0.0]
+    guard = Guard(clock=lambda: now[0])
+
+    def slow() -> int:
+        now[0] += 1.0
+        return 3
+
+    assert guard.run("hook", 0, slow) == 3
+    assert guard.faults == {"hook: slow": 1}
+
+
+def test_kinds_of_faults_are_bounded() -> None:
+    guard = Guard()
+    for i in range(guard_module.MAX_KINDS * 2):
+        guard.note(f"kind {i}")
+    assert len(guard.faults) == guard_module.MAX_KINDS + 1
+    assert guard.faults["other"] == guard_module.MAX_KINDS

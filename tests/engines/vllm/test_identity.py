@@ -1,0 +1,77 @@
+"""Session and agent of a request, given or inferred. Needs no vLLM."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from agentrt.engines.vllm import identity as module
+from agentrt.engines.vllm.identity import Identities, given
+
+
+def request(session_id: Any = None, extra: Any = None, params: Any = None) -> SimpleNamespace:
+    return SimpleNamespace(
+        session_id=session_id, sampling_params=SimpleNamespace(extra_args=extra), kv_transfer_params=params
+    )
+
+
+NOBODY = request()
+
+
+def test_the_agentrt_parameters_win_over_xargs_and_those_over_the_header() -> None:
+    said = given(request("header", {"session_id": "xargs", "agent_id": "x"}, {"agentrt": {"session_id": "params"}}))
+    assert (said.session, said.agent) == ("params", "x")
+    assert given(request("header", {"agent_id": 3})) == ("header", "3", False)
+    assert given(SimpleNamespace()) == (None, None, False)
+
+
+def test_equal_names_are_the_same_session_and_agent() -> None:
+    known = Identities()
+    one = known.resolve(request("s", {"agent_id": "planner"}), [])
+    two = known.resolve(request(None, {"session_id": "s", "agent_id": "planner"}), [5])
+    other = known.resolve(request("t", {"agent_id": "coder"}), [])
+    assert (one.session, one.agent) == (two.session, two.agent)
+    assert other.session != one.session
+    assert known.name(other.agent) == "coder"
+
+
+def test_a_prompt_that_extends_another_is_the_same_session() -> None:
+    known = Identities()
+    first = known.resolve(NOBODY, [1, 2, 3])
+    second = known.resolve(NOBODY, [1, 2, 3, 4, 5])
+    stranger = known.resolve(NOBODY, [7, 8])
+    rewritten = known.resolve(NOBODY, [1, 2, 3, 9])
+    assert first.session == second.session == rewritten.session != stranger.session
+    assert first.session_inferred
+
+
+def test_sessions_that_share_an_anchor_are_told_apart_once_it_is_known() -> None:
+    known = Identities()
+    anchor = [1, 2, 3]
+    found = [known.resolve(NOBODY, [*anchor, 100 + i]) for i in range(20)]
+    late = [i.session for i in found[10:]]
+    assert len(set(late)) == len(late)
+    extended = known.resolve(NOBODY, [*anchor, 119, 500])
+    assert extended.session == found[19].session
+
+
+def test_agents_are_named_by_the_anchor_they_start_with() -> None:
+    known = Identities()
+    for i in range(20):
+        known.resolve(NOBODY, [1, 2, 100 + i])
+        known.resolve(NOBODY, [1, 5, 6, 300 + i])
+    planner = {known.resolve(NOBODY, [1, 2, 1000 + i]).agent for i in range(5)}
+    coder = {known.resolve(NOBODY, [1, 5, 6, 2000 + i]).agent for i in range(5)}
+    assert len(planner) == len(coder) == 1
+    assert planner != coder
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "NODES", 100)
+    monkeypatch.setattr(module, "AGENTS", 10)
+    known = Identities()
+    for i in range(500):
+        known.resolve(request(None, {"agent_id": f"agent {i}"}), [10 * i, 10 * i + 1])
+    assert len(known._nodes) <= 100
+    assert len(known._names) == 10
+    assert known.name(known.intern("one more")) == "other"
