@@ -265,7 +265,7 @@ class Adapter:
                     self._prefilling[request_id] = left - tokens // size
                     waiting += left - tokens // size
         low = waiting + running // self.block_size + 1
-        self.ranker.prepare(low, refill=low + running // self.block_size + 1)
+        self.ranker.prepare(low)
 
     def finished(self, request: Any, block_ids: Sequence[int]) -> None:
         """The request is over, one way or another; its blocks are freed next."""

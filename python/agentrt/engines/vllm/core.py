@@ -70,20 +70,23 @@ class RuntimeCore:
         self._offsets = np.zeros(2, np.uint32)
         self._none = np.zeros(0, np.uint64)
 
-    def _observe(self, kind: int, session: int, agent: int, call: int, now_us: int, keys: NDArray[np.uint64]) -> Any:
+    def _observe(
+        self, kind: int, session: int, agent: int, call: int, now_us: int, keys: NDArray[np.uint64]
+    ) -> int:
         self._kinds[0] = kind
         self._sessions[0] = session
         self._agents[0] = agent
         self._calls[0] = call
         self._times[0] = now_us
         self._offsets[1] = len(keys)
-        return self.workload.observe(
+        hits: int = self.workload.observe(
             self._kinds, self._sessions, self._agents, self._calls, self._times, self._offsets, keys
         )
+        return hits
 
     def call_started(self, session: int, agent: int, call: int, now_us: int, keys: NDArray[np.uint64]) -> int:
         """A call starts."""
-        return int(self._observe(CALL_START, session, agent, call, now_us, keys).hit_blocks)
+        return self._observe(CALL_START, session, agent, call, now_us, keys)
 
     def stored(self, call: int, now_us: int, keys: NDArray[np.uint64]) -> None:
         """Blocks have entered the pool."""
@@ -107,8 +110,8 @@ class RuntimeCore:
 
     def evict(self, n: int, now_us: int) -> Sequence[int]:
         """Names victims."""
-        victims = self.workload.act("evict", n, now_us)
-        return victims.tolist() if isinstance(victims, np.ndarray) else list(victims)
+        victims: NDArray[np.uint64] = self.runtime.act("evict", n, None, now_us / 1e6)
+        return victims.tolist()
 
 
 def make_core(policy: str, pool_blocks: int, workload: str) -> Core | None:

@@ -16,7 +16,7 @@ Memory is bounded: ``NODES`` blocks, ``AGENTS`` names; the oldest block is forgo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 __all__ = ["Identities", "Identity", "given"]
@@ -56,14 +56,12 @@ def given(request: Any) -> Given:
     """Reads the identity off a vLLM request; whatever has an unexpected shape counts as not given."""
     session = agent = None
     ends = False
-    sources: list[Mapping[str, Any]] = []
     params = getattr(request, "kv_transfer_params", None)
-    if isinstance(params, Mapping) and isinstance(params.get("agentrt"), Mapping):
-        sources.append(params["agentrt"])
+    params = params.get("agentrt") if isinstance(params, dict) else None
     extra = getattr(getattr(request, "sampling_params", None), "extra_args", None)
-    if isinstance(extra, Mapping):
-        sources.append(extra)
-    for source in sources:
+    for source in (params, extra):
+        if not isinstance(source, dict):
+            continue
         session = session or _name(source.get("session_id"))
         agent = agent or _name(source.get("agent_id"))
         ends = ends or bool(source.get("session_end"))

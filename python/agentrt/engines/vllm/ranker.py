@@ -18,6 +18,7 @@ from typing import Any
 __all__ = ["Ranker", "key_of"]
 
 ROUNDS = 4
+MAX_BATCH = 64
 MAX_ORPHANS = 65_536
 
 
@@ -42,6 +43,8 @@ class Ranker:
         self._key_at: list[int | None] = [None] * len(pool.blocks)
         self.pending: dict[int, bytes] = {}
         self._orphans: deque[Any] = deque(maxlen=MAX_ORPHANS)
+        # Naming a few more at once spares the next steps a call into the core.
+        self.batch = min(MAX_BATCH, len(pool.blocks) // 128)
         self.ranked_blocks = 0
         self.stale_blocks = 0
         self.orphaned_blocks = 0
@@ -82,12 +85,11 @@ class Ranker:
             pending.pop(at, None)
         return lost
 
-    def prepare(self, n: int, refill: int | None = None, spare: Collection[int] = ()) -> int:
+    def prepare(self, n: int, spare: Collection[int] = ()) -> int:
         """Makes the next ``n`` allocations take unhashed blocks and victims; returns how many were moved.
 
         Args:
             n: Blocks about to be allocated.
-            refill: Where fewer than ``n`` stand ready, prepare so many instead.
             spare: Ids of blocks that are about to leave the queue because the arriving request hits them.
         """
         queue = self.pool.free_block_queue
@@ -105,7 +107,7 @@ class Ranker:
             run.append(block)
         if len(run) >= n:
             return 0
-        want = min(max(n, refill or 0), queue.num_free_blocks) - len(run)
+        want = min(n + self.batch, queue.num_free_blocks) - len(run)
         victims = (
             self._in_queue_order(want, run, spare) if self.evict is None else self._victims(want, self.evict, spare)
         )

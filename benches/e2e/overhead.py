@@ -1,0 +1,141 @@
+"""What the adapter adds to a scheduler step of vLLM, measured with vLLM's real cache manager and no model.
+
+A pool of 50,000 blocks, 256 running requests, one token each a step; a request that has reached its length ends and the
+next call of its session arrives, its prompt longer by the answer. Prompts grow from 40 to 160 blocks of 16 tokens, answers have 4
+to 20 blocks, and 2,000 sessions share the pool, so that most arrivals miss a part and every allocation evicts.
+
+Counted: every hook vLLM calls during a step, together. Run: python benches/e2e/overhead.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import sys
+import time
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.engines.vllm.pool import BLOCK, Call, Engine
+
+POOL = 50_000
+RUNNING = 256
+SESSIONS = 2_000
+
+
+class Load:
+    """Sessions that extend their prompts."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.rng = random.Random(seed)
+        self.numbers = count()
+        self.anchors = [[next(self.numbers) for _ in range(20)] for _ in range(8)]
+        self.prompts: list[list[int]] = [[] for _ in range(SESSIONS)]
+
+    def next(self) -> Call:
+        session = self.rng.randrange(SESSIONS)
+        prompt = self.prompts[session]
+        if not prompt or len(prompt) > 160:
+            prompt = [*self.anchors[session % 8], *(next(self.numbers) for _ in range(20))]
+        output = [next(self.numbers) for _ in range(self.rng.randint(4, 20))]
+        self.prompts[session] = prompt + output
+        return Call(f"s{session}", f"agent{session % 8}", prompt, output)
+
+
+def run(policy: str, steps: int, warm_up: int) -> dict[str, Any]:
+    load, engine = Load(), Engine(POOL, policy)
+    connector = engine.connector
+    assert connector is not None
+    spent = 0
+    per_step: list[int] = []
+    arrivals: list[int] = []
+    for hook in (
+        "on_new_request",
+        "get_num_new_matched_tokens",
+        "update_state_after_alloc",
+        "build_connector_meta",
+        "request_finished_all_groups",
+    ):
+        real = getattr(connector, hook)
+
+        def timed(*arguments: Any, real: Any = real) -> Any:
+            nonlocal spent
+            start = time.perf_counter_ns()
+            try:
+                return real(*arguments)
+            finally:
+                spent += time.perf_counter_ns() - start
+
+        setattr(connector, hook, timed)
+    live: list[tuple[Any, int]] = []
+    step = engine.step
+    engine.step = lambda scheduled: None  # type: ignore[method-assign]
+    gc.collect()
+    gc.freeze()
+    for i in range(warm_up + steps):
+        spent = 0
+        engine.now_us += 30_000
+        scheduled: dict[str, int] = {}
+        still = []
+        for request, left in live:
+            request.append_output_token_ids([1])
+            assert engine.manager.allocate_slots(request, 1) is not None
+            request.num_computed_tokens += 1
+            scheduled[request.request_id] = 1
+            still.append((request, left - 1))
+        # A step admits at most four prompts until the batch is full, then as many as have ended.
+        admitted = 0
+        while len(still) < RUNNING and (admitted < 4 or len(live) == RUNNING):
+            call = load.next()
+            request = engine.request(call)
+            assert engine.admit(request)
+            scheduled[request.request_id] = request.num_tokens
+            still.append((request, len(call.output) * BLOCK))
+            admitted += 1
+        step(scheduled)
+        live = []
+        for request, left in still:
+            if left <= 0:
+                engine.finish(request)
+            else:
+                live.append((request, left))
+        if i >= warm_up:
+            per_step.append(spent)
+            arrivals.append(admitted)
+    engine.check()
+    per_step.sort()
+    us = [round(per_step[int(len(per_step) * q)] / 1e3, 1) for q in (0.5, 0.9, 0.99)]
+    assert connector.adapter is not None
+    return {
+        "policy": policy,
+        "steps": steps,
+        "median_us": us[0],
+        "p90_us": us[1],
+        "p99_us": us[2],
+        "mean_us": round(sum(per_step) / len(per_step) / 1e3, 1),
+        "arrivals_per_step": round(sum(arrivals) / len(arrivals), 2),
+        "hit_rate": round(engine.hit_blocks / engine.prompt_blocks, 3),
+        "evictions": len(engine.evicted),
+        "ranked": connector.adapter.ranker.ranked_blocks,
+        "stale": connector.adapter.ranker.stale_blocks,
+        "faults": dict(connector.guard.faults),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--warm-up", type=int, default=1500)
+    parser.add_argument("--policies", default="observe,lru,agentrt")
+    arguments = parser.parse_args()
+    for policy in arguments.policies.split(","):
+        print(json.dumps(run(policy, arguments.steps, arguments.warm_up)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
