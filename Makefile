@@ -45,6 +45,20 @@ bench: install-dev ## Run the benchmarks: criterion and pytest-benchmark
 	cargo bench --workspace --locked
 	$(BIN)/python -m pytest benches --benchmark-enable --benchmark-only
 
+# The engine benchmarks have an environment of their own: vLLM is large and pins much.
+E2E_VENV ?= .venv-e2e
+E2E_JSON ?= e2e.json
+.PHONY: e2e e2e-smoke
+e2e: wheel ## Run a real vLLM on the CPU under several policies (E2E_JSON=FILE; resumes)
+	@scripts/e2e_env.sh $(E2E_VENV) "$$(ls dist/*.whl)"
+	$(E2E_VENV)/bin/python benches/e2e/run.py --json $(E2E_JSON)
+
+e2e-smoke: wheel ## Run the vLLM adapter's tests and one small engine benchmark
+	@scripts/e2e_env.sh $(E2E_VENV) "$$(ls dist/*.whl)"
+	$(E2E_VENV)/bin/python -m pytest tests/engines/vllm -m "not slow"
+	@rm -f e2e-smoke.json
+	$(E2E_VENV)/bin/python benches/e2e/run.py --smoke --json e2e-smoke.json
+
 safety: ## Run the slow proofs: loom models, ThreadSanitizer, long property and fuzz runs
 	@scripts=$$(ls crates/*/run.sh fuzz/run.sh 2>/dev/null); \
 	if [ -z "$$scripts" ]; then echo "nothing to run: no crates/*/run.sh"; exit 1; fi; \

@@ -70,9 +70,7 @@ class RuntimeCore:
         self._offsets = np.zeros(2, np.uint32)
         self._none = np.zeros(0, np.uint64)
 
-    def _observe(
-        self, kind: int, session: int, agent: int, call: int, now_us: int, keys: NDArray[np.uint64]
-    ) -> int:
+    def _observe(self, kind: int, session: int, agent: int, call: int, now_us: int, keys: NDArray[np.uint64]) -> int:
         self._kinds[0] = kind
         self._sessions[0] = session
         self._agents[0] = agent
@@ -111,7 +109,8 @@ class RuntimeCore:
     def evict(self, n: int, now_us: int) -> Sequence[int]:
         """Names victims."""
         victims: NDArray[np.uint64] = self.runtime.act("evict", n, None, now_us / 1e6)
-        return victims.tolist()
+        keys: list[int] = victims.tolist()
+        return keys
 
 
 def make_core(policy: str, pool_blocks: int, workload: str) -> Core | None:

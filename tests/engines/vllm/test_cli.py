@@ -1,0 +1,60 @@
+"""`agentrt serve`, `record` and `doctor`. Needs no vLLM."""
+
+from __future__ import annotations
+
+import json
+
+import rich_click as click
+from click.testing import CliRunner
+
+from agentrt.cli import engines
+
+
+def app() -> click.Group:
+    group = click.Group("agentrt")
+    engines.register(group)
+    return group
+
+
+def command(*arguments: str) -> list[str]:
+    result = CliRunner().invoke(app(), [*arguments, "--show"])
+    assert result.exit_code == 0, result.output
+    shown: list[str] = json.loads(result.output)
+    return shown
+
+
+def transfer(shown: list[str]) -> dict[str, object]:
+    config: dict[str, object] = json.loads(shown[shown.index("--kv-transfer-config") + 1])
+    return config
+
+
+def test_serve_adds_one_flag_and_passes_the_rest_on() -> None:
+    shown = command("serve", "some/model", "--max-num-seqs", "8", "--enable-log-requests")
+    assert shown[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", "some/model"]
+    assert shown[5:8] == ["--max-num-seqs", "8", "--enable-log-requests"]
+    assert transfer(shown) == {"kv_connector": "AgentRTConnector", "kv_role": "kv_producer"}
+
+
+def test_record_observes_and_names_the_trace() -> None:
+    config = transfer(command("record", "m", "--to", "t.jsonl", "--max-mb", "2"))["kv_connector_extra_config"]
+    assert isinstance(config, dict)
+    assert config["policy"] == "observe"
+    assert config["record_bytes"] == 2 << 20
+    assert str(config["record"]).startswith("/")
+
+
+def test_a_second_connector_is_refused_with_the_remedy() -> None:
+    result = CliRunner().invoke(app(), ["serve", "m", "--kv-transfer-config", "{}"])
+    assert result.exit_code == 2
+    assert "MultiConnector" in result.output
+
+
+def test_doctor_says_what_is_there_or_how_to_get_it() -> None:
+    result = CliRunner().invoke(app(), ["doctor", "--json"])
+    assert result.exit_code == 0
+    report = json.loads(result.output)
+    assert report["active"] or report["remedy"]
+    if report["vllm"] is not None:
+        assert all(report["hooks"].values())
+    text = CliRunner().invoke(app(), ["doctor"]).output
+    assert "would activate agentrt" in text
