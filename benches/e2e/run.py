@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -101,6 +102,8 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.3, help="pool, as a share of the live working set")
     parser.add_argument("--fits", action="store_true", help="also run with a pool into which everything fits")
     arguments = parser.parse_args()
+    # Ends through `finally`, so that no engine is left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     traces = Path(arguments.traces)
     smoke = arguments.smoke
     shape: dict[str, Any] = {

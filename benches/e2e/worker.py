@@ -1,8 +1,8 @@
 """One vLLM engine under one policy, in a process of its own; jobs on standard input, answers on standard output.
 
 The engine runs inside this process on the CPU with a small model of random weights that is written here. Calls arrive
-in an order that depends on completed calls only, never on the clock: a session sends its next call when a drawn number of
-other calls have ended. Hits are therefore comparable between policies, times are what this machine gives.
+in an order that depends on completed calls only, never on the clock: a session sends its next call when a drawn number
+of other calls have ended. Hits are therefore comparable between policies, times are what this machine gives.
 """
 
 from __future__ import annotations

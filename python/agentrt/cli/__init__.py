@@ -29,6 +29,9 @@ _COMMANDS = {
     "convert": ("agentrt.cli.traces", "Read a trace in any supported format, write it in the agentrt format."),
     "policies": ("agentrt.cli.policies", "List the cache policies of the replay."),
     "policy": ("agentrt.cli.policies", "Work with safety policy files."),
+    "serve": ("agentrt.cli.engines", "Start vLLM's server with agentrt inside."),
+    "record": ("agentrt.cli.engines", "Start vLLM's server unchanged and write its traffic as a trace."),
+    "doctor": ("agentrt.cli.engines", "Say which engine is found and what agentrt would do in it."),
 }
 
 

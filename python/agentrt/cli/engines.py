@@ -12,7 +12,7 @@ from typing import Any
 
 import rich_click as click
 
-__all__ = ["doctor", "record", "register", "serve", "server_command"]
+__all__ = ["doctor", "record", "serve", "server_command"]
 
 #: Versions the adapter knows; outside of these it tries, and leaves vLLM alone where something is missing.
 KNOWN_VERSIONS = ("0.30", "0.31", "0.32", "0.33")
@@ -149,9 +149,3 @@ def doctor(as_json: bool) -> None:
     click.echo(f"`agentrt serve MODEL` would activate agentrt: {'yes' if report['active'] else 'no'}")
     if report["remedy"]:
         click.echo(f"remedy: {report['remedy']}")
-
-
-def register(app: click.Group) -> None:
-    """Adds the commands to a group."""
-    for command in (serve, record, doctor):
-        app.add_command(command)

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first import of vLLM takes 10 s on an idle machine and minutes on a busy one."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.timeout(600))
 
 
 @pytest.fixture(scope="session")
@@ -22,12 +30,3 @@ def _foreign_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-@pytest.fixture
-def learned(vllm: None) -> None:
-    """Needs the runtime of the core."""
-    import agentrt
-
-    if not hasattr(agentrt, "Runtime"):
-        pytest.skip("this build of agentrt has no Runtime")

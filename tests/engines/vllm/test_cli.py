@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import json
 
-import rich_click as click
 from click.testing import CliRunner
 
-from agentrt.cli import engines
-
-
-def app() -> click.Group:
-    group = click.Group("agentrt")
-    engines.register(group)
-    return group
+from agentrt.cli import main
 
 
 def command(*arguments: str) -> list[str]:
-    result = CliRunner().invoke(app(), [*arguments, "--show"])
+    result = CliRunner().invoke(main, [*arguments, "--show"])
     assert result.exit_code == 0, result.output
     shown: list[str] = json.loads(result.output)
     return shown
@@ -44,17 +37,17 @@ def test_record_observes_and_names_the_trace() -> None:
 
 
 def test_a_second_connector_is_refused_with_the_remedy() -> None:
-    result = CliRunner().invoke(app(), ["serve", "m", "--kv-transfer-config", "{}"])
+    result = CliRunner().invoke(main, ["serve", "m", "--kv-transfer-config", "{}"])
     assert result.exit_code == 2
     assert "MultiConnector" in result.output
 
 
 def test_doctor_says_what_is_there_or_how_to_get_it() -> None:
-    result = CliRunner().invoke(app(), ["doctor", "--json"])
+    result = CliRunner().invoke(main, ["doctor", "--json"])
     assert result.exit_code == 0
     report = json.loads(result.output)
     assert report["active"] or report["remedy"]
     if report["vllm"] is not None:
         assert all(report["hooks"].values())
-    text = CliRunner().invoke(app(), ["doctor"]).output
+    text = CliRunner().invoke(main, ["doctor"]).output
     assert "would activate agentrt" in text

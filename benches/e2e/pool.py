@@ -1,0 +1,112 @@
+"""Prefix hits of recorded workloads in vLLM's real cache manager, without a model: seconds instead of minutes.
+
+Sessions run in a closed loop: a call is admitted when its blocks fit, decodes a block at a time, and its session calls
+again after a drawn pause. The clock is simulated, so a run is repeatable to the block.
+
+    python benches/e2e/pool.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import logging
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.engines.vllm.pool import BLOCK, Call, Engine, read_calls  # noqa: E402
+
+WORKLOADS = {"whowhen_magentic": 3000, "marble_research": 3000, "taubench_airline": 1500}
+KINDS: dict[str, tuple[str | None, bool]] = {
+    "stock": (None, True),
+    "neutral": ("lru", True),
+    "agentrt": ("agentrt", True),
+    "inferred": ("agentrt", False),
+}
+
+
+def closed_loop(calls: list[Call], engine: Engine, blocks: int, concurrency: int, seed: int) -> None:
+    """Runs all sessions, so many at a time."""
+    sessions: dict[str, list[Call]] = {}
+    for call in calls:
+        # What could not run alone is left out.
+        if len(call.prompt) + len(call.output) + 2 <= blocks:
+            sessions.setdefault(call.session, []).append(call)
+    rng = random.Random(seed)
+    order = list(sessions)
+    rng.shuffle(order)
+    upcoming = iter(order)
+    events: list[tuple[float, int, Any]] = []
+    number = 0
+
+    def at(time_s: float, what: Any) -> None:
+        nonlocal number
+        number += 1
+        heapq.heappush(events, (time_s, number, what))
+
+    def call_next(time_s: float, session: str | None, step: int) -> None:
+        if session is None or step == len(sessions[session]):
+            session, step = next(upcoming, None), 0
+        if session is not None:
+            at(time_s + (rng.lognormvariate(0.5, 1.0) if step else rng.random()), (session, step, None))
+
+    for _ in range(concurrency):
+        call_next(0.0, None, 0)
+    waiting: list[tuple[Any, Call, str, int]] = []
+    running: dict[str, int] = {}
+    while events:
+        now_s, _, (session, step, request) = heapq.heappop(events)
+        engine.now_us = max(engine.now_us, 1_000_000 + int(now_s * 1e6))
+        call = sessions[session][step]
+        if request is None:
+            waiting.append((engine.request(call), call, session, step))
+        else:
+            assert engine.decode(request, max(len(call.output) * BLOCK, 1))
+            engine.finish(request)
+            del running[request.request_id]
+            call_next(now_s, session, step + 1)
+        while waiting:
+            request, call, session, step = waiting[0]
+            needed = len(call.prompt) + len(call.output) + 2 + sum(running.values())
+            if needed > engine.pool.get_num_free_blocks() or not engine.admit(request):
+                break
+            waiting.pop(0)
+            running[request.request_id] = len(call.output) + 1
+            at(now_s + 0.2 + 0.1 * len(call.output), (session, step, request))
+    engine.check()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--traces", type=Path, default=os.environ.get("AGENTRT_TRACES", ROOT.parent / "shared/traces"))
+    parser.add_argument("--calls", type=int, default=1500)
+    parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    print("workload", "blocks", *KINDS, sep="\t")
+    for name, blocks in WORKLOADS.items():
+        calls = read_calls(arguments.traces / f"{name}.jsonl.gz", arguments.calls)
+        rates = []
+        for policy, named in KINDS.values():
+            hit = prompt = 0
+            for seed in range(arguments.seeds):
+                engine = Engine(blocks, policy, named)
+                closed_loop(calls, engine, blocks, arguments.concurrency, seed)
+                assert engine.connector is None or set(engine.connector.guard.faults) <= {
+                    k for k in engine.connector.guard.faults if k.endswith("slow")
+                }
+                hit += engine.hit_blocks
+                prompt += engine.prompt_blocks
+            rates.append(f"{hit / prompt:.4f}")
+        print(name, blocks, *rates, sep="\t", flush=True)
+
+
+if __name__ == "__main__":
+    main()
