@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from benches.e2e.pool import closed_loop
 from tests.engines.vllm.pool import Engine, fits, read_calls
 
 from agentrt.replay import run
@@ -65,3 +66,20 @@ def test_the_replays_lru_hits_what_vllm_hits(recorded_traces: list[Path]) -> Non
     assert result.calls == len(engine.hits)
     assert result.prompt_blocks == engine.prompt_blocks
     assert result.hit_blocks == engine.hit_blocks
+
+
+@pytest.mark.parametrize("policy", ["lru", "agentrt"])
+@pytest.mark.parametrize("workload", ["whowhen_magentic", "marble_research"])
+def test_a_recording_replays_to_the_hit_rate_that_was_measured(
+    recorded_traces: list[Path], tmp_path: Path, workload: str, policy: str
+) -> None:
+    path = next(p for p in recorded_traces if p.name == f"{workload}.jsonl.gz")
+    live = tmp_path / "live.jsonl"
+    engine = Engine(3000, policy, record=str(live))
+    closed_loop(read_calls(path, 800), engine, 3000, concurrency=8, seed=0)
+    assert engine.connector is not None
+    engine.connector.shutdown()
+    (replayed,) = run([live], policies=[policy], capacities=[3000], order="open").results
+    assert replayed.calls == len(engine.hits)
+    measured = engine.hit_blocks / engine.prompt_blocks
+    assert abs(replayed.hit_blocks / replayed.prompt_blocks - measured) < 0.01

@@ -85,7 +85,7 @@ class _Call:
     identity: Identity
     keys: list[int]
     key_array: NDArray[np.uint64]
-    arrived_us: int
+    started_us: int
     # Leading blocks the core held to be resident; None while the core does not know the call.
     core_hit: int | None
     hit: int = 0
@@ -232,6 +232,8 @@ class Adapter:
         self._register(call, call.keys, blocks)
         if not call.allocated:
             call.allocated = True
+            # What is recorded: a replay must not hold blocks for a call that still waits.
+            call.started_us = self.now_us()
             if self.core is not None and core_hit < len(call.keys):
                 self.core.stored(call.number, self.now_us(), call.key_array[core_hit:])
 
@@ -297,7 +299,7 @@ class Adapter:
             self.recorder.call(
                 session=call.identity.session,
                 agent=self.identities.name(call.identity.agent),
-                arrived_us=call.arrived_us,
+                arrived_us=call.started_us,
                 ended_us=now_us,
                 prompt_tokens=request.num_prompt_tokens,
                 output_tokens=request.num_tokens - request.num_prompt_tokens,
