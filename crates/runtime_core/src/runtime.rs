@@ -7,10 +7,10 @@
 //! | operation | progress | allocates | worst case |
 //! |---|---|---|---|
 //! | [`Runtime::observe`], events without blocks | lock-free | no | 5 exchanges and 8 additions an event, per retry |
-//! | [`Runtime::observe`], events with blocks | one writer; a second one gets [`Error::Busy`], nothing applied | no | one hash probe a block, one visit a segment of the lane |
+//! | [`Runtime::observe`], events with blocks | one writer; a second one gets [`Error::Busy`], nothing applied | no | one hash probe a block, one visit a segment of the lane; from the first eviction on, one scoring per session that the batch changed (at most 64) and 4 for age |
 //! | [`Runtime::score_blocks`] | wait-free | no | one hash probe a block |
 //! | [`Runtime::score_agents`], [`Runtime::predict`] | wait-free | no | 64 rows of 8 |
-//! | [`Runtime::evict`] | one writer, as above | no | one scoring per session that changed since the last call, 16 for age, one list step a block |
+//! | [`Runtime::evict`] | one writer, as above | no | a hash probe and a list step a block, one scoring a segment that loses its last child |
 //! | [`Runtime::expected`], [`Runtime::restored`] | one writer, as above | no | 64 sessions; one hash probe a block |
 //! | [`Runtime::publish`], [`Runtime::absorb`] | wait-free reads, lock-free additions, cold | yes | the whole state |
 //! | [`Runtime::workload`], [`Runtime::new`] | blocking, cold | yes | |
@@ -365,7 +365,8 @@ impl Runtime {
                 started(i, hit);
             }
         }
-        if let Some(pool) = pool {
+        if let Some(mut pool) = pool {
+            pool.settle(&self.workloads, &self.sessions);
             self.service_us.store((pool.service_s * 1e6) as u64, Relaxed);
         }
         Ok(observed)
@@ -480,7 +481,9 @@ impl Runtime {
         let mut pool = self.writer()?;
         let (session, call) = (Self::key(workload, session), Self::call_key(workload, call));
         let one = One { session, agent, call, time_us, blocks, hints };
-        Ok(self.apply((workload, learned), EventKind::CallStart, &one, Some(&mut pool)))
+        let hit = self.apply((workload, learned), EventKind::CallStart, &one, Some(&mut pool));
+        pool.settle(&self.workloads, &self.sessions);
+        Ok(hit)
     }
 
     /// Further blocks of a call have entered the pool.
@@ -511,6 +514,7 @@ impl Runtime {
             let one = One { agent: tool, blocks: &[], hints: &[], ..one };
             self.apply((workload, learned), EventKind::ToolStart, &one, Some(&mut pool));
         }
+        pool.settle(&self.workloads, &self.sessions);
         Ok(())
     }
 
@@ -523,7 +527,8 @@ impl Runtime {
 
     /// Scores blocks: hits per second that holding each promises, as last published; 0 for blocks that are not resident.
     ///
-    /// A block is never worth less than what hangs below it. Scores are brought up to date by [`Runtime::evict`].
+    /// A block is never worth less than what hangs below it. Scores are brought up to date by events, from the first
+    /// [`Runtime::evict`] on.
     pub fn score_blocks(&self, keys: &[u64], out: &mut [f32]) {
         for (key, out) in keys.iter().zip(out) {
             *out = self.published.score(*key).unwrap_or(0.0);

@@ -35,6 +35,8 @@ pub(crate) struct Chain<'a> {
     agents: &'a [u16],
     rows: [Row; WIDTH * WIDTH],
     known: [bool; WIDTH * WIDTH],
+    /// Successors of each last agent, once looked up.
+    order1: [Option<(Row, f32)>; WIDTH],
     rank_share: [f32; RANKS],
 }
 
@@ -52,6 +54,7 @@ impl<'a> Chain<'a> {
             agents,
             rows: [[0.0; WIDTH]; WIDTH * WIDTH],
             known: [false; WIDTH * WIDTH],
+            order1: [None; WIDTH],
             rank_share,
         }
     }
@@ -71,7 +74,7 @@ impl<'a> Chain<'a> {
         self.rows[state]
     }
 
-    fn make_row(&self, prev: usize, last: usize) -> Row {
+    fn make_row(&mut self, prev: usize, last: usize) -> Row {
         let n = self.agents.len();
         let mut row = [0.0; WIDTH];
         if !self.config.prediction {
@@ -92,27 +95,31 @@ impl<'a> Chain<'a> {
         row[n] = (1.0 - row[..n].iter().sum::<f32>()).max(0.01);
         if last < n {
             let last_agent = AgentId(self.agents[last]);
-            self.refine(&mut row, context_of(last_agent), 4.0);
+            let first = match self.order1[last] {
+                Some(counts) => counts,
+                None => *self.order1[last].insert(self.counts(context_of(last_agent))),
+            };
+            refine(&mut row, n, first, 4.0);
             if self.config.order2 {
                 let prev_agent = self.agents.get(prev).map_or(AgentId::UNKNOWN, |&a| AgentId(a));
-                self.refine(&mut row, context_of_two(prev_agent, last_agent), 3.0);
+                let second = self.counts(context_of_two(prev_agent, last_agent));
+                refine(&mut row, n, second, 3.0);
             }
         }
         row
     }
 
-    fn refine(&self, row: &mut Row, context: u64, kappa: f32) {
-        let n = self.agents.len();
+    /// Successors of a context by lane, and their sum.
+    fn counts(&self, context: u64) -> (Row, f32) {
         let mut successors = [(0u16, 0u32); 8];
         let found = self.workload.transitions.row(context, &mut successors);
-        let total: f32 = successors[..found].iter().map(|s| s.1 as f32).sum();
         let mut counts = [0.0; WIDTH];
+        let mut total = 0.0;
         for &(agent, count) in &successors[..found] {
             counts[self.position(agent)] += count as f32;
+            total += count as f32;
         }
-        for lane in 0..=n {
-            row[lane] = (counts[lane] + kappa * row[lane]) / (total + kappa);
-        }
+        (counts, total)
     }
 
     /// P(`target` is reached for the first time at the i-th next call), starting after (`prev`, `last`).
@@ -163,22 +170,33 @@ impl<'a> Chain<'a> {
         now[self.position(prev) * WIDTH + self.position(last)] = 1.0;
         for step in out {
             let mut next: States = [0.0; WIDTH * WIDTH];
-            *step = [0.0; WIDTH];
             for before in 0..=n {
                 for at in 0..=n {
                     let mass = now[before * WIDTH + at];
-                    if mass < NEGLIGIBLE {
+                    if mass < 4.0 * NEGLIGIBLE {
                         continue;
                     }
                     let row = self.row(before, at);
-                    for lane in 0..=n {
-                        next[at * WIDTH + lane] += mass * row[lane];
-                        step[lane] += mass * row[lane];
+                    for (to, p) in next[at * WIDTH..][..WIDTH].iter_mut().zip(&row) {
+                        *to += mass * p;
                     }
+                }
+            }
+            *step = [0.0; WIDTH];
+            for from in next.chunks_exact(WIDTH) {
+                for (sum, p) in step.iter_mut().zip(from) {
+                    *sum += p;
                 }
             }
             now = next;
         }
+    }
+}
+
+/// One step of the back-off: `row` is the prior and becomes the posterior.
+fn refine(row: &mut Row, n: usize, (counts, total): (Row, f32), kappa: f32) {
+    for lane in 0..=n {
+        row[lane] = (counts[lane] + kappa * row[lane]) / (total + kappa);
     }
 }
 

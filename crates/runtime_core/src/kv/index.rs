@@ -330,6 +330,20 @@ impl Index {
         slot
     }
 
+    /// Reads the hash-table entries of `n` blocks from `slot` upwards: independent loads overlap where the removals that
+    /// follow would wait for one after the other.
+    pub(crate) fn look_ahead(&self, slot: u32, n: usize) {
+        let (mut slot, mut sum) = (slot, 0u32);
+        for _ in 0..n {
+            if slot == NONE {
+                break;
+            }
+            sum ^= self.published.table[self.published.home(self.key(slot))].load(Relaxed);
+            slot = self.parent(slot);
+        }
+        std::hint::black_box(sum);
+    }
+
     pub(crate) fn remove_block(&mut self, slot: u32) {
         let published = &*self.published;
         let len = published.table.len();

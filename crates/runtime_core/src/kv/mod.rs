@@ -12,9 +12,8 @@
 //! | `state.rs` | learned state between processes |
 //! | `density.rs` | the decision: hit density |
 //!
-//! The pool has one writer at a time. Scores are computed lazily: an event marks its session, the next eviction scores
-//! the leaves of marked sessions and of sessions whose silence has grown by a fifth. Without memory pressure nothing is
-//! ever scored.
+//! The pool has one writer at a time. An event marks its session; at its end the leaves of marked sessions, and of some
+//! whose silence has grown by a fifth, are scored. Until the first eviction nothing is scored.
 
 #[doc(hidden)]
 pub mod audit;
@@ -41,13 +40,14 @@ use workload::{standing, Sessions, Standing, MAX_WORKLOADS};
 pub(crate) use workload::Workloads;
 pub use workload::{Workload, STATE_BUDGET_BYTES};
 
-/// Sessions visited per eviction in search of stale scores.
+/// Sessions visited per event in search of stale scores.
 const VISITS: usize = 64;
-/// Of these, scored again at most; and one for so many victims.
-const REFRESHES: usize = 16;
-const REFRESH_BLOCKS: usize = 128;
+/// Of these, scored again at most.
+const REFRESHES: usize = 4;
 /// Share of blocks brought back that must be used for prefetching to go on.
 const MIN_PRECISION: f32 = 0.6;
+/// Blocks whose hash-table entries are read together when a leaf is taken apart.
+const LOOK_AHEAD: usize = 16;
 /// One in so many opportunities is taken while it does not pay.
 const RETRY: u32 = 64;
 /// Leaves visited to find what a block must be worth to stay for a while.
@@ -288,6 +288,8 @@ pub(crate) struct KvCache {
     active: Vec<u32>,
     running: Vec<Running>,
     path: Vec<u32>,
+    /// Something has been evicted.
+    pressed: bool,
     view: View,
     plans: Vec<Plan>,
     hand: usize,
@@ -345,6 +347,7 @@ impl KvCache {
                 lanes: [NONE; LANES],
                 weights: [Weights::default(); LANES],
             },
+            pressed: false,
             plans: vec![
                 Plan {
                     identity: (NONE, 0, 0),
@@ -1296,12 +1299,10 @@ impl KvCache {
     ) -> usize {
         self.clock(now_us);
         self.view.slot = NONE;
-        for _ in 0..MAX_DIRTY {
-            let Some(slot) = self.dirty.pop() else { break };
-            self.tenants[slot as usize].dirty = false;
-            self.refresh(workloads, sessions, slot);
+        if !self.pressed {
+            self.pressed = true;
+            self.settle(workloads, sessions);
         }
-        self.age(workloads, sessions, (1 + n / REFRESH_BLOCKS).min(REFRESHES));
         let mut done = 0;
         while done < n {
             let segment = self.index.lowest();
@@ -1321,6 +1322,20 @@ impl KvCache {
         }
         self.evicted(done);
         done
+    }
+
+    /// Scores what events have changed and what silence has aged, once there is pressure: until the first eviction nothing
+    /// is worth scoring. Called at the end of events, so that an eviction finds everything in its queue.
+    pub(crate) fn settle(&mut self, workloads: &Workloads, sessions: &Sessions) {
+        if !self.pressed {
+            return;
+        }
+        for _ in 0..MAX_DIRTY {
+            let Some(slot) = self.dirty.pop() else { break };
+            self.tenants[slot as usize].dirty = false;
+            self.refresh(workloads, sessions, slot);
+        }
+        self.age(workloads, sessions, REFRESHES);
     }
 
     /// As [`Self::evict`], in the order of last use: what an engine without prediction does.
@@ -1439,7 +1454,10 @@ impl KvCache {
     fn take_from(&mut self, segment: u32, n: usize, victim: &mut dyn FnMut(u64)) -> u32 {
         let x = *self.index.seg(segment);
         let mut block = x.tail;
-        for _ in 0..n {
+        for i in 0..n {
+            if i % LOOK_AHEAD == 0 {
+                self.index.look_ahead(block, LOOK_AHEAD.min(n - i));
+            }
             victim(self.index.key(block));
             let parent = self.index.parent(block);
             self.index.remove_block(block);
