@@ -60,9 +60,7 @@ e2e-smoke: wheel ## Run the vLLM adapter's tests and one small engine benchmark
 	$(E2E_VENV)/bin/python benches/e2e/run.py --smoke --json e2e-smoke.json
 
 safety: ## Run the slow proofs: loom models, ThreadSanitizer, long property and fuzz runs
-	@scripts=$$(ls crates/*/run.sh fuzz/run.sh 2>/dev/null); \
-	if [ -z "$$scripts" ]; then echo "nothing to run: no crates/*/run.sh"; exit 1; fi; \
-	for script in $$scripts; do echo "== $$script"; bash "$$script" || exit 1; done
+	scripts/safety.sh
 
 develop: $(BIN)/uv ## Install into $(VENV) from the working tree: edits of Python files are live
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock 'maturin>=1.12,<2'
