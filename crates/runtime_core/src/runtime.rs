@@ -146,8 +146,6 @@ pub struct Runtime {
     pool: Mutex<KvCache>,
     missed: Missed,
     now_us: AtomicU64,
-    /// Moving mean of a call's duration, microseconds.
-    service_us: AtomicU64,
 }
 
 /// Calls whose end was reported while another thread was in the pool, which would otherwise hold their blocks for ever.
@@ -206,7 +204,6 @@ impl Runtime {
             pool: Mutex::new(pool),
             missed: Missed::new(),
             now_us: AtomicU64::new(0),
-            service_us: AtomicU64::new(1_000_000),
         })
     }
 
@@ -259,7 +256,7 @@ impl Runtime {
     fn writer(&self) -> Result<MutexGuard<'_, KvCache>> {
         match self.pool.try_lock() {
             Ok(mut guard) => {
-                self.missed.take(|call| guard.call_finished(call, self.now_us()));
+                self.missed.take(|call| guard.call_finished(None, call, self.now_us()));
                 Ok(guard)
             }
             Err(TryLockError::WouldBlock) => Err(Error::Busy { what: "the pool" }),
@@ -372,7 +369,6 @@ impl Runtime {
         }
         if let Some(mut pool) = pool {
             pool.settle(&self.workloads, &self.sessions);
-            self.service_us.store((pool.service_s * 1e6) as u64, Relaxed);
         }
         Ok(observed)
     }
@@ -391,7 +387,7 @@ impl Runtime {
                 if let Some(pool) = pool.as_deref_mut() {
                     if let Some(handle) = pool.running(event.call) {
                         Workload::call_finished(&self.sessions, handle, event.time_us, 0, 0);
-                        pool.call_finished(event.call, event.time_us);
+                        pool.call_finished(None, event.call, event.time_us);
                         pool.repairs.duplicate_calls += 1;
                     }
                 }
@@ -430,7 +426,7 @@ impl Runtime {
                 }
                 if let Some(pool) = pool {
                     pool.stored(learned, event.call, event.time_us, event.blocks, event.hints, true);
-                    pool.call_finished(event.call, event.time_us);
+                    pool.call_finished(Some(learned), event.call, event.time_us);
                 } else {
                     self.missed.post(event.call);
                 }
@@ -601,12 +597,8 @@ impl Runtime {
             return Ok(());
         };
         let config = &self.options.config;
-        kv::score_agents(learned, &self.sessions, handle, config, now_us, self.service_s(), horizon_s, agents, out);
+        kv::score_agents(learned, &self.sessions, handle, config, now_us, horizon_s, agents, out);
         Ok(())
-    }
-
-    fn service_s(&self) -> f32 {
-        self.service_us.load(Relaxed) as f32 / 1e6
     }
 
     /// The likeliest agents of the session's next `steps` calls (at most 6), by step, likeliest first; returns how many
@@ -628,7 +620,7 @@ impl Runtime {
         let learned = self.learned(workload)?;
         if let Some(handle) = self.sessions.find(Self::key(workload, session)) {
             let config = &self.options.config;
-            kv::time_predictions(learned, &self.sessions, handle, config, now_us, self.service_s(), predictions);
+            kv::time_predictions(learned, &self.sessions, handle, config, now_us, predictions);
         }
         Ok(())
     }

@@ -1,18 +1,19 @@
 //! End of session: is there a next call at all?
 //!
 //! Every finished call is a trial: success when the session calls again, failure once it has been silent for longer than
-//! 98 % of all gaps (taken back if it calls after all). By agent, step (exact up to eight, then half octaves) and size
-//! of the last answer (octaves), combined in log-odds around the global rate:
+//! 98 % of all gaps (taken back if it calls after all). By agent, step (exact up to eight, then half octaves), size
+//! of the last answer (octaves) and the tool that runs (its result has to go somewhere), combined in log-odds around the global rate:
 //! logit p = logit p_0 + sum over features f of (logit p_f - logit p_0).
 
 use crate::histogram::{Counters, UNIT};
 
 use super::content::ROWS;
+use super::gaps::TOOLS;
 use super::Config;
 
 const STEPS: usize = 24;
 const SIZES: usize = 16;
-const CELLS: usize = 1 + ROWS + STEPS + SIZES;
+const CELLS: usize = 1 + ROWS + STEPS + SIZES + TOOLS;
 
 /// What the end of a session may depend on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,6 +23,8 @@ pub(crate) struct Features {
     pub(crate) steps: u16,
     /// Bits of the last answer's length in blocks.
     pub(crate) size: u8,
+    /// The tool that runs now, 0 for none.
+    pub(crate) tool: u8,
 }
 
 fn step_class(steps: u16) -> usize {
@@ -44,12 +47,13 @@ impl Ends {
         &self.lanes
     }
 
-    fn cells_of(features: Features) -> [Option<usize>; 4] {
+    fn cells_of(features: Features) -> [Option<usize>; 5] {
         [
             Some(0),
             ((features.agent as usize) < ROWS).then_some(1 + features.agent as usize),
             Some(1 + ROWS + step_class(features.steps).min(STEPS - 1)),
             Some(1 + ROWS + STEPS + (features.size as usize).min(SIZES - 1)),
+            Some(1 + ROWS + STEPS + SIZES + (features.tool as usize).min(TOOLS - 1)),
         ]
     }
 
@@ -106,19 +110,30 @@ mod tests {
         let ends = Ends::default();
         for _ in 0..40 {
             for steps in 1..5 {
-                ends.went_on(Features { agent: 0, steps, size: 3 }, false);
+                ends.went_on(Features { agent: 0, steps, size: 3, tool: 0 }, false);
             }
-            ends.ended(Features { agent: 0, steps: 5, size: 3 });
+            ends.ended(Features { agent: 0, steps: 5, size: 3, tool: 0 });
         }
         let config = Config::default();
-        let at = |steps| ends.continues(Features { agent: 0, steps, size: 3 }, &config);
+        let at = |steps| ends.continues(Features { agent: 0, steps, size: 3, tool: 0 }, &config);
         assert!(at(2) > 0.9 && at(5) < 0.2, "{} {}", at(2), at(5));
+    }
+
+    #[test]
+    fn a_session_whose_tool_runs_is_expected_to_go_on() {
+        let ends = Ends::default();
+        for _ in 0..40 {
+            ends.went_on(Features { agent: 0, steps: 9, size: 3, tool: 2 }, false);
+            ends.ended(Features { agent: 0, steps: 9, size: 3, tool: 0 });
+        }
+        let at = |tool| ends.continues(Features { agent: 0, steps: 9, size: 3, tool }, &Config::default());
+        assert!(at(2) > 0.9 && at(0) < 0.2, "{} {}", at(2), at(0));
     }
 
     #[test]
     fn a_return_after_a_counted_end_takes_it_back() {
         let ends = Ends::default();
-        let features = Features { agent: 0, steps: 1, size: 0 };
+        let features = Features { agent: 0, steps: 1, size: 0, tool: 0 };
         for _ in 0..100 {
             ends.ended(features);
             ends.went_on(features, true);

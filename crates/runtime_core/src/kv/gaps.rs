@@ -172,6 +172,34 @@ impl Gaps {
     }
 }
 
+/// How long calls take: the same estimator over durations of calls. By agent it was worth nothing.
+#[derive(Debug, Default)]
+#[repr(C)]
+pub(crate) struct Services(Histogram);
+
+impl Services {
+    pub(super) fn row(&self) -> &Histogram {
+        &self.0
+    }
+
+    /// A call took so long.
+    pub(crate) fn learn(&self, seconds: f32) {
+        let at = (position(seconds) - 0.5).max(0.0);
+        let bucket = (at as usize).min(BUCKETS - 2);
+        let high = ((at - bucket as f32).clamp(0.0, 1.0) * UNIT as f32) as u32;
+        self.0.add_step(bucket, UNIT - high);
+        self.0.add_step(bucket + 1, high);
+    }
+
+    /// Hazard per bucket of the end of a call.
+    pub(crate) fn hazards(&self) -> [f32; BUCKETS] {
+        let (mut hazards, mut counts) = ([0.0; BUCKETS], [0u16; BUCKETS]);
+        self.0.snapshot(&mut counts);
+        refine(&mut hazards, &counts, 1.0, 0.05);
+        hazards
+    }
+}
+
 /// A histogram up to a bucket: as much as the hazards up to there depend on.
 struct Prefix {
     events: [f32; BUCKETS],

@@ -306,8 +306,6 @@ pub(crate) struct KvCache {
     hand: usize,
     expected_hand: usize,
     now_us: u64,
-    /// Moving mean of a call's duration.
-    pub(crate) service_s: f32,
     /// Moving mean of the time between evictions of one block.
     eviction_interval_s: f32,
     last_eviction_us: u64,
@@ -377,7 +375,6 @@ impl KvCache {
             hand: 0,
             expected_hand: 0,
             now_us: 0,
-            service_s: 1.0,
             eviction_interval_s: 0.01,
             last_eviction_us: 0,
             pool_blocks,
@@ -1010,7 +1007,7 @@ impl KvCache {
     }
 
     /// A call has ended: its blocks may go.
-    pub(crate) fn call_finished(&mut self, call: u64, now_us: u64) {
+    pub(crate) fn call_finished(&mut self, workload: Option<&Workload>, call: u64, now_us: u64) {
         let now_us = self.clock(now_us);
         let Some(at) = self.running.iter().position(|r| r.call == call) else {
             match self.queue.remove(call) {
@@ -1021,7 +1018,9 @@ impl KvCache {
         };
         let run = self.running.swap_remove(at);
         let took_s = now_us.saturating_sub(run.started_us) as f32 / 1e6;
-        self.service_s += 0.05 * (took_s - self.service_s);
+        if let Some(workload) = workload {
+            workload.services.learn(took_s);
+        }
         if run.tail != NONE {
             let mut segment = self.index.segment_of(run.tail);
             while segment != NONE {
@@ -1248,7 +1247,7 @@ impl KvCache {
         let since_us = now_us.saturating_sub(if at.in_flight { at.last_start_us } else { at.last_finish_us });
         if plan.phase != phase || now_us.saturating_sub(plan.times_us) > since_us / 16 {
             (plan.phase, plan.times_us) = (phase, now_us);
-            plan.times = call_times(workload, &at, now_us, (wait_s, queue_s), self.service_s, &self.config);
+            plan.times = call_times(workload, &at, now_us, (wait_s, queue_s), &self.config);
         }
         self.view.times = plan.times;
     }
@@ -1629,25 +1628,25 @@ fn call_times(
     at: &Standing,
     now_us: u64,
     (queued_s, queue_s): (Option<f32>, f32),
-    service_s: f32,
     config: &Config,
 ) -> CallTimes {
     let since_s = |from_us: u64| now_us.saturating_sub(from_us) as f32 / 1e6;
-    let (age_s, wait_s) = if let Some(queued_s) = queued_s {
-        (0.0, queued_s + service_s + queue_s)
+    let (age_s, running_s) = if queued_s.is_some() {
+        (0.0, Some(0.0))
     } else if at.in_flight {
-        (0.0, (service_s - since_s(at.last_start_us)).max(0.2 * service_s) + queue_s)
+        (0.0, Some(since_s(at.last_start_us)))
     } else {
-        (since_s(at.last_finish_us), queue_s)
+        (since_s(at.last_finish_us), None)
     };
-    let service_s = service_s + queue_s;
     density::call_times(&Silence {
         hazards: &workload.gaps.hazards(at.context, config),
         age_s,
-        wait_s,
+        running_s,
+        queued_s: queued_s.unwrap_or(0.0),
+        queue_s,
         continues: workload.ends.continues(at.features, config),
         continues_later: workload.ends.overall(),
-        service_s,
+        services: &workload.services.hazards(),
     })
 }
 
@@ -1691,11 +1690,10 @@ pub(crate) fn time_predictions(
     handle: SessionHandle,
     config: &Config,
     now_us: u64,
-    service_s: f32,
     out: &mut [Prediction],
 ) {
     let Some(at) = standing(sessions, handle) else { return };
-    let times = call_times(workload, &at, now_us, (None, 0.0), service_s, config);
+    let times = call_times(workload, &at, now_us, (None, 0.0), config);
     for prediction in out {
         let row = &times[prediction.step as usize - 1];
         prediction.median_s = density::quantile_s(row, 0.5);
@@ -1710,7 +1708,6 @@ pub(crate) fn score_agents(
     handle: SessionHandle,
     config: &Config,
     now_us: u64,
-    service_s: f32,
     horizon_s: f32,
     agents: &[u16],
     out: &mut [f32],
@@ -1722,7 +1719,7 @@ pub(crate) fn score_agents(
     let recent = workload::Recent::load(sessions, handle);
     let (known, n) = candidates(workload, recent, &at);
     let weights = Chain::new(workload, config, &known[..n]).weights(at.prev, at.last);
-    let times = call_times(workload, &at, now_us, (None, 0.0), service_s, config);
+    let times = call_times(workload, &at, now_us, (None, 0.0), config);
     for (agent, out) in agents.iter().zip(out) {
         *out = known[..n].iter().position(|a| a == agent).map_or(0.0, |i| {
             let first = &weights[i].0[0];

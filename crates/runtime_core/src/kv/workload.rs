@@ -6,7 +6,8 @@
 //! | `ranks` | rank of the next agent in the session's recency list | 16 |
 //! | `content` | promises by agent, misses, class | 6,144 |
 //! | `gaps` | gap histograms by agent, pace, tool; skill of four chains | 3,888 |
-//! | `ends` | trials and successes by agent, step, size | 208 |
+//! | `services` | histogram of durations of calls | 88 |
+//! | `ends` | trials and successes by agent, step, size, tool | 256 |
 //! | `sharing` | uses by other sessions by degree, depth and age; remembered anchors | 3,040 |
 //! | | padding to a cache line | |
 //! | victim queue | heads of 256 score classes (kept beside the index, counted here) | 1,056 |
@@ -23,7 +24,7 @@ use crate::successors::{context_of, context_of_two, SuccessorTable};
 
 use super::content::Content;
 use super::ends::{Ends, Features};
-use super::gaps::{self, Context, Gaps};
+use super::gaps::{self, Context, Gaps, Services};
 use super::index::QUEUE_BYTES;
 use super::sharing::Sharing;
 
@@ -45,6 +46,7 @@ pub struct Workload {
     pub(crate) ranks: Counters<2>,
     pub(crate) content: Content,
     pub(crate) gaps: Gaps,
+    pub(crate) services: Services,
     pub(crate) ends: Ends,
     pub(crate) sharing: Sharing,
 }
@@ -199,7 +201,7 @@ pub(crate) fn standing(sessions: &Sessions, handle: SessionHandle) -> Option<Sta
         prev: at.prev.0,
         last: at.last.0,
         context: Context { agent: at.last.0, tool: status.tool, pace: status.pace_class() },
-        features: Features { agent: at.last.0, steps: at.steps, size: status.size },
+        features: Features { agent: at.last.0, steps: at.steps, size: status.size, tool: status.tool },
         in_flight: sessions.in_flight(handle) > 0,
         last_start_us: sessions.load(handle, Word::LastStart).unwrap_or(0),
         last_finish_us: sessions.load(handle, Word::LastFinish).unwrap_or(0),
@@ -213,7 +215,7 @@ impl Workload {
         let (handle, before) = sessions.transition(key, AgentId(agent));
         if before.last.is_known() {
             let status = Status::unpack(sessions.load(handle, STATUS));
-            let features = Features { agent: before.last.0, steps: before.steps, size: status.size };
+            let features = Features { agent: before.last.0, steps: before.steps, size: status.size, tool: status.tool };
             self.ends.went_on(features, status.doubted);
             let mut after = Status { tool: 0, doubted: false, ..status };
             if sessions.in_flight(handle) == 0 {
