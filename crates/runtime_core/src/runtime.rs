@@ -697,6 +697,11 @@ impl Runtime {
         self.sessions.occupied()
     }
 
+    /// Times that LRU has taken over because the learned order was losing against it; see `docs/cachesage.md`.
+    pub fn takeovers(&self) -> Result<u64> {
+        Ok(self.writer()?.guard.takeovers)
+    }
+
     /// Repairs made so far.
     pub fn repairs(&self) -> Result<Repairs> {
         Ok(self.writer()?.repairs)

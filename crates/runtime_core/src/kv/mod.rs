@@ -10,6 +10,7 @@
 //! | `gaps.rs`, `ends.rs` | when does a session call again, if at all? |
 //! | `sharing.rs` | when does another session use a segment? |
 //! | `queue.rs` | calls that wait: whose prompts are known already |
+//! | `guard.rs`, `shadow.rs` | a shadow LRU that takes over when the learned order loses |
 //! | `state.rs` | learned state between processes |
 //! | `density.rs` | the decision: hit density |
 //!
@@ -23,8 +24,10 @@ mod content;
 mod density;
 mod ends;
 mod gaps;
+mod guard;
 pub(crate) mod index;
 mod queue;
+mod shadow;
 mod sharing;
 mod state;
 #[cfg(test)]
@@ -36,6 +39,7 @@ use crate::sessions::SessionHandle;
 use chain::{Chain, Weights, LANES, STEPS};
 use content::{CLASSES, MISSES};
 use density::{CallTimes, Foreign, Silence, GRID};
+use guard::Guard;
 use index::{Index, Segment, NONE, NOT_QUEUED};
 use queue::Queue;
 use workload::{standing, Sessions, Standing, MAX_WORKLOADS};
@@ -91,6 +95,10 @@ pub struct Config {
     pub anchors: bool,
     /// Believe the engine's waiting queue.
     pub queue: bool,
+    /// Let LRU take over while the learned order loses against it.
+    pub guard: bool,
+    /// Turn all scores upside down; to try the guard.
+    pub sabotage: bool,
     /// Respects in which hints are believed; for offline studies.
     pub oracle: Oracle,
 }
@@ -108,6 +116,8 @@ impl Default for Config {
             sharing_classes: true,
             anchors: true,
             queue: true,
+            guard: true,
+            sabotage: false,
             oracle: Oracle::default(),
         }
     }
@@ -203,6 +213,8 @@ struct Running {
     prompt_len: u32,
     /// Blocks that could not be indexed: nothing may be hung below.
     cut: bool,
+    /// Where the guard's shadow holds it.
+    shadow: u32,
 }
 
 /// A call that starts.
@@ -296,6 +308,7 @@ pub(crate) struct KvCache {
     active: Vec<u32>,
     running: Vec<Running>,
     queue: Queue,
+    pub(crate) guard: Guard,
     /// Ticket of the call that is starting, 0 for none.
     ticket: u16,
     path: Vec<u32>,
@@ -348,6 +361,7 @@ impl KvCache {
             active: Vec::with_capacity(sessions),
             running: Vec::with_capacity(MAX_RUNNING),
             queue: Queue::new(),
+            guard: Guard::new(pool_blocks),
             ticket: 0,
             path: Vec::with_capacity(pool_blocks.min(MAX_PATH)),
             view: View {
@@ -394,6 +408,7 @@ impl KvCache {
             + self.lanes.len() * size_of::<Lane>()
             + self.running.capacity() * size_of::<Running>()
             + self.queue.bytes()
+            + self.guard.bytes()
             + self.path.capacity() * 4
             + self.hints.len() * size_of::<Hint>()
             + self.starts.len() * size_of::<FutureStarts>();
@@ -585,6 +600,7 @@ impl KvCache {
         self.tenant(handle, workload.0, session);
         self.find_path(keys);
         let hit = self.path.len();
+        let shadow = if self.config.guard { self.guard.started(session, keys, hit) } else { NONE };
         let lane = self.lane(slot, agent);
         let whole = self.touch(workload.1, lane, slot, now_us, keys.len() as u32, hints);
         self.lanes[lane as usize].calls = self.lanes[lane as usize].calls.wrapping_add(1);
@@ -604,6 +620,7 @@ impl KvCache {
             len: hit as u32,
             prompt_len: keys.len() as u32,
             cut: !whole,
+            shadow,
         });
         self.mark(slot);
         (hit, let_go)
@@ -685,6 +702,7 @@ impl KvCache {
 
     fn let_go(&mut self, at: usize) -> SessionHandle {
         let run = self.running.swap_remove(at);
+        self.guard.ended(run.shadow);
         if run.tail != NONE {
             self.unpin(run.tail);
         }
@@ -891,6 +909,9 @@ impl KvCache {
             self.repairs.untracked_blocks += keys.len() as u64;
             return;
         }
+        if output {
+            self.guard.answered(keys, &mut self.running[at].shadow);
+        }
         let (mut tail, mut len, mut skip) = (run.tail, run.len, 0);
         // Blocks that another call stored meanwhile.
         while let Some(&key) = keys.get(skip) {
@@ -1017,6 +1038,7 @@ impl KvCache {
             return;
         };
         let run = self.running.swap_remove(at);
+        self.guard.ended(run.shadow);
         let took_s = now_us.saturating_sub(run.started_us) as f32 / 1e6;
         if let Some(workload) = workload {
             workload.services.learn(took_s);
@@ -1089,6 +1111,9 @@ impl KvCache {
         out: &mut [Expected],
     ) -> usize {
         self.clock(now_us);
+        if !self.guard.trusts() {
+            return 0;
+        }
         // Bringing blocks back has to pay: while too few are used, only every so often a try is made.
         self.asked = self.asked.wrapping_add(1);
         let seen = self.restored_used + self.restored_wasted;
@@ -1180,6 +1205,7 @@ impl KvCache {
     /// Forgets all blocks (the engine has reset its cache); what was learned stays.
     pub(crate) fn clear(&mut self) {
         self.index.clear();
+        self.guard.clear();
         let n = self.lanes.len() - MAX_WORKLOADS;
         for (lane, free) in self.lanes.iter_mut().zip(free_lanes(n)) {
             *lane = free;
@@ -1293,6 +1319,7 @@ impl KvCache {
         }
         let horizon_s = (!self.config.density).then_some(self.eviction_interval_s * self.pool_blocks as f32);
         let score = density::score(&self.view.times, &first_use, &foreign, horizon_s);
+        let score = if self.config.sabotage { (1e3 * score).recip() } else { score };
         // What is awaited is worth one hit after that time, whatever else may happen.
         let awaited = |wait_s: f32| match horizon_s {
             None => wait_s.recip(),
@@ -1386,6 +1413,9 @@ impl KvCache {
         now_us: u64,
         mut victim: impl FnMut(u64),
     ) -> usize {
+        if !self.guard.trusts() {
+            return self.evict_oldest(workloads, sessions, n, now_us, victim);
+        }
         self.clock(now_us);
         self.view.slot = NONE;
         if !self.pressed {
