@@ -22,13 +22,15 @@
 //! A snapshot reads words one by one: it may hold one word from before a halving and the next from
 //! after, a factor of two for the moment.
 
-use crate::protocol::{lane, lane_add, lanes_halve, ratio_add, LANES};
+use crate::protocol::{lane, lanes_add, lanes_halve, ratio_add, LANES};
 use crate::sync::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 /// One whole vote when steps are sixteenths.
 pub const UNIT: u32 = 16;
 /// Largest step of one `add`; larger ones count as this.
 pub const MAX_STEP: u32 = 256;
+/// A count of so many steps of [`UNIT`] needs only every so many-th vote: see [`Counters::add_steps`].
+pub const OFTEN: u32 = 64 * UNIT;
 
 /// A histogram of `4 * WORDS` 16-bit counts (8 bytes a word) that halves as a whole when one count
 /// reaches `HALVE_AT`. For several independent rows use an array of these.
@@ -59,7 +61,39 @@ impl<const WORDS: usize, const HALVE_AT: u32> Counters<WORDS, HALVE_AT> {
     #[inline]
     pub fn add_step(&self, index: usize, step: u32) {
         let index = index.min(Self::LEN - 1);
-        lane_add(&self.words, index, step.min(MAX_STEP) as u64, HALVE_AT as u64);
+        let addend = (step.min(MAX_STEP) as u64) << (index % LANES * 16);
+        lanes_add(&self.words, index / LANES, addend, HALVE_AT as u64);
+    }
+
+    /// Count `steps[0]` at `index` and `steps[1]` at the lane after it, if there is one; where one of the two counts has
+    /// reached [`OFTEN`], `often` times that.
+    ///
+    /// A caller that draws `often` at random with mean one, and 0 mostly, saves most additions to large counts: their
+    /// expectation stays what it is and their variance grows, while small counts stay exact.
+    #[inline]
+    pub fn add_steps(&self, index: usize, steps: [u32; 2], often: u32) {
+        let index = index.min(Self::LEN - 1);
+        let (word, shift) = (index / LANES, (index % LANES * 16) as u32);
+        let seen = self.words[word].load(Relaxed);
+        let apart = shift == 48 && index + 1 < Self::LEN;
+        let beside = if apart {
+            lane(self.words[word + 1].load(Relaxed), 0)
+        } else if shift < 48 {
+            lane(seen, shift + 16)
+        } else {
+            0
+        };
+        let weight = if lane(seen, shift).max(beside) < OFTEN as u64 { 1 } else { often };
+        let [first, second] = steps.map(|step| (step * weight).min(MAX_STEP) as u64);
+        if first | second == 0 {
+            return;
+        }
+        // Two lanes of one word are one addition.
+        let above = if shift < 48 { second << (shift + 16) } else { 0 };
+        lanes_add(&self.words, word, first << shift | above, HALVE_AT as u64);
+        if apart && second > 0 {
+            lanes_add(&self.words, word + 1, second, HALVE_AT as u64);
+        }
     }
 
     /// The count at `index`, 0 if out of range.

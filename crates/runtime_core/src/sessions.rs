@@ -38,7 +38,7 @@ use crate::error::{Error, Result};
 use crate::ids::{mix, AgentId, SessionKey};
 use crate::protocol::{
     head_busy, head_generation, session_begin, session_end, session_enter, session_find, session_retire, stamped_load,
-    stamped_update, Tenancy,
+    stamped_put, stamped_update, Tenancy,
 };
 use crate::sync::{AtomicU64, Ordering::Relaxed};
 
@@ -296,9 +296,12 @@ impl<const EXTRA: usize> SessionTable<EXTRA> {
     }
 
     /// Write a word (48 bits; larger values are stored as [`PAYLOAD_MAX`]). `false` if recycled.
+    ///
+    /// Of two writes at once one may be lost, and one that comes while its slot is recycled may leave the next session's
+    /// word unset: use [`Self::update`] for what must be exact.
     #[inline]
     pub fn store(&self, handle: SessionHandle, word: Word, value: u64) -> bool {
-        self.update(handle, word, |_| value).is_some()
+        stamped_put(self.word(handle, word), handle.generation, value.min(PAYLOAD_MAX))
     }
 
     /// Replace a word by a function of itself (`None`: unset) in one step; the function may run

@@ -28,10 +28,14 @@ pub(crate) struct Features {
 }
 
 fn step_class(steps: u16) -> usize {
+    let steps = u32::from(steps);
     if steps <= 8 {
         steps as usize
     } else {
-        (2.0 * (f32::from(steps) / 8.0).log2()) as usize + 9
+        // Half octaves above 8: the octave, and whether the square lies in the upper half of the octave of squares.
+        let octave = steps.ilog2();
+        let upper = steps * steps >> (2 * octave + 1);
+        (2 * (octave - 3) + upper) as usize + 9
     }
 }
 
@@ -57,21 +61,19 @@ impl Ends {
         ]
     }
 
-    /// The session called again. `doubted`: its end had been counted already.
-    pub(crate) fn went_on(&self, features: Features, doubted: bool) {
+    /// The session called again. `doubted`: its end had been counted already. `often`: see [`Counters::add_steps`].
+    pub(crate) fn went_on(&self, features: Features, doubted: bool, often: u32) {
+        // A doubted call was counted as a trial; only the success is missing.
+        let trial = if doubted { 0 } else { UNIT };
         for cell in Self::cells_of(features).into_iter().flatten() {
-            // A doubted call was counted as a trial; only the success is missing.
-            if !doubted {
-                self.lanes.add_step(2 * cell, UNIT);
-            }
-            self.lanes.add_step(2 * cell + 1, UNIT);
+            self.lanes.add_steps(2 * cell, [trial, UNIT], often);
         }
     }
 
     /// The session has been silent for too long.
-    pub(crate) fn ended(&self, features: Features) {
+    pub(crate) fn ended(&self, features: Features, often: u32) {
         for cell in Self::cells_of(features).into_iter().flatten() {
-            self.lanes.add_step(2 * cell, UNIT);
+            self.lanes.add_steps(2 * cell, [UNIT, 0], often);
         }
     }
 
@@ -110,9 +112,9 @@ mod tests {
         let ends = Ends::default();
         for _ in 0..40 {
             for steps in 1..5 {
-                ends.went_on(Features { agent: 0, steps, size: 3, tool: 0 }, false);
+                ends.went_on(Features { agent: 0, steps, size: 3, tool: 0 }, false, 1);
             }
-            ends.ended(Features { agent: 0, steps: 5, size: 3, tool: 0 });
+            ends.ended(Features { agent: 0, steps: 5, size: 3, tool: 0 }, 1);
         }
         let config = Config::default();
         let at = |steps| ends.continues(Features { agent: 0, steps, size: 3, tool: 0 }, &config);
@@ -135,8 +137,8 @@ mod tests {
         let ends = Ends::default();
         let features = Features { agent: 0, steps: 1, size: 0, tool: 0 };
         for _ in 0..100 {
-            ends.ended(features);
-            ends.went_on(features, true);
+            ends.ended(features, 1);
+            ends.went_on(features, true, 1);
         }
         assert!(ends.overall() > 0.95);
     }

@@ -25,7 +25,7 @@ const CHAINS: usize = 4;
 const KAPPA: f32 = 2.0;
 /// So many gaps are foreseen by every chain, then every `COMPARED`th.
 const ALL_COMPARED: u32 = 512;
-const COMPARED: u32 = 8;
+const COMPARED: u32 = 32;
 
 pub(super) type Histogram = Counters<{ BUCKETS / 4 }>;
 
@@ -39,9 +39,18 @@ pub(crate) struct Context {
     pub(crate) pace: u8,
 }
 
+/// Log2 of a gap in milliseconds, at least 0.
+pub(crate) fn log2_ms(seconds: f32) -> f32 {
+    (seconds * 1000.0).max(1.0).log2()
+}
+
 /// Position of a gap on the bucket axis, fractional.
 pub(crate) fn position(seconds: f32) -> f32 {
-    (2.0 * (seconds * 1000.0).max(1.0).log2()).min((BUCKETS - 1) as f32)
+    position_of(log2_ms(seconds))
+}
+
+fn position_of(log2_ms: f32) -> f32 {
+    (2.0 * log2_ms).min((BUCKETS - 1) as f32)
 }
 
 /// Seconds at a bucket's lower edge.
@@ -108,17 +117,18 @@ impl Gaps {
         self.chain_hazards(best, context)
     }
 
-    /// Counts a gap, and how well each chain foresaw it.
-    pub(crate) fn learn(&self, context: Context, seconds: f32) {
-        let at = (position(seconds) - 0.5).max(0.0);
-        let (bucket, reached) = ((at as usize).min(BUCKETS - 2), position(seconds) as usize);
+    /// Counts a gap of so many [`log2_ms`], and how well each chain foresaw it. `often`: see [`Counters::add_steps`].
+    pub(crate) fn learn(&self, context: Context, log2_ms: f32, often: u32) {
+        let position = position_of(log2_ms);
+        let at = (position - 0.5).max(0.0);
+        let (bucket, reached) = ((at as usize).min(BUCKETS - 2), position as usize);
         let seen = self.seen.load(Relaxed).wrapping_add(1);
         self.seen.store(seen, Relaxed);
         if seen < ALL_COMPARED || seen % COMPARED == 0 {
             let fade = if seen < ALL_COMPARED { 0.999 } else { 0.999f32.powi(COMPARED as i32) };
             self.compare(context, reached, fade);
         }
-        self.count(context, bucket, at - bucket as f32);
+        self.count(context, bucket, at - bucket as f32, often);
     }
 
     /// Counts how well each chain foresaw a gap that ended in bucket `reached`.
@@ -138,7 +148,7 @@ impl Gaps {
         }
     }
 
-    fn count(&self, context: Context, bucket: usize, above: f32) {
+    fn count(&self, context: Context, bucket: usize, above: f32, often: u32) {
         let high = (above.clamp(0.0, 1.0) * UNIT as f32) as u32;
         let of = [
             Some(&self.all),
@@ -147,10 +157,7 @@ impl Gaps {
             self.tools.get(context.tool as usize),
         ];
         for histogram in of.into_iter().flatten() {
-            histogram.add_step(bucket, UNIT - high);
-            if high > 0 {
-                histogram.add_step(bucket + 1, high);
-            }
+            histogram.add_steps(bucket, [UNIT - high, high], often);
         }
     }
 
@@ -250,7 +257,7 @@ mod tests {
         let gaps = Gaps::default();
         let context = Context { agent: 1, tool: 0, pace: 5 };
         for i in 0..400 {
-            gaps.learn(context, if i % 4 == 0 { 8.0 } else { 0.5 });
+            gaps.learn(context, log2_ms(if i % 4 == 0 { 8.0 } else { 0.5 }), 1);
         }
         let hazards = gaps.hazards(context, &Config::default());
         let surviving: f32 = (0..position(2.0) as usize).map(|b| 1.0 - hazards[b]).product();
@@ -265,7 +272,7 @@ mod tests {
             // The pace tells, the agent does not.
             let pace = (i % 2) as u8 * 8 + 1;
             let context = Context { agent: 0, tool: 0, pace };
-            gaps.learn(context, if pace == 1 { 0.1 } else { 30.0 });
+            gaps.learn(context, log2_ms(if pace == 1 { 0.1 } else { 30.0 }), 1);
         }
         let quick = gaps.hazards(Context { agent: 0, tool: 0, pace: 1 }, &Config::default());
         let surviving: f32 = (0..position(5.0) as usize).map(|b| 1.0 - quick[b]).product();

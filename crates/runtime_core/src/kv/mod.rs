@@ -1611,14 +1611,15 @@ fn candidates(workload: &Workload, recent: workload::Recent, at: &Standing) -> (
             n += 1;
         }
     };
-    recent.0[..3].iter().for_each(|&agent| add(agent));
+    let recent = recent.agents();
+    recent[..3].iter().for_each(|&agent| add(agent));
     for context in [context_of_two(AgentId(at.prev), AgentId(at.last)), context_of(AgentId(at.last))] {
         let mut row = [(0u16, 0u32); 8];
         let found = workload.transitions.row(context, &mut row);
         row[..found].sort_unstable_by_key(|&(_, count)| std::cmp::Reverse(count));
         row[..found].iter().for_each(|&(agent, _)| add(agent));
     }
-    recent.0[3..].iter().for_each(|&agent| add(agent));
+    recent[3..].iter().for_each(|&agent| add(agent));
     (agents, n)
 }
 
