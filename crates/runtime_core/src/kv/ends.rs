@@ -125,8 +125,8 @@ mod tests {
     fn a_session_whose_tool_runs_is_expected_to_go_on() {
         let ends = Ends::default();
         for _ in 0..40 {
-            ends.went_on(Features { agent: 0, steps: 9, size: 3, tool: 2 }, false);
-            ends.ended(Features { agent: 0, steps: 9, size: 3, tool: 0 });
+            ends.went_on(Features { agent: 0, steps: 9, size: 3, tool: 2 }, false, 1);
+            ends.ended(Features { agent: 0, steps: 9, size: 3, tool: 0 }, 1);
         }
         let at = |tool| ends.continues(Features { agent: 0, steps: 9, size: 3, tool }, &Config::default());
         assert!(at(2) > 0.9 && at(0) < 0.2, "{} {}", at(2), at(0));
