@@ -131,6 +131,8 @@ pub(crate) struct Segment {
     /// Number of the lane's call that last used it.
     pub(crate) touch_call: u32,
     pub(crate) children: u32,
+    /// Score that it would have as a leaf, where that was worked out in advance; else NaN.
+    pub(crate) own_score: f32,
     pub(crate) pins: u16,
     /// Victim queue the segment is in, [`NOT_QUEUED`] where it is no leaf.
     pub(crate) bucket: u16,
@@ -164,6 +166,7 @@ impl Segment {
         newer: NONE,
         touch_call: 0,
         children: 0,
+        own_score: f32::NAN,
         pins: 0,
         bucket: NOT_QUEUED,
         class: 0,
@@ -569,9 +572,9 @@ impl Index {
         NONE
     }
 
-    /// The score of the leaf that is reached after `blocks` blocks of leaves, lowest first; visits at most `most`.
-    pub(crate) fn score_at(&self, blocks: usize, most: usize) -> f32 {
-        let (mut seen, mut visits, mut score) = (0, 0, 0.0);
+    /// Fills `out` with leaves, lowest first, until they have `blocks` blocks; returns how many they are.
+    pub(crate) fn lowest_leaves(&self, blocks: usize, out: &mut [u32]) -> usize {
+        let (mut seen, mut n) = (0, 0);
         for (word, &bits) in self.bitmap.iter().enumerate() {
             let mut bits = bits;
             while bits != 0 {
@@ -579,12 +582,15 @@ impl Index {
                 bits &= bits - 1;
                 let mut s = head;
                 loop {
+                    if n == out.len() {
+                        return n;
+                    }
                     let x = self.seg(s);
-                    score = self.published_score(s);
+                    out[n] = s;
+                    n += 1;
                     seen += x.len as usize;
-                    visits += 1;
-                    if seen >= blocks || visits == most {
-                        return score;
+                    if seen >= blocks {
+                        return n;
                     }
                     s = x.queue_next;
                     if s == head {
@@ -593,7 +599,7 @@ impl Index {
                 }
             }
         }
-        score
+        n
     }
 
     // ---- recency list ----

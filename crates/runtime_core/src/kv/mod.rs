@@ -53,6 +53,10 @@ pub use workload::{Workload, STATE_BUDGET_BYTES};
 const VISITS: usize = 64;
 /// Of these, scored again at most.
 const REFRESHES: usize = 4;
+/// Leaves and blocks that are next to go for which it is prepared, and scorings per event for that.
+const PREPARED_LEAVES: usize = 48;
+const PREPARED_BLOCKS: usize = 512;
+const PREPARED: usize = 4;
 /// Share of blocks brought back that must be used for prefetching to go on.
 const MIN_PRECISION: f32 = 0.6;
 /// Blocks whose hash-table entries are read together when a leaf is taken apart.
@@ -1156,7 +1160,9 @@ impl KvCache {
             return 0;
         }
         // Not only more than the next victims: enough to still be there when the call comes.
-        let floor = self.index.score_at(self.pool_blocks / 4, FLOOR_LEAVES);
+        let mut leaves = [NONE; FLOOR_LEAVES];
+        let n = self.index.lowest_leaves(self.pool_blocks / 4, &mut leaves);
+        let floor = leaves[..n].last().map_or(0.0, |&leaf| self.index.published_score(leaf));
         let mut filled = 0;
         for _ in 0..VISITS.min(self.active.len()) {
             self.expected_hand = if self.expected_hand + 1 < self.active.len() { self.expected_hand + 1 } else { 0 };
@@ -1308,10 +1314,14 @@ impl KvCache {
 
     /// Scores a leaf whose session's view is loaded, or that is nobody's, and queues it accordingly.
     fn score_leaf(&mut self, segment: u32, workload: &Workload) {
-        let x = *self.index.seg(segment);
-        let score = self.score(segment, &x, workload);
+        let score = self.score(segment, self.index.seg(segment), workload);
+        self.queue_scored(segment, score);
+    }
+
+    /// Queues a leaf by its score.
+    fn queue_scored(&mut self, segment: u32, score: f32) {
         let bucket = density::bucket(score);
-        if x.bucket != bucket {
+        if self.index.seg(segment).bucket != bucket {
             self.index.dequeue(segment);
             self.index.enqueue(segment, bucket);
         }
@@ -1406,6 +1416,7 @@ impl KvCache {
                 let next = x.lane_next;
                 if x.bucket == NOT_QUEUED {
                     self.index.publish_score(segment, 0.0);
+                    self.index.seg_mut(segment).own_score = f32::NAN;
                 }
                 segment = next;
             }
@@ -1479,6 +1490,39 @@ impl KvCache {
             self.refresh(workloads, sessions, slot);
         }
         self.age(workloads, sessions, REFRESHES);
+        self.prepare(workloads, sessions);
+    }
+
+    /// Scores what the next victims hang from, as far as they will leave it without children and it will go soon itself:
+    /// an eviction then finds it scored.
+    fn prepare(&mut self, workloads: &Workloads, sessions: &Sessions) {
+        let mut leaves = [NONE; PREPARED_LEAVES];
+        let n = self.index.lowest_leaves(PREPARED_BLOCKS, &mut leaves);
+        let Some(&last) = leaves[..n].last() else { return };
+        let (soon, mut scored) = (self.index.published_score(last), 0);
+        for &leaf in &leaves[..n] {
+            let mut segment = self.index.parent_segment(leaf);
+            while segment != NONE {
+                let Segment { lane, children, pins, mut own_score, .. } = *self.index.seg(segment);
+                if children > 1 || pins > 0 || self.is_nobodys(lane) {
+                    break;
+                }
+                if own_score.is_nan() {
+                    let Some(workload) = workloads.get(self.workload_of(lane) as usize) else { break };
+                    if scored == PREPARED {
+                        return;
+                    }
+                    scored += 1;
+                    self.look(workload, sessions, self.lanes[lane as usize].session);
+                    own_score = self.score(segment, self.index.seg(segment), workload);
+                    self.index.seg_mut(segment).own_score = own_score;
+                }
+                if own_score > soon {
+                    break;
+                }
+                segment = self.index.parent_segment(segment);
+            }
+        }
     }
 
     /// As [`Self::evict`], in the order of last use: what an engine without prediction does.
@@ -1583,7 +1627,11 @@ impl KvCache {
     }
 
     fn score_exposed(&mut self, workloads: &Workloads, sessions: &Sessions, segment: u32) {
-        let lane = self.index.seg(segment).lane;
+        let Segment { lane, own_score, .. } = *self.index.seg(segment);
+        if !own_score.is_nan() && !self.is_nobodys(lane) {
+            self.mark(self.lanes[lane as usize].session);
+            return self.queue_scored(segment, own_score);
+        }
         self.queue_unscored(segment);
         if let Some(workload) = workloads.get(self.workload_of(lane) as usize) {
             if !self.is_nobodys(lane) {
