@@ -56,7 +56,7 @@ const REFRESHES: usize = 4;
 /// Leaves and blocks that are next to go for which it is prepared, and scorings per event for that.
 const PREPARED_LEAVES: usize = 48;
 const PREPARED_BLOCKS: usize = 512;
-const PREPARED: usize = 4;
+const PREPARED: usize = 16;
 /// Share of blocks brought back that must be used for prefetching to go on.
 const MIN_PRECISION: f32 = 0.6;
 /// Blocks whose hash-table entries are read together when a leaf is taken apart.
