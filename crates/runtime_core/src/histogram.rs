@@ -75,23 +75,28 @@ impl<const WORDS: usize, const HALVE_AT: u32> Counters<WORDS, HALVE_AT> {
         let index = index.min(Self::LEN - 1);
         let (word, shift) = (index / LANES, (index % LANES * 16) as u32);
         let seen = self.words[word].load(Relaxed);
-        let apart = shift == 48 && index + 1 < Self::LEN;
-        let beside = if apart {
-            lane(self.words[word + 1].load(Relaxed), 0)
-        } else if shift < 48 {
-            lane(seen, shift + 16)
-        } else {
-            0
-        };
-        let weight = if lane(seen, shift).max(beside) < OFTEN as u64 { 1 } else { often };
-        let [first, second] = steps.map(|step| (step * weight).min(MAX_STEP) as u64);
-        if first | second == 0 {
+        let mut large = lane(seen, shift) >= OFTEN as u64;
+        if large && often == 0 {
             return;
         }
         // Two lanes of one word are one addition.
-        let above = if shift < 48 { second << (shift + 16) } else { 0 };
-        lanes_add(&self.words, word, first << shift | above, HALVE_AT as u64);
-        if apart && second > 0 {
+        if shift < 48 {
+            large |= lane(seen, shift + 16) >= OFTEN as u64;
+            let weight = if large { often } else { 1 };
+            let [first, second] = steps.map(|step| (step * weight).min(MAX_STEP) as u64);
+            if first | second > 0 {
+                lanes_add(&self.words, word, (first | second << 16) << shift, HALVE_AT as u64);
+            }
+            return;
+        }
+        let next = self.words.get(word + 1);
+        large |= next.is_some_and(|next| lane(next.load(Relaxed), 0) >= OFTEN as u64);
+        let weight = if large { often } else { 1 };
+        let [first, second] = steps.map(|step| (step * weight).min(MAX_STEP) as u64);
+        if first > 0 {
+            lanes_add(&self.words, word, first << shift, HALVE_AT as u64);
+        }
+        if second > 0 && next.is_some() {
             lanes_add(&self.words, word + 1, second, HALVE_AT as u64);
         }
     }

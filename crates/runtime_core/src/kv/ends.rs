@@ -51,6 +51,7 @@ impl Ends {
         &self.lanes
     }
 
+    #[inline]
     fn cells_of(features: Features) -> [Option<usize>; 5] {
         [
             Some(0),
@@ -65,16 +66,28 @@ impl Ends {
     pub(crate) fn went_on(&self, features: Features, doubted: bool, often: u32) {
         // A doubted call was counted as a trial; only the success is missing.
         let trial = if doubted { 0 } else { UNIT };
-        for cell in Self::cells_of(features).into_iter().flatten() {
-            self.lanes.add_steps(2 * cell, [trial, UNIT], often);
-        }
+        self.add(features, [trial, UNIT], often);
     }
 
     /// The session has been silent for too long.
     pub(crate) fn ended(&self, features: Features, often: u32) {
-        for cell in Self::cells_of(features).into_iter().flatten() {
-            self.lanes.add_steps(2 * cell, [UNIT, 0], often);
-        }
+        self.add(features, [UNIT, 0], often);
+    }
+
+    #[inline]
+    fn add(&self, features: Features, steps: [u32; 2], often: u32) {
+        let [all, agent, step, size, tool] = Self::cells_of(features);
+        let add = |cell: Option<usize>| {
+            if let Some(cell) = cell {
+                self.lanes.add_steps(2 * cell, steps, often);
+            }
+        };
+        // One by one: a loop over the array would build it first.
+        add(all);
+        add(agent);
+        add(step);
+        add(size);
+        add(tool);
     }
 
     fn rate(&self, cell: usize, prior: f32, weight: f32) -> f32 {

@@ -131,14 +131,20 @@ impl Gaps {
         self.count(context, bucket, at - bucket as f32, often);
     }
 
-    /// Counts how well each chain foresaw a gap that ended in bucket `reached`.
+    /// Counts how well each chain (see [`Self::chain`]) foresaw a gap that ended in bucket `reached`.
+    #[cold]
     fn compare(&self, context: Context, reached: usize, fade: f32) {
-        let prior = Prefix::new(&self.all, reached).refine(&[0.0; BUCKETS], 1.0, 0.05);
-        for (which, skill) in self.skill.iter().enumerate() {
-            let mut hazards = prior;
-            for histogram in self.chain(which, context).into_iter().flatten() {
-                hazards = Prefix::new(histogram, reached).refine(&hazards, KAPPA, 0.0);
-            }
+        let prefix = |histogram: Option<&Histogram>| histogram.map(|histogram| Prefix::new(histogram, reached));
+        let (agent, pace) = (prefix(self.agents.get(context.agent as usize)), prefix(self.paces.get(context.pace as usize)));
+        let tool = prefix(self.tools.get(context.tool as usize));
+        let after = |prior: &[f32; BUCKETS], part: &Option<Prefix>| match part {
+            Some(part) => part.refine(prior, KAPPA, 0.0),
+            None => *prior,
+        };
+        let all = Prefix::new(&self.all, reached).refine(&[0.0; BUCKETS], 1.0, 0.05);
+        let tools = after(&all, &tool);
+        let chains = [after(&all, &agent), after(&all, &pace), after(&tools, &agent), after(&tools, &pace)];
+        for (hazards, skill) in chains.iter().zip(&self.skill) {
             // The product is at least 0.02^44: f64 holds it.
             let survived: f64 = hazards[..reached].iter().map(|&h| 1.0 - f64::from(h)).product();
             let gained = hazards[reached].max(1e-6).ln() + survived.ln() as f32;
@@ -150,15 +156,16 @@ impl Gaps {
 
     fn count(&self, context: Context, bucket: usize, above: f32, often: u32) {
         let high = (above.clamp(0.0, 1.0) * UNIT as f32) as u32;
-        let of = [
-            Some(&self.all),
-            self.agents.get(context.agent as usize),
-            self.paces.get(context.pace as usize),
-            self.tools.get(context.tool as usize),
-        ];
-        for histogram in of.into_iter().flatten() {
-            histogram.add_steps(bucket, [UNIT - high, high], often);
-        }
+        let add = |histogram: Option<&Histogram>| {
+            if let Some(histogram) = histogram {
+                histogram.add_steps(bucket, [UNIT - high, high], often);
+            }
+        };
+        // One by one: a loop over an array would build it first.
+        add(Some(&self.all));
+        add(self.agents.get(context.agent as usize));
+        add(self.paces.get(context.pace as usize));
+        add(self.tools.get(context.tool as usize));
     }
 
     /// Seconds of silence that only 2 % of all gaps exceed; infinite before 32 gaps.
