@@ -70,15 +70,20 @@ impl<const WORDS: usize, const HALVE_AT: u32> Counters<WORDS, HALVE_AT> {
     ///
     /// A caller that draws `often` at random with mean one, and 0 mostly, saves most additions to large counts: their
     /// expectation stays what it is and their variance grows, while small counts stay exact.
-    #[inline]
+    #[inline(always)]
     pub fn add_steps(&self, index: usize, steps: [u32; 2], often: u32) {
         let index = index.min(Self::LEN - 1);
         let (word, shift) = (index / LANES, (index % LANES * 16) as u32);
         let seen = self.words[word].load(Relaxed);
-        let mut large = lane(seen, shift) >= OFTEN as u64;
-        if large && often == 0 {
+        if often == 0 && lane(seen, shift) >= OFTEN as u64 {
             return;
         }
+        self.add_weighed(word, shift, steps, often);
+    }
+
+    fn add_weighed(&self, word: usize, shift: u32, steps: [u32; 2], often: u32) {
+        let seen = self.words[word].load(Relaxed);
+        let mut large = lane(seen, shift) >= OFTEN as u64;
         // Two lanes of one word are one addition.
         if shift < 48 {
             large |= lane(seen, shift + 16) >= OFTEN as u64;
