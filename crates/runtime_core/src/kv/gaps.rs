@@ -135,7 +135,8 @@ impl Gaps {
     #[cold]
     fn compare(&self, context: Context, reached: usize, fade: f32) {
         let prefix = |histogram: Option<&Histogram>| histogram.map(|histogram| Prefix::new(histogram, reached));
-        let (agent, pace) = (prefix(self.agents.get(context.agent as usize)), prefix(self.paces.get(context.pace as usize)));
+        let (agent, pace) =
+            (prefix(self.agents.get(context.agent as usize)), prefix(self.paces.get(context.pace as usize)));
         let tool = prefix(self.tools.get(context.tool as usize));
         let after = |prior: &[f32; BUCKETS], part: &Option<Prefix>| match part {
             Some(part) => part.refine(prior, KAPPA, 0.0),
