@@ -213,6 +213,35 @@ mod tests {
     }
 
     #[test]
+    fn two_lanes_count_together_within_a_word_and_across_two() {
+        let counters = Counters::<2>::default();
+        for index in [0, 2, 3, 6, 7, 99] {
+            counters.add_steps(index, [5, 11], 0);
+        }
+        let mut counts = [0; 8];
+        counters.snapshot(&mut counts);
+        // What would lie beyond the last lane is not counted.
+        assert_eq!(counts, [5, 11, 5, 16, 11, 0, 5, 21]);
+    }
+
+    #[test]
+    fn small_counts_are_exact_and_large_ones_right_on_average() {
+        let counters = Counters::<2>::default();
+        for vote in 1..=64 {
+            counters.add_steps(1, [UNIT, 0], 0);
+            assert_eq!(u32::from(counters.get(1)), vote * UNIT);
+        }
+        counters.add_steps(1, [UNIT, UNIT], 0);
+        assert_eq!((counters.get(1), counters.get(2)), (64 * 16, 0), "a vote that is not drawn");
+        for vote in 0..800 {
+            let often = if crate::ids::mix(vote) % 4 == 0 { 4 } else { 0 };
+            counters.add_steps(1, [UNIT, 0], often);
+        }
+        let votes = counters.get(1) / UNIT as u16;
+        assert!((804..=924).contains(&votes), "{votes} of 864");
+    }
+
+    #[test]
     fn out_of_range_bins_count_in_the_last() {
         let counters = Counters::<1>::default();
         counters.add(usize::MAX);

@@ -197,13 +197,12 @@ impl Services {
         &self.0
     }
 
-    /// A call took so long.
-    pub(crate) fn learn(&self, seconds: f32) {
+    /// A call took so long. `often`: see [`Counters::add_steps`].
+    pub(crate) fn learn(&self, seconds: f32, often: u32) {
         let at = (position(seconds) - 0.5).max(0.0);
         let bucket = (at as usize).min(BUCKETS - 2);
         let high = ((at - bucket as f32).clamp(0.0, 1.0) * UNIT as f32) as u32;
-        self.0.add_step(bucket, UNIT - high);
-        self.0.add_step(bucket + 1, high);
+        self.0.add_steps(bucket, [UNIT - high, high], often);
     }
 
     /// Hazard per bucket of the end of a call.

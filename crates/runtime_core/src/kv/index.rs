@@ -122,7 +122,8 @@ pub(crate) struct Segment {
     pub(crate) lane: u32,
     pub(crate) lane_prev: u32,
     pub(crate) lane_next: u32,
-    /// Links of the victim queue or, on the free list, the next free segment.
+    /// Links of the victim queue. Out of the queue: the bits of [`Segment::own_score`]; on the free list, the next free
+    /// segment.
     pub(crate) queue_prev: u32,
     pub(crate) queue_next: u32,
     /// Links of the recency list.
@@ -131,8 +132,6 @@ pub(crate) struct Segment {
     /// Number of the lane's call that last used it.
     pub(crate) touch_call: u32,
     pub(crate) children: u32,
-    /// Score that it would have as a leaf, where that was worked out in advance; else NaN.
-    pub(crate) own_score: f32,
     pub(crate) pins: u16,
     /// Victim queue the segment is in, [`NOT_QUEUED`] where it is no leaf.
     pub(crate) bucket: u16,
@@ -150,7 +149,22 @@ pub(crate) struct Segment {
 
 pub(crate) const NOT_QUEUED: u16 = u16::MAX;
 
+// `NONE` says in the place of a score that there is none.
+const _: () = assert!(f32::from_bits(NONE).is_nan());
+
 impl Segment {
+    /// The score that a segment which is no leaf would have as one, where that was worked out in advance.
+    pub(crate) fn own_score(&self) -> Option<f32> {
+        let score = f32::from_bits(self.queue_prev);
+        (self.bucket == NOT_QUEUED && !score.is_nan()).then_some(score)
+    }
+
+    /// Keeps or forgets it; of a segment that is no leaf.
+    pub(crate) fn set_own_score(&mut self, score: Option<f32>) {
+        debug_assert!(self.bucket == NOT_QUEUED);
+        self.queue_prev = score.map_or(NONE, f32::to_bits);
+    }
+
     const EMPTY: Self = Self {
         last_use_us: 0,
         top: NONE,
@@ -166,7 +180,6 @@ impl Segment {
         newer: NONE,
         touch_call: 0,
         children: 0,
-        own_score: f32::NAN,
         pins: 0,
         bucket: NOT_QUEUED,
         class: 0,
@@ -559,7 +572,9 @@ impl Index {
                 self.heads[b] = queue_next;
             }
         }
-        self.seg_mut(s).bucket = NOT_QUEUED;
+        let seg = self.seg_mut(s);
+        seg.bucket = NOT_QUEUED;
+        seg.set_own_score(None);
     }
 
     /// The leaf to evict from next: the first of the lowest score class.

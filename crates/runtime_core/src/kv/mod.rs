@@ -1078,7 +1078,7 @@ impl KvCache {
         let run = self.running.remove(at);
         let took_s = now_us.saturating_sub(run.started_us) as f32 / 1e6;
         if let Some(workload) = workload {
-            workload.services.learn(took_s);
+            workload.services.learn(took_s, workload::often(run.handle, run.started_us));
         }
         if run.tail != NONE {
             let mut segment = self.index.segment_of(run.tail);
@@ -1416,7 +1416,7 @@ impl KvCache {
                 let next = x.lane_next;
                 if x.bucket == NOT_QUEUED {
                     self.index.publish_score(segment, 0.0);
-                    self.index.seg_mut(segment).own_score = f32::NAN;
+                    self.index.seg_mut(segment).set_own_score(None);
                 }
                 segment = next;
             }
@@ -1503,20 +1503,24 @@ impl KvCache {
         for &leaf in &leaves[..n] {
             let mut segment = self.index.parent_segment(leaf);
             while segment != NONE {
-                let Segment { lane, children, pins, mut own_score, .. } = *self.index.seg(segment);
-                if children > 1 || pins > 0 || self.is_nobodys(lane) {
+                let x = self.index.seg(segment);
+                let lane = x.lane;
+                if x.children > 1 || x.pins > 0 || self.is_nobodys(lane) {
                     break;
                 }
-                if own_score.is_nan() {
+                let own_score = if let Some(score) = x.own_score() {
+                    score
+                } else {
                     let Some(workload) = workloads.get(self.workload_of(lane) as usize) else { break };
                     if scored == PREPARED {
                         return;
                     }
                     scored += 1;
                     self.look(workload, sessions, self.lanes[lane as usize].session);
-                    own_score = self.score(segment, self.index.seg(segment), workload);
-                    self.index.seg_mut(segment).own_score = own_score;
-                }
+                    let score = self.score(segment, self.index.seg(segment), workload);
+                    self.index.seg_mut(segment).set_own_score(Some(score));
+                    score
+                };
                 if own_score > soon {
                     break;
                 }
@@ -1627,10 +1631,11 @@ impl KvCache {
     }
 
     fn score_exposed(&mut self, workloads: &Workloads, sessions: &Sessions, segment: u32) {
-        let Segment { lane, own_score, .. } = *self.index.seg(segment);
-        if !own_score.is_nan() && !self.is_nobodys(lane) {
+        let x = self.index.seg(segment);
+        let (lane, own_score) = (x.lane, x.own_score());
+        if let Some(score) = own_score.filter(|_| !self.is_nobodys(lane)) {
             self.mark(self.lanes[lane as usize].session);
-            return self.queue_scored(segment, own_score);
+            return self.queue_scored(segment, score);
         }
         self.queue_unscored(segment);
         if let Some(workload) = workloads.get(self.workload_of(lane) as usize) {

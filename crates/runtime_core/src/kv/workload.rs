@@ -231,7 +231,7 @@ pub(crate) fn standing(sessions: &Sessions, handle: SessionHandle) -> Option<Sta
 /// What a step of a session weighs where counts are large (see [`Counters::add_steps`]): four times in one case of four,
 /// else nothing. Drawn from the step's time, so that a replay repeats itself.
 #[inline]
-fn often(handle: SessionHandle, time_us: u64) -> u32 {
+pub(crate) fn often(handle: SessionHandle, time_us: u64) -> u32 {
     if mix(time_us ^ (handle.slot() as u64) << 40) % 4 == 0 {
         4
     } else {
