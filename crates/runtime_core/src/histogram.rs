@@ -8,6 +8,9 @@
 //! Counts are in units the caller chooses. A vote worth a fraction is a step in sixteenths:
 //! [`UNIT`] is one whole vote, [`MAX_STEP`] the largest step.
 //!
+//! A count that is large already need not see every vote: [`Counters::add_steps`] lets a caller count one in four,
+//! fourfold, and save the others.
+//!
 //! Invariants: nothing is lost, and no lane carries into its neighbour. A lane is at most
 //! `HALVE_AT` plus one step per thread inside `add`, because whoever sees the limit brings the lane
 //! below it before returning; with steps of at most 256 and a limit of at most 0x4000, 192 threads
@@ -16,6 +19,7 @@
 //! | operation | progress | allocates | worst case |
 //! |---|---|---|---|
 //! | `Counters::add` | wait-free but for halving (lock-free) | no | one `fetch_add`; halving: `WORDS` exchanges |
+//! | `Counters::add_steps` | as `add` | no | two loads and two `fetch_add`, one where both lanes share a word |
 //! | `Ratio::add` | wait-free but for halving (lock-free) | no | one `fetch_add`; halving: one exchange |
 //! | reads | wait-free | no | one load a word |
 //!

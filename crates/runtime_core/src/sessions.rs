@@ -29,7 +29,8 @@
 //! | `new` | | the whole table, once | |
 //! | `enter`, `transition` | lock-free | no | 8 heads (one cache line); a claim moves the hand at most 25 times |
 //! | `find`, reads | wait-free | no | 8 heads |
-//! | `advance`, `begin`, `end`, `store`, `update` | lock-free | no | one exchange, per retry |
+//! | `advance`, `begin`, `end`, `update` | lock-free | no | one exchange, per retry |
+//! | `store` | wait-free | no | a load and a store: not exact under two writers |
 //!
 //! Everything is `Relaxed`: each word is a fact of its own (see [`crate::protocol`]). Reading two
 //! words of a session may pair a new one with an old one of the same session.
