@@ -189,7 +189,7 @@ const fn lanes_reach(word: u64, limit: u64) -> bool {
     const LOW: u64 = 0x7FFF_7FFF_7FFF_7FFF;
     // Each lane's low 15 bits plus what `limit` lacks to 0x8000: the top bit tells, and nothing carries.
     let lacking = (0x8000 - limit) * 0x0001_0001_0001_0001;
-    ((word & LOW) + lacking | word) & !LOW != 0
+    (((word & LOW) + lacking) | word) & !LOW != 0
 }
 
 #[cold]

@@ -34,7 +34,7 @@ fn step_class(steps: u16) -> usize {
     } else {
         // Half octaves above 8: the octave, and whether the square lies in the upper half of the octave of squares.
         let octave = steps.ilog2();
-        let upper = steps * steps >> (2 * octave + 1);
+        let upper = (steps * steps) >> (2 * octave + 1);
         (2 * (octave - 3) + upper) as usize + 9
     }
 }
