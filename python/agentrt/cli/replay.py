@@ -109,7 +109,7 @@ def _policies(text: str) -> list[engine.PolicyArgument]:
 @click.option(
     "--strip-identity",
     is_flag=True,
-    help="Hide sessions and agents from policies: agentrt infers them from prompts; without -p, those that can do without.",
+    help="Hide sessions and agents from policies, which infer them from prompts; those that cannot are refused.",
 )
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the results as JSON.")
 @click.option(

@@ -41,7 +41,11 @@ impl Inferred {
         Trace { agents, ..trace.clone() }
     }
 
+    /// Infers once, when the call is first heard of: while it waits, or when it starts.
     fn start<'a>(&mut self, call: &CallView<'a>) -> CallView<'a> {
+        if let Some(known) = self.running.get(&call.call) {
+            return view(call, known);
+        }
         self.keys.clear();
         self.keys.extend(call.prompt.iter().map(|&b| u64::from(b) + 1));
         let inferred = self.identity.started(&self.keys);
@@ -68,6 +72,11 @@ fn view<'a>(call: &CallView<'a>, known: &Call) -> CallView<'a> {
 }
 
 impl CachePolicy for Inferred {
+    fn call_queued(&mut self, call: &CallView<'_>, pool: &Pool) {
+        let call = self.start(call);
+        self.inner.call_queued(&call, pool);
+    }
+
     fn call_start(&mut self, call: &CallView<'_>, pool: &Pool) {
         let call = self.start(call);
         self.inner.call_start(&call, pool);
