@@ -9,6 +9,7 @@
 //! | [`kv`] | the `kv_cache` policy: pool, estimators, decision |
 //! | [`sessions`], [`successors`], [`histogram`] | bounded tables that any thread may change |
 //! | [`protocol`] | the steps they are made of, model-checked |
+//! | [`identity`] | sessions and agents of calls that do not name them, from their prompts |
 //! | [`merge`] | states of replicas, added up |
 //! | [`ids`], [`error`] | names and errors |
 //!
@@ -50,6 +51,8 @@
 
 pub mod error;
 pub mod histogram;
+
+pub mod identity;
 pub mod ids;
 pub mod kv;
 pub mod merge;

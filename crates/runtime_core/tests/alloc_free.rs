@@ -7,6 +7,7 @@ mod allocations;
 
 use allocations::allocations;
 use runtime_core::histogram::{Counters, Ratio};
+use runtime_core::identity::{Identity, Options};
 use runtime_core::ids::{AgentId, SessionKey};
 use runtime_core::protocol::{PublishedEntry, Seqlock, SingleWriter};
 use runtime_core::sessions::{SessionTable, Word};
@@ -74,4 +75,15 @@ fn hot_operations_allocate_nothing() {
         }
     });
     assert_eq!(published, 0);
+
+    let mut identity = Identity::new(Options { blocks: 4096, sessions: 64 }).unwrap();
+    let mut keys: Vec<u64> = (1..=300).collect();
+    let infer = allocations(|| {
+        for call in 0..1000 {
+            keys[30..].iter_mut().for_each(|key| *key = key.wrapping_add(call % 3));
+            let inferred = identity.started(black_box(&keys[..200]));
+            identity.ended(inferred.call, &keys[200..]);
+        }
+    });
+    assert_eq!(infer, 0, "identity");
 }
