@@ -4,7 +4,7 @@
 //! 0.6. Of the blocks brought back on offers of a kind it is counted how many a call then used and how many left the pool
 //! without. A kind pays as long as
 //!
-//!     (used + 0.65 W) / (used + wasted + W) >= 0.6,     W = half the pool, at least 64 blocks
+//!     (used + 0.65 W) / (used + wasted + W) >= 0.6,     W = two pools, at least 64 blocks
 //!
 //! that is: at first it is trusted, and soon only what was learned counts. Both counts are halved now and then, so what
 //! was learned long ago fades. A kind that does not pay is offered at every 256th question only, so that a workload that
@@ -22,7 +22,7 @@ const PRIOR_PRECISION: f32 = 0.65;
 /// Every so many questions, what does not pay is tried.
 const RETRY: u32 = 256;
 /// Counts of a kind are halved beyond so many pools.
-const FADE_POOLS: u64 = 8;
+const FADE_POOLS: u64 = 16;
 /// Offers that are remembered until their blocks are back.
 const RECENT: usize = 64;
 
@@ -60,7 +60,7 @@ impl Offers {
     /// Whether to offer now what comes with this probability.
     pub(crate) fn pays(&self, probability: f32) -> bool {
         let [used, wasted] = self.counts[kind_of(probability)].map(|n| n as f32);
-        let weight = (self.pool_blocks / 2).max(64) as f32;
+        let weight = (self.pool_blocks * 2).max(64) as f32;
         let kept = used + PRIOR_PRECISION * weight;
         kept >= MIN_PRECISION * (used + wasted + weight) || self.asked % RETRY == 0
     }
@@ -142,6 +142,6 @@ mod tests {
         assert!(offers.counts[0][0] <= FADE_POOLS * 1000);
         (0..100).for_each(|_| offers.resolved(1, 100, false));
         offers.ask();
-        assert!(!offers.pays(LOWEST), "ten pools wasted outweigh the whole past");
+        assert!(!offers.pays(LOWEST), "that many pools wasted outweigh the whole past");
     }
 }
