@@ -222,7 +222,9 @@ impl Run<'_> {
             }
             // First, because what goes to make room may push these copies out of the host tier: they have been read by then.
             if let (Some(host), Some(counts)) = (&mut self.host, &mut self.outcome.host) {
-                wanted.iter().for_each(|&b| host.prefetched(b, now_us));
+                for &b in wanted {
+                    host.prefetched(b, now_us);
+                }
                 counts.prefetched_blocks += wanted.len() as u64;
             }
             chain[..resident].iter().for_each(|&b| self.pool.pin(b));

@@ -4,7 +4,9 @@
 //! 0.6. Of the blocks brought back on offers of a kind it is counted how many a call then used and how many left the pool
 //! without. A kind pays as long as
 //!
-//!     (used + 0.65 W) / (used + wasted + W) >= 0.6,     W = two pools, at least 64 blocks
+//! ```text
+//! (used + 0.65 W) / (used + wasted + W) >= 0.6,     W = two pools, at least 64 blocks
+//! ```
 //!
 //! that is: at first it is trusted, and soon only what was learned counts. Both counts are halved now and then, so what
 //! was learned long ago fades. A kind that does not pay is offered at every 256th question only, so that a workload that
