@@ -255,15 +255,17 @@ class Optimal(Tree):
     the next use by a call that has not arrived yet.
     """
 
-    future: Sequence[Sequence[int]] = ()
+    #: For cores that the adapter makes.
+    default_future: Sequence[Sequence[int]] = ()
 
-    def __init__(self, pool_blocks: int, workload: str) -> None:
+    def __init__(self, pool_blocks: int, workload: str, future: Sequence[Sequence[int]] | None = None) -> None:
         super().__init__(pool_blocks, workload)
+        future = self.default_future if future is None else future
         self.uses: dict[int, list[int]] = {}
         self.waiting: dict[tuple[int, int], deque[int]] = {}
-        self.arrived = bytearray(len(self.future))
-        for position in range(len(self.future) - 1, -1, -1):
-            keys = self.future[position]
+        self.arrived = bytearray(len(future))
+        for position in range(len(future) - 1, -1, -1):
+            keys = future[position]
             for key in keys:
                 # The soonest use is at the end.
                 self.uses.setdefault(key, []).append(position)
@@ -317,8 +319,3 @@ class Optimal(Tree):
             if parent is not None:
                 self._push(parent)
         return chosen
-
-
-def set_future(future: Sequence[Sequence[int]]) -> None:
-    """The order that ``Optimal`` evicts by, for cores made from now on."""
-    Optimal.future = future

@@ -19,8 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benches.e2e import cores  # noqa: E402
-from benches.e2e.workloads import ENGINE_BLOCK, LONGEST, Call, ClosedLoop, order_of_calls, sessions  # noqa: E402
+from benches.e2e import cores
+from benches.e2e.workloads import ENGINE_BLOCK, LONGEST, Call, ClosedLoop, order_of_calls, sessions
 
 MODELS = {
     # hidden, layers, heads, KV heads, ffn
@@ -151,7 +151,7 @@ class Bench:
         if job["future"]:
             keys = Keys(self.engine)
             by_name = {call.name: call for session in todo for call in session}
-            cores.set_future([keys.of(by_name[name]) for name in job["future"]])
+            cores.Optimal.default_future = [keys.of(by_name[name]) for name in job["future"]]
         for call in order_of_calls(todo, job["concurrency"], job["calls"], job["seed"]):
             # Made once, not while the clock runs.
             call.tokens()
@@ -161,6 +161,7 @@ class Bench:
         live: dict[str, _Live] = {}
         ended: dict[str, _Live] = {}
         steps = 0
+        preemptions = self._preemptions()
         start = time.perf_counter()
         while True:
             for session, step in loop.due():
@@ -199,14 +200,16 @@ class Bench:
                     entry = live.pop(name)
                     loop.ended(entry.session, entry.step)
         took = time.perf_counter() - start
-        return self._result(ended, took, steps)
+        return self._result(ended, took, steps, preemptions)
 
-    def _result(self, ended: dict[str, _Live], took: float, steps: int) -> dict[str, Any]:
+    def _preemptions(self) -> int:
+        return sum(int(m.value) for m in self.llm.get_metrics() if m.name == "vllm:num_preemptions")
+
+    def _result(self, ended: dict[str, _Live], took: float, steps: int, preemptions: int) -> dict[str, Any]:
+        pool = self.scheduler.kv_cache_manager.block_pool
         hit = sum(entry.hit for entry in ended.values())
         prompt = sum(entry.prompt for entry in ended.values())
-        outputs = {
-            name: hashlib.sha256(str(entry.tokens).encode()).hexdigest()[:8] for name, entry in ended.items()
-        }
+        outputs = {name: hashlib.sha256(str(entry.tokens).encode()).hexdigest()[:8] for name, entry in ended.items()}
         result = {
             "calls": len(ended),
             "prompt_tokens": prompt,
@@ -219,6 +222,8 @@ class Bench:
             "steps": steps,
             "overhead_us_per_step": 0.0,
             "outputs": outputs,
+            "leaked_blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+            "preemptions": self._preemptions() - preemptions,
             "order": sorted(ended, key=lambda name: ended[name].number),
             "faults": {},
         }

@@ -208,7 +208,7 @@ def capacities(orders: list[list[Call]], workload: str, concurrency: int, batch:
         live.append(concurrency * statistics.mean(map(len, distinct.values())))
         # An answer takes a block, and so does the unfinished end of a prompt.
         fits = max(fits, len(set().union(*distinct.values())) + 2 * len(order))
-        least = max(least, max(len(call.engine_blocks) for call in order))
+        least = max(least, *(len(call.engine_blocks) for call in order))
     typical = statistics.mean(len(call.engine_blocks) for order in orders for call in order)
     least = max(least + 4, int(batch * (typical + 2)))
     sizes = sorted({max(least, int(share * statistics.mean(live))) for share in SHARES})
