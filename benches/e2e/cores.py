@@ -14,7 +14,7 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -140,6 +140,11 @@ class Tree:
         """Names victims, and counts them as gone."""
         del now_us
         return [block.key for block in self.victims(n)]
+
+    @property
+    def source(self) -> Callable[[int, int], Sequence[int]]:
+        """Who names victims, where the adapter asks for that."""
+        return self.evict
 
     def gone(self, block: Block) -> Block | None:
         """A block was named; returns its parent where that can go next."""

@@ -162,6 +162,7 @@ class Bench:
         ended: dict[str, _Live] = {}
         steps = 0
         preemptions = self._preemptions()
+        cpu_start = time.process_time()
         start = time.perf_counter()
         while True:
             for session, step in loop.due():
@@ -200,12 +201,16 @@ class Bench:
                     entry = live.pop(name)
                     loop.ended(entry.session, entry.step)
         took = time.perf_counter() - start
-        return self._result(ended, took, steps, preemptions)
+        return {
+            **self._result(ended, took, steps),
+            "cpu_s": round(time.process_time() - cpu_start, 3),
+            "preemptions": self._preemptions() - preemptions,
+        }
 
     def _preemptions(self) -> int:
         return sum(int(m.value) for m in self.llm.get_metrics() if m.name == "vllm:num_preemptions")
 
-    def _result(self, ended: dict[str, _Live], took: float, steps: int, preemptions: int) -> dict[str, Any]:
+    def _result(self, ended: dict[str, _Live], took: float, steps: int) -> dict[str, Any]:
         pool = self.scheduler.kv_cache_manager.block_pool
         hit = sum(entry.hit for entry in ended.values())
         prompt = sum(entry.prompt for entry in ended.values())
@@ -223,7 +228,6 @@ class Bench:
             "overhead_us_per_step": 0.0,
             "outputs": outputs,
             "leaked_blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
-            "preemptions": self._preemptions() - preemptions,
             "order": sorted(ended, key=lambda name: ended[name].number),
             "faults": {},
         }
