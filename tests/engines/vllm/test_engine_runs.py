@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from benches.e2e.run import Engine, predict
 
-BLOCKS = 260
+BLOCKS = 180
+CALLS = 180
 
 
 class Engines:
@@ -28,10 +29,10 @@ class Engines:
         self.folder = folder
 
     def run(self, core: str, **job: Any) -> dict[str, Any]:
-        """A run of 60 calls, unless asked otherwise; the cache is a small part of what they use."""
+        """A run of 180 calls, unless asked otherwise; the cache is a small part of what they use."""
         usual = {
-            "workload": "coding_team", "traces": str(self.folder), "seed": 0, "pool_blocks": BLOCKS, "concurrency": 6,
-            "calls": 60, "max_tokens": 2, "named": True, "extra": {}, "future": None, "abort_every": 0,
+            "workload": "coding_team", "traces": str(self.folder), "seed": 0, "pool_blocks": BLOCKS, "concurrency": 8,
+            "calls": CALLS, "max_tokens": 2, "named": True, "extra": {}, "future": None, "abort_every": 0,
         }  # fmt: skip
         result = self.engines[core == "stock"].run({**usual, "core": core, **job})
         assert result["leaked_blocks"] == 0
@@ -83,8 +84,8 @@ def test_the_offline_order_hits_most(engines: Engines, stock: dict[str, Any]) ->
 @pytest.mark.parametrize(("core", "policy"), [("lru", "lru"), ("agentrt", "agentrt")])
 def test_a_recording_replays_to_the_measured_hits(engines: Engines, core: str, policy: str) -> None:
     path = engines.folder / "recording.jsonl"
-    run = engines.run(core, calls=150, extra={"record": str(path)})
-    assert len(path.read_text().splitlines()) == 150
+    run = engines.run(core, extra={"record": str(path)})
+    assert len(path.read_text().splitlines()) == CALLS
     replayed = predict(path, BLOCKS, {"it": policy})["it"]
     assert replayed == pytest.approx(run["hit_rate"], abs=0.01)
 
@@ -101,7 +102,8 @@ class Broken:
 
 def test_a_policy_that_only_raises_leaves_stock_behaviour(engines: Engines, stock: dict[str, Any]) -> None:
     broken = engines.run("tests.engines.vllm.test_engine_runs:Broken")
-    assert sum(broken["faults"].values()) > 60
+    # In every hook, until it has faulted too often and stays away.
+    assert len(broken["faults"]) >= 3
     for what in ("hit_tokens", "prompt_tokens", "order", "outputs"):
         assert broken[what] == stock[what]
 
@@ -110,13 +112,13 @@ def test_a_policy_that_only_raises_leaves_stock_behaviour(engines: Engines, stoc
 def test_calls_that_are_aborted_hurt_no_other(engines: Engines, stock: dict[str, Any], core: str) -> None:
     run = engines.run(core, abort_every=3)
     assert run["faults"] == {}
-    assert run["calls"] == 40
+    assert run["calls"] == CALLS * 2 // 3
     assert all(run["outputs"][call] == stock["outputs"][call] for call in run["outputs"].keys() & stock["outputs"])
 
 
 @pytest.mark.parametrize("core", ["lru", "agentrt"])
 def test_preempted_calls_are_answered_the_same(engines: Engines, core: str) -> None:
-    tight: dict[str, Any] = {"pool_blocks": 150, "max_tokens": 100, "calls": 24, "workload": "research_tree"}
+    tight: dict[str, Any] = {"pool_blocks": 140, "max_tokens": 150, "calls": 24}
     stock = engines.run("stock", **tight)
     run = engines.run(core, **tight)
     assert min(run["preemptions"], stock["preemptions"]) > 0
