@@ -118,7 +118,7 @@ def test_calls_that_are_aborted_hurt_no_other(engines: Engines, stock: dict[str,
 
 @pytest.mark.parametrize("core", ["lru", "agentrt"])
 def test_preempted_calls_are_answered_the_same(engines: Engines, core: str) -> None:
-    tight: dict[str, Any] = {"pool_blocks": 140, "max_tokens": 150, "calls": 24}
+    tight: dict[str, Any] = {"workload": "research_tree", "pool_blocks": 50, "max_tokens": 200, "calls": 24}
     stock = engines.run("stock", **tight)
     run = engines.run(core, **tight)
     assert min(run["preemptions"], stock["preemptions"]) > 0
