@@ -40,14 +40,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benches.e2e.summary import problems, report
 from benches.e2e.workloads import (
+    BATCH,
+    CALLS,
+    CONCURRENCY,
     ENGINE_BLOCK,
     GENERATED,
     RECORDED,
     SCALED_BLOCK,
     TRACE_BLOCK,
     capacities,
-    order_of_calls,
-    sessions,
+    orders_of,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,7 +67,6 @@ PREFETCH = "agentrt-prefetch"
 RECORDING = ("neutral", "agentrt")
 # Which policies of the replay a recording predicts, by the policy it is recorded under.
 PREDICTED = {"neutral": {"neutral": "lru", "agentrt": "agentrt", "optimal": "min"}, "agentrt": {"agentrt": "agentrt"}}
-CAPACITY_SEEDS = 3
 
 Row = dict[str, Any]
 
@@ -190,8 +191,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workloads", help=f"of {','.join((*RECORDED, *GENERATED))}")
     parser.add_argument("--policies", help=f"of {','.join(CORES)}")
     parser.add_argument("--repetitions", type=int, help="3 by default")
-    parser.add_argument("--calls", type=int, help="of a run; 500 by default")
-    parser.add_argument("--sessions", type=int, default=16, help="at a time")
+    parser.add_argument("--calls", type=int, help=f"of a run; {CALLS} by default")
+    parser.add_argument("--sessions", type=int, default=CONCURRENCY, help="at a time")
     parser.add_argument("--model", choices=("tiny", "small", "medium"))
     parser.add_argument("--pressure-only", action="store_true", help="leave out the pool into which everything fits")
     return parser.parse_args()
@@ -205,9 +206,9 @@ def main() -> None:
     # The name of the result file is the caller's, the engines' folder is not.
     shape: dict[str, Any] = {
         "model": asked.model or ("tiny" if smoke else "small"),
-        "calls": asked.calls or (120 if smoke else 500),
+        "calls": asked.calls or (120 if smoke else CALLS),
         "concurrency": asked.sessions,
-        "batch": 4,
+        "batch": BATCH,
         "max_tokens": 2,
         "token_scale": SCALED_BLOCK / TRACE_BLOCK,
     }
@@ -233,10 +234,7 @@ def main() -> None:
     results = Results(asked.json, shape)
     pools = {}
     for name in names:
-        orders = [
-            order_of_calls(sessions(name, asked.traces, seed), shape["concurrency"], shape["calls"], seed)
-            for seed in range(CAPACITY_SEEDS)
-        ]
+        orders = orders_of(name, asked.traces, shape["concurrency"], shape["calls"])
         pools[name] = found = capacities(orders, name, shape["concurrency"], shape["batch"])
         print(
             f"{name}: {found.pressure:,} blocks, where the replay says LRU {found.lru:.1%}, MIN {found.optimal:.1%}; "

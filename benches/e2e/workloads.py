@@ -5,12 +5,15 @@ that depend on the block's number only, so equal prefixes stay equal prefixes an
 recorded answer added to the next prompt is part of that prompt; what the engine answers itself is not fed back. A
 session ends before its first call that is longer than ``LONGEST`` tokens: prompts cut to a common length would all be
 alike.
+
+    python benches/e2e/workloads.py        what the replay hits on the default run's calls
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import statistics
 import tempfile
@@ -28,6 +31,12 @@ SCALED_BLOCK = 4
 # vLLM's own blocks: on a CPU a multiple of 32.
 ENGINE_BLOCK = 32
 LONGEST = 4096
+
+# The default run.
+CONCURRENCY = 16
+BATCH = 4
+CALLS = 500
+CAPACITY_SEEDS = 3
 
 
 @dataclass(frozen=True)
@@ -156,6 +165,11 @@ def order_of_calls(sessions: list[list[Call]], concurrency: int, calls: int, see
         loop.ended(*live.pop(0))
 
 
+def orders_of(name: str, traces: Path, concurrency: int, calls: int) -> list[list[Call]]:
+    """Orders of calls from which a workload's pools are found."""
+    return [order_of_calls(sessions(name, traces, seed), concurrency, calls, seed) for seed in range(CAPACITY_SEEDS)]
+
+
 def write_trace(calls: Iterable[Call], workload: str, batch: int, path: Path) -> None:
     """Writes scaled calls as a trace in the engine's blocks: a call a second, ``batch`` of them running at a time."""
     numbers: dict[int, int] = {}
@@ -189,6 +203,27 @@ class Capacities:
     optimal: float
 
 
+def replayed(
+    orders: list[list[Call]], workload: str, batch: int, policies: list[str], sizes: list[int]
+) -> dict[tuple[int, str], float]:
+    """Block hit rates by pool and policy, all orders together."""
+    from agentrt import replay
+
+    with tempfile.TemporaryDirectory() as folder:
+        traces = []
+        for i, order in enumerate(orders):
+            path = Path(folder) / f"{workload}-{i}.jsonl"
+            write_trace(order, workload, batch, path)
+            traces.append(path)
+        results = replay.run(traces, policies=policies, capacities=sizes, order="open").results
+    rates: dict[tuple[int, str], float] = {}
+    for size in sizes:
+        for policy in policies:
+            rows = [r for r in results if (r.capacity_blocks, r.policy) == (size, policy)]
+            rates[size, policy] = sum(r.hit_blocks for r in rows) / sum(r.prompt_blocks for r in rows)
+    return rates
+
+
 SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8)
 
 
@@ -198,8 +233,6 @@ def capacities(orders: list[list[Call]], workload: str, concurrency: int, batch:
     Looked for among ``SHARES`` of the live working set (concurrent sessions times their mean distinct blocks); a pool
     holds at least the longest prompts that run at once.
     """
-    from agentrt import replay
-
     fits, least, live = 0, 0, []
     for order in orders:
         distinct: dict[str, set[int]] = {}
@@ -212,17 +245,21 @@ def capacities(orders: list[list[Call]], workload: str, concurrency: int, batch:
     typical = statistics.mean(len(call.engine_blocks) for order in orders for call in order)
     least = max(least + 4, int(batch * (typical + 2)))
     sizes = sorted({max(least, int(share * statistics.mean(live))) for share in SHARES})
-    with tempfile.TemporaryDirectory() as folder:
-        traces = []
-        for i, order in enumerate(orders):
-            path = Path(folder) / f"{workload}-{i}.jsonl"
-            write_trace(order, workload, batch, path)
-            traces.append(path)
-        results = replay.run(traces, policies=["lru", "min"], capacities=sizes, order="open").results
-    rates: dict[tuple[int, str], float] = {}
-    for size in sizes:
-        for policy in ("lru", "min"):
-            rows = [r for r in results if (r.capacity_blocks, r.policy) == (size, policy)]
-            rates[size, policy] = sum(r.hit_blocks for r in rows) / sum(r.prompt_blocks for r in rows)
+    rates = replayed(orders, workload, batch, ["lru", "min"], sizes)
     best = max(sizes, key=lambda size: rates[size, "min"] - rates[size, "lru"])
     return Capacities(best, fits, rates[best, "lru"], rates[best, "min"])
+
+
+def main() -> None:
+    traces = Path(os.environ.get("AGENTRT_TRACES", Path(__file__).resolve().parents[3] / "shared" / "traces"))
+    policies = ["lru", "cachescout", "agentrt", "min"]
+    print("| workload | blocks |", " | ".join(policies), "|")
+    for name in (*RECORDED, *GENERATED):
+        orders = orders_of(name, traces, CONCURRENCY, CALLS)
+        pool = capacities(orders, name, CONCURRENCY, BATCH)
+        rates = replayed(orders, name, BATCH, policies, [pool.pressure])
+        print(f"| `{name}` | {pool.pressure} |", " | ".join(f"{rates[pool.pressure, p]:.1%}" for p in policies), "|")
+
+
+if __name__ == "__main__":
+    main()
