@@ -112,9 +112,9 @@ class Engine:
         return result
 
     def stop(self) -> None:
-        """Ends the process."""
+        """Ends the process and closes its pipes."""
         self.process.terminate()
-        self.process.wait()
+        self.process.communicate()
 
 
 class Results:
