@@ -136,19 +136,22 @@ def slower(rows: list[Row]) -> list[str]:
 
 
 def predictions(rows: list[Row]) -> list[str]:
-    """What the replay of each neutral run's own recording said, against what was measured in the same repetition."""
+    """What replays of recordings said against what was measured in the same repetitions: means, and the farthest off."""
     measured = {(r["workload"], r["pressure"], r["repetition"], r["policy"]): r["hit_rate"] for r in rows}
-    lines = []
+    found: dict[tuple[str, str, str, str], list[tuple[float, float]]] = {}
     for row in rows:
         for policy, predicted in sorted(row.get("predicted", {}).items()):
             got = measured.get((row["workload"], row["pressure"], row["repetition"], policy))
             if got is not None:
-                lines.append(
-                    f"| `{row['workload']}` | {'yes' if row['pressure'] else 'no'} | {row['repetition'] + 1} | "
-                    f"{row['policy']} | {policy} | {predicted:.1%} | {got:.1%} | {(predicted - got) * 100:+.1f} |"
-                )
-    head = "| workload | pressure | repetition | recorded under | policy | replayed | measured | points |"
-    return [head, "|---|---|---|---|---|---|---|---|", *lines] if lines else []
+                pool = "pressure" if row["pressure"] else "fits"
+                found.setdefault((row["workload"], pool, row["policy"], policy), []).append((predicted, got))
+    lines = [
+        f"| `{workload}` | {pool} | {recorded} | {policy} | {statistics.mean(p for p, _ in values):.1%} | "
+        f"{statistics.mean(g for _, g in values):.1%} | {max((p - g for p, g in values), key=abs) * 100:+.1f} |"
+        for (workload, pool, recorded, policy), values in found.items()
+    ]
+    head = "| workload | pool | recorded under | policy | replayed | measured | farthest off, points |"
+    return [head, "|---|---|---|---|---|---|---|", *lines] if lines else []
 
 
 def problems(rows: list[Row]) -> list[str]:
