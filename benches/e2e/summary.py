@@ -136,7 +136,7 @@ def slower(rows: list[Row]) -> list[str]:
 
 
 def predictions(rows: list[Row]) -> list[str]:
-    """What replays of recordings said against what was measured in the same repetitions: means, and the farthest off."""
+    """What replays of recordings said against what was measured in the same repetitions: means and the farthest off."""
     measured = {(r["workload"], r["pressure"], r["repetition"], r["policy"]): r["hit_rate"] for r in rows}
     found: dict[tuple[str, str, str, str], list[tuple[float, float]]] = {}
     for row in rows:
