@@ -731,6 +731,17 @@ impl Runtime {
         Ok(self.learned(workload)?.transitions.total(context))
     }
 
+    /// What a workload has taught, for reports.
+    pub fn what_was_learned(&self, workload: WorkloadId) -> Result<&Workload> {
+        self.learned(workload)
+    }
+
+    /// P(a resident block is used within the pool's residence time), and that time in seconds; `None` where the block is
+    /// not resident or nothing has been evicted yet. For the measurement of calibration.
+    pub fn survival(&self, block: u64, now_us: u64) -> Result<Option<(f32, f32)>> {
+        Ok(self.writer()?.survival(&self.workloads, &self.sessions, block, now_us))
+    }
+
     /// Latest time seen, microseconds.
     pub fn now_us(&self) -> u64 {
         self.now_us.load(Relaxed)

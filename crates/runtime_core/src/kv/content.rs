@@ -73,6 +73,11 @@ impl Content {
         })
     }
 
+    /// Votes expected and kept at `misses`, of an agent with counts of its own or of all agents.
+    pub(crate) fn totals(&self, agent: Option<u16>, misses: usize) -> (f32, f32) {
+        Self::sums(agent.and_then(|agent| self.rows.get(agent as usize)).unwrap_or(&self.pooled), misses)
+    }
+
     /// Rates of `agent` for `class` at `misses` and the two calls after, a miss assumed each time.
     pub(crate) fn rates(&self, agent: u16, misses: u32, class: u8, config: &Config) -> [f32; 3] {
         let class = if config.content_classes { class as usize } else { 0 };

@@ -97,6 +97,11 @@ impl Gaps {
         hazards
     }
 
+    /// Hazard per bucket after a call of an agent, whatever else is known.
+    pub(crate) fn agent_hazards(&self, agent: u16) -> [f32; BUCKETS] {
+        self.chain_hazards(0, Context { agent, ..Context::default() })
+    }
+
     /// Hazard per bucket, by the chain that has predicted best.
     pub(crate) fn hazards(&self, context: Context, config: &Config) -> [f32; BUCKETS] {
         let skill = |which: usize| f32::from_bits(self.skill[which].load(Relaxed));

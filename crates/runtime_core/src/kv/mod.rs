@@ -13,6 +13,7 @@
 //! | `guard.rs`, `shadow.rs` | a shadow LRU that takes over when the learned order loses |
 //! | `state.rs` | learned state between processes |
 //! | `density.rs` | the decision: hit density |
+//! | `explain.rs` | what has been learned, for reports |
 //!
 //! The pool has one writer at a time. An event marks its session; at its end the leaves of marked sessions, and of some
 //! whose silence has grown by a fifth, are scored. Until the first eviction nothing is scored.
@@ -23,6 +24,7 @@ mod chain;
 mod content;
 mod density;
 mod ends;
+mod explain;
 mod gaps;
 mod guard;
 pub(crate) mod index;
@@ -44,6 +46,7 @@ use index::{Index, Segment, NONE, NOT_QUEUED};
 use queue::Queue;
 use workload::{standing, Sessions, Standing, MAX_WORKLOADS};
 
+pub use explain::{Promise, SilenceCurve};
 pub(crate) use workload::Workloads;
 pub use workload::{Workload, STATE_BUDGET_BYTES};
 
@@ -1281,7 +1284,8 @@ impl KvCache {
     /// Scores a leaf whose session's view is loaded, or that is nobody's, and queues it accordingly.
     fn score_leaf(&mut self, segment: u32, workload: &Workload) {
         let x = *self.index.seg(segment);
-        let score = self.score(segment, &x, workload);
+        let horizon_s = (!self.config.density).then_some(self.residence_s());
+        let score = self.score(segment, &x, workload, horizon_s);
         let bucket = density::bucket(score);
         if x.bucket != bucket {
             self.index.dequeue(segment);
@@ -1296,7 +1300,8 @@ impl KvCache {
         }
     }
 
-    fn score(&self, segment: u32, x: &Segment, workload: &Workload) -> f32 {
+    /// Hits per second of holding the segment; with a horizon, P(use within it).
+    fn score(&self, segment: u32, x: &Segment, workload: &Workload, horizon_s: Option<f32>) -> f32 {
         let lane = &self.lanes[x.lane as usize];
         let mut first_use = [0.0; STEPS];
         if let Some(i) = self.view.lanes[..self.view.n].iter().position(|&l| l == x.lane) {
@@ -1317,7 +1322,6 @@ impl KvCache {
         if self.config.oracle.any() {
             self.foretold(segment, lane, &mut first_use, &mut foreign);
         }
-        let horizon_s = (!self.config.density).then_some(self.eviction_interval_s * self.pool_blocks as f32);
         let score = density::score(&self.view.times, &first_use, &foreign, horizon_s);
         let score = if self.config.sabotage { (1e3 * score).recip() } else { score };
         // What is awaited is worth one hit after that time, whatever else may happen.
