@@ -208,8 +208,7 @@ pub fn explain(trace: &Trace, options: &ExplainOptions) -> Result<Explanation> {
             model: options.model,
         },
     )?;
-    let config = agentrt::config("agentrt").expect("the policy itself is among its variants");
-    let mut watch = Watch::new(AgentRt::new(capacity_blocks, config, trace, &schedule), trace, &schedule);
+    let mut watch = Watch::new(own_policy(trace, &schedule), trace, &schedule);
     let own = sim::run(trace, &schedule, &mut watch, &mut |_| {});
     let lru = sim::run(trace, &schedule, &mut Lru::new(trace), &mut |_| {});
     let min = sim::run(trace, &schedule, &mut Min::new(trace, &schedule), &mut |_| {});
@@ -291,10 +290,25 @@ struct Watch {
     guesses: Vec<Guess>,
 }
 
-/// A foreseen next agent, and who it was.
-struct Guess {
-    call: u32,
-    foreseen: Option<u16>,
+/// Who was expected to call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Guess {
+    /// The call, never a session's first.
+    pub call: u32,
+    /// The agent that agentrt thought likeliest just before.
+    pub foreseen: Option<u16>,
+}
+
+/// Whom agentrt expects before each call, in the order of `schedule`.
+pub fn guesses(trace: &Trace, schedule: &Schedule) -> Vec<Guess> {
+    let mut watch = Watch::new(own_policy(trace, schedule), trace, schedule);
+    sim::run(trace, schedule, &mut watch, &mut |_| {});
+    watch.guesses
+}
+
+fn own_policy(trace: &Trace, schedule: &Schedule) -> AgentRt {
+    let config = agentrt::config("agentrt").expect("the policy itself is among its variants");
+    AgentRt::new(schedule.options.capacity_blocks, config, trace, schedule)
 }
 
 impl Watch {

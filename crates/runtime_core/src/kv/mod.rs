@@ -7,6 +7,7 @@
 //! | `workload.rs` | learned state of one workload, and how identities teach it |
 //! | `content.rs` | will the owner's next call use a segment again? |
 //! | `chain.rs` | which agent of a session calls when? |
+//! | `drift.rs` | has the order of agents changed? |
 //! | `gaps.rs`, `ends.rs` | when does a session call again, if at all? |
 //! | `sharing.rs` | when does another session use a segment? |
 //! | `queue.rs` | calls that wait: whose prompts are known already |
@@ -23,6 +24,7 @@ pub mod audit;
 mod chain;
 mod content;
 mod density;
+mod drift;
 mod ends;
 mod explain;
 mod gaps;

@@ -3,6 +3,7 @@
 //! | field | what | bytes |
 //! |---|---|---|
 //! | `transitions` | successors of (agent before last, last agent) and of (last agent), 80 sets of 8 | 5,200 |
+//! | `drift` | share of right guesses of the next agent, quick and slow | 8 |
 //! | `ranks` | rank of the next agent in the session's recency list | 16 |
 //! | `content` | promises by agent, misses, class | 6,144 |
 //! | `gaps` | gap histograms by agent, pace, tool; skill of four chains | 3,888 |
@@ -23,6 +24,7 @@ use crate::sessions::{SessionHandle, SessionTable, Word};
 use crate::successors::{context_of, context_of_two, SuccessorTable};
 
 use super::content::Content;
+use super::drift::Drift;
 use super::ends::{Ends, Features};
 use super::gaps::{self, Context, Gaps, Services};
 use super::index::QUEUE_BYTES;
@@ -42,7 +44,8 @@ const _: () = assert!(size_of::<Workload>() + QUEUE_BYTES <= STATE_BUDGET_BYTES)
 #[derive(Debug, Default)]
 #[repr(C, align(64))]
 pub struct Workload {
-    pub(crate) transitions: SuccessorTable<80, 8>,
+    pub(crate) transitions: SuccessorTable<80, 8, 64>,
+    pub(crate) drift: Drift,
     pub(crate) ranks: Counters<2>,
     pub(crate) content: Content,
     pub(crate) gaps: Gaps,
@@ -227,8 +230,13 @@ impl Workload {
                 }
             }
             sessions.store(handle, STATUS, after.pack());
-            self.transitions.add(context_of_two(before.prev, before.last), agent);
-            self.transitions.add(context_of(before.last), agent);
+            let (pair, one) = (context_of_two(before.prev, before.last), context_of(before.last));
+            let expected = self.transitions.likeliest(pair).or_else(|| self.transitions.likeliest(one));
+            if expected.is_some_and(|expected| self.drift.guessed(expected == agent)) {
+                self.transitions.discount();
+            }
+            self.transitions.add(pair, agent);
+            self.transitions.add(one, agent);
         }
         let recent = Recent::load(sessions, handle);
         if before.last.is_known() {
