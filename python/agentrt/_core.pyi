@@ -418,6 +418,9 @@ def replay(
 ) -> str:
     """Replays traces under policies and returns the results as JSON; see ``agentrt.replay.run``."""
 
+def explain(trace: Trace, *, order: str, sessions: int, seed: int, capacity: str, model: str) -> str:
+    """Replays one trace under agentrt, LRU and MIN; see ``agentrt.replay.explain``."""
+
 def policies() -> list[tuple[str, str]]: ...
 def workloads() -> list[tuple[str, str, int]]: ...
 def models() -> list[tuple[str, float]]: ...

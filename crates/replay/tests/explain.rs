@@ -86,10 +86,6 @@ fn learned_curves_lie_near_the_observed_ones() {
         let at = |curve: &[(f64, f64)]| curve.iter().find(|point| point.0 > 2.0).unwrap().1;
         let (learned, observed) = (at(&silence.learned), at(&silence.observed));
         assert!((learned - observed).abs() < 0.15, "{}: {learned} {observed}", of.agent);
-        // Two of the six roles cut their context: what they passed over once is hardly used again.
-        let superseded = of.tails.iter().any(|tail| tail.misses > 0);
-        assert_eq!(superseded, ["tester", "documenter"].contains(&of.agent.as_str()), "{}: {:?}", of.agent, of.tails);
-        assert!(!superseded || of.tails[1].used_again < 0.5 * of.tails[0].used_again, "{:?}", of.tails);
     }
     for edge in told.transitions.iter().filter(|edge| edge.observed > 0.5) {
         assert!((edge.learned - edge.observed).abs() < 0.2, "{edge:?}");
@@ -98,6 +94,14 @@ fn learned_curves_lie_near_the_observed_ones() {
         let sum: f64 = told.transitions.iter().filter(|edge| edge.from == *from).map(|edge| edge.learned).sum();
         assert!((sum - 1.0).abs() < 0.02, "{from}: {sum}");
     }
+}
+
+#[test]
+fn a_superseded_tail_is_told_apart_from_a_live_one() {
+    // On a further round its roles start afresh three times in ten.
+    let trace = made("pipeline", 40, 1, None);
+    let told = explain(&trace, &ExplainOptions { capacity: Capacity::Fraction(0.8), ..options() }).unwrap();
+    assert!(told.tails[1].used_again < 0.7 * told.tails[0].used_again, "{:?}", told.tails);
 }
 
 #[test]

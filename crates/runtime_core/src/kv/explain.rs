@@ -7,7 +7,7 @@ use crate::successors::context_of;
 use super::content::MISSES;
 use super::gaps::{self, BUCKETS};
 use super::index::NONE;
-use super::workload::Sessions;
+use super::workload::{Sessions, SUCCESSORS};
 use super::{density, KvCache, Workload, Workloads};
 
 /// P(the session has called again), by seconds since the end of an agent's call.
@@ -31,7 +31,7 @@ pub struct Promise {
 impl Workload {
     /// The agents that have followed `last`, with their (fading) counts, most frequent first.
     pub fn successors(&self, last: u16) -> Vec<(u16, u32)> {
-        let mut row = [(0, 0); 64];
+        let mut row = [(0, 0); SUCCESSORS];
         let found = self.transitions.row(context_of(AgentId(last)), &mut row);
         let mut row = row[..found].to_vec();
         row.sort_unstable_by_key(|&(agent, count)| (std::cmp::Reverse(count), agent));

@@ -12,7 +12,7 @@
 use crate::histogram::{Counters, UNIT};
 use crate::sync::{AtomicU32, Ordering::Relaxed};
 
-use super::content::ROWS;
+use super::content::PerAgent;
 use super::Config;
 
 /// Buckets of a gap histogram.
@@ -59,7 +59,7 @@ pub(crate) fn pace_class(mean_log2_ms: f32) -> u8 {
 #[repr(C)]
 pub(crate) struct Gaps {
     all: Histogram,
-    agents: [Histogram; ROWS],
+    agents: PerAgent<Histogram>,
     paces: [Histogram; PACES],
     tools: [Histogram; TOOLS],
     /// Decayed log-likelihood of each chain, `f32` bits.
@@ -70,7 +70,7 @@ pub(crate) struct Gaps {
 
 impl Gaps {
     pub(super) fn rows(&self) -> impl Iterator<Item = &Histogram> {
-        std::iter::once(&self.all).chain(&self.agents).chain(&self.paces).chain(&self.tools)
+        std::iter::once(&self.all).chain(self.agents.iter()).chain(&self.paces).chain(&self.tools)
     }
 
     fn chain(&self, which: usize, context: Context) -> [Option<&Histogram>; 2] {

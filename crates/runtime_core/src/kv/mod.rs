@@ -1649,7 +1649,7 @@ fn candidates(workload: &Workload, recent: workload::Recent, at: &Standing) -> (
     };
     recent.0[..3].iter().for_each(|&agent| add(agent));
     for context in [context_of_two(AgentId(at.prev), AgentId(at.last)), context_of(AgentId(at.last))] {
-        let mut row = [(0u16, 0u32); 8];
+        let mut row = [(0u16, 0u32); workload::SUCCESSORS];
         let found = workload.transitions.row(context, &mut row);
         row[..found].sort_unstable_by_key(|&(_, count)| std::cmp::Reverse(count));
         row[..found].iter().for_each(|&(agent, _)| add(agent));

@@ -35,16 +35,21 @@ pub(crate) const RANKS: usize = 7;
 /// The rank of an agent that is not among them.
 pub(crate) const NEW: usize = RANKS;
 
+/// Sets of the transition table.
+const SETS: usize = if cfg!(feature = "unbounded") { 4_096 } else { 80 };
+/// Successors of a context that are counted.
+pub(crate) const SUCCESSORS: usize = if cfg!(feature = "unbounded") { 64 } else { 8 };
+
 /// Bytes of learned state that one workload may have.
 pub const STATE_BUDGET_BYTES: usize = 20_000;
 
-const _: () = assert!(size_of::<Workload>() + QUEUE_BYTES <= STATE_BUDGET_BYTES);
+const _: () = assert!(size_of::<Workload>() + QUEUE_BYTES <= STATE_BUDGET_BYTES || cfg!(feature = "unbounded"));
 
 /// What one workload has taught; fixed size, no pointers.
 #[derive(Debug, Default)]
 #[repr(C, align(64))]
 pub struct Workload {
-    pub(crate) transitions: SuccessorTable<80, 8, 64>,
+    pub(crate) transitions: SuccessorTable<SETS, SUCCESSORS, 64>,
     pub(crate) drift: Drift,
     pub(crate) ranks: Counters<2>,
     pub(crate) content: Content,
