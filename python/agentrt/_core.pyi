@@ -376,6 +376,10 @@ class Trace:
     @property
     def blocks(self) -> int: ...
     @property
+    def predictability(self) -> float:
+        """R = 1 - H(next agent | last agent) / H(next agent) within sessions; 0 with one agent."""
+
+    @property
     def skipped_lines(self) -> int: ...
 
 @final

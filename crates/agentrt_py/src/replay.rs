@@ -112,6 +112,12 @@ impl Trace {
         self.inner.n_blocks
     }
 
+    /// R = 1 - H(next agent | last agent) / H(next agent) within sessions; 0 with one agent.
+    #[getter]
+    fn predictability(&self, py: Python<'_>) -> f64 {
+        py.detach(|| trace::profile::predictability(&self.inner).r)
+    }
+
     /// Lines that `skip_bad` left out.
     #[getter]
     fn skipped_lines(&self) -> u64 {
