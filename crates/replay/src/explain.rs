@@ -288,6 +288,8 @@ struct Watch {
     kept_too_long_us: Vec<u64>,
     samples: Vec<Sample>,
     guesses: Vec<Guess>,
+    /// By call.
+    arrived: Vec<bool>,
 }
 
 /// Who was expected to call.
@@ -330,6 +332,7 @@ impl Watch {
             kept_too_long_us: vec![0; agents],
             samples: Vec::new(),
             guesses: Vec::new(),
+            arrived: vec![false; trace.calls.len()],
         }
     }
 
@@ -364,7 +367,8 @@ impl Watch {
     }
 
     fn foresee(&mut self, call: &CallView<'_>) {
-        if call.step > 0 {
+        // A call that waits has been foreseen, or not, when it arrived.
+        if call.step > 0 && !std::mem::replace(&mut self.arrived[call.call as usize], true) {
             self.guesses.push(Guess { call: call.call, foreseen: self.inner.foreseen(call.session) });
         }
     }
@@ -395,6 +399,12 @@ impl Watch {
 }
 
 impl CachePolicy for Watch {
+    fn call_queued(&mut self, call: &CallView<'_>, pool: &Pool) {
+        self.foresee(call);
+        self.inner.call_queued(call, pool);
+        self.events += 1;
+    }
+
     fn call_start(&mut self, call: &CallView<'_>, pool: &Pool) {
         self.starting = true;
         self.foresee(call);
@@ -445,6 +455,10 @@ impl CachePolicy for Watch {
         self.foresee(call);
         self.inner.call_bypassed(call);
         self.events += 1;
+    }
+
+    fn session_end(&mut self, session: u32, now_us: u64) {
+        self.inner.session_end(session, now_us);
     }
 }
 

@@ -41,7 +41,7 @@ fn with_room<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> T {
 
 #[test]
 fn where_everything_fits_the_twins_are_the_same() {
-    let (bounded, unbounded) = with_room(|| gains("selector_chat", 6, 30, 8, 0.15));
+    let (bounded, unbounded) = with_room(|| gains("pipeline", 6, 30, 8, 0.15));
     assert_eq!(bounded, unbounded);
 }
 

@@ -91,7 +91,7 @@ impl KvCache {
         let workload = workloads.get(self.workload_of(x.lane) as usize)?;
         let horizon_s = density::on_grid(self.residence_s());
         let session = self.lanes[x.lane as usize].session;
-        let before = self.now_us;
+        let (before, view) = (self.now_us, self.view.clone());
         self.now_us = now_us.max(before);
         self.view.slot = NONE;
         let probability = if self.is_nobodys(x.lane) {
@@ -105,8 +105,7 @@ impl KvCache {
             self.plans[at] = plan;
             probability
         };
-        self.view.slot = NONE;
-        self.now_us = before;
+        (self.now_us, self.view) = (before, view);
         Some((probability, horizon_s))
     }
 }

@@ -273,7 +273,7 @@ pub struct Expected {
 }
 
 /// What is known of one session at one moment.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct View {
     slot: u32,
     now_us: u64,
