@@ -376,6 +376,10 @@ class Trace:
     @property
     def blocks(self) -> int: ...
     @property
+    def predictability(self) -> float:
+        """R = 1 - H(next agent | last agent) / H(next agent) within sessions; 0 with one agent."""
+
+    @property
     def skipped_lines(self) -> int: ...
 
 @final
@@ -418,6 +422,9 @@ def replay(
     progress: Callable[[int, int], object] | None = None,
 ) -> str:
     """Replays traces under policies and returns the results as JSON; see ``agentrt.replay.run``."""
+
+def explain(trace: Trace, *, order: str, sessions: int, seed: int, capacity: str, model: str) -> str:
+    """Replays one trace under agentrt, LRU and MIN; see ``agentrt.replay.explain``."""
 
 def policies() -> list[tuple[str, str]]: ...
 def workloads() -> list[tuple[str, str, int]]: ...
