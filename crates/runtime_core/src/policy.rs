@@ -14,6 +14,7 @@ use crate::error::Result;
 use crate::ids::WorkloadId;
 use crate::kv::Expected;
 use crate::runtime::{EventKind, Runtime};
+use crate::scheduling::{Decision, Gap, GapDecision, Happening, Load, Needs, Precedence, Prefill, Waiting};
 
 /// One event, after the core has applied it.
 #[derive(Clone, Copy, Debug)]
@@ -107,7 +108,34 @@ pub trait Policy: Send + Sync {
     }
 
     /// Decides, or returns false: the next policy is asked then.
-    fn act(&self, runtime: &Runtime, request: &Request, decide: &mut dyn FnMut(Action)) -> Result<bool>;
+    fn act(&self, _runtime: &Runtime, _request: &Request, _decide: &mut dyn FnMut(Action)) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// What it needs of an engine; see [`Policies::wire`].
+    fn needs(&self) -> Needs {
+        Needs::NONE
+    }
+
+    /// Over whom it has the last word.
+    fn precedence(&self) -> Precedence {
+        Precedence::Rest
+    }
+
+    /// Hears what the engine's scheduler did.
+    fn hear(&self, _runtime: &Runtime, _now_us: u64, _happening: &Happening) {}
+
+    /// Changes the order and the holds that weaker policies gave, see [`Policies::schedule`]. Both slices have one entry
+    /// per call; ranks are 0, 1, 2, ... before and after.
+    fn schedule(&self, _runtime: &Runtime, _load: &Load, _waiting: &[Waiting], _decisions: &mut [Decision]) {}
+
+    /// Decides about sessions whose tool runs, see [`Policies::gaps`].
+    fn gaps(&self, _runtime: &Runtime, _load: &Load, _gaps: &[Gap], _decisions: &mut [GapDecision]) {}
+
+    /// Fills in prefills for idle capacity, see [`Policies::idle`]; returns how many.
+    fn idle(&self, _runtime: &Runtime, _load: &Load, _prefills: &mut [Prefill]) -> usize {
+        0
+    }
 }
 
 /// The learned policy: lowest hit density goes first, blocks of expected calls come back.
@@ -200,14 +228,19 @@ impl std::fmt::Debug for Policies {
 }
 
 impl Policies {
-    /// Policies that are asked in this order.
-    pub fn new(list: Vec<Box<dyn Policy>>) -> Self {
+    /// Policies that are asked in this order; those that have the last word over others come first in any case.
+    pub fn new(mut list: Vec<Box<dyn Policy>>) -> Self {
+        list.sort_by_key(|policy| std::cmp::Reverse(policy.precedence()));
         Self { listens: list.iter().any(|policy| policy.listens()), list, refused: AtomicU64::new(0) }
     }
 
     /// What each says of itself.
     pub fn about(&self) -> impl Iterator<Item = About> + '_ {
         self.list.iter().map(|policy| policy.about())
+    }
+
+    pub(crate) fn iter(&self) -> impl DoubleEndedIterator<Item = &dyn Policy> {
+        self.list.iter().map(Box::as_ref)
     }
 
     /// Whether any policy wants to hear of events.
