@@ -462,6 +462,12 @@ impl Policy for FairnessPolicy {
                     call.blocks.extend_from_slice(event.blocks);
                 }
             }
+            // What running calls fill counts against their share as well.
+            EventKind::Stored => {
+                if let Some(account) = state.calls.get(&event.call).map(|call| call.account) {
+                    event.blocks.iter().rev().for_each(|&key| state.used(account, key));
+                }
+            }
             EventKind::CallEnd => state.leaves(event.call, event.blocks),
             EventKind::Removed => event.blocks.iter().for_each(|&key| state.removed(key)),
             EventKind::Reset => {
@@ -472,7 +478,7 @@ impl Policy for FairnessPolicy {
                 state.places.clear();
                 state.free.clear();
             }
-            EventKind::Stored | EventKind::ToolStart | EventKind::ToolEnd | EventKind::SessionEnd => {}
+            EventKind::ToolStart | EventKind::ToolEnd | EventKind::SessionEnd => {}
         }
     }
 

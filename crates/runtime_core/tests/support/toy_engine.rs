@@ -9,46 +9,44 @@ use runtime_core::runtime::{EventKind, Options};
 use runtime_core::scheduling::{Decision, Happening, Load, Needs, Waiting};
 use runtime_core::Runtime;
 
-pub const BLOCK: u32 = 16;
+pub(crate) const BLOCK: u32 = 16;
 const BUDGET: u32 = 2048;
 
 /// One session: it calls `turns` times, each prompt being all that was said so far.
 #[derive(Clone, Copy, Debug)]
-pub struct Plan {
-    pub start_us: u64,
-    pub tenant: u16,
-    pub agent: u16,
-    pub turns: u32,
+pub(crate) struct Plan {
+    pub(crate) start_us: u64,
+    pub(crate) tenant: u16,
+    pub(crate) agent: u16,
+    pub(crate) turns: u32,
     /// Tokens of the prompt's shared beginning, of what each turn adds to it, and of each answer.
-    pub shared: u32,
-    pub added: u32,
-    pub output: u32,
-    pub gap_us: u64,
+    pub(crate) shared: u32,
+    pub(crate) added: u32,
+    pub(crate) output: u32,
+    pub(crate) gap_us: u64,
 }
 
 /// What happened to one call.
 #[derive(Clone, Copy, Debug)]
-pub struct Served {
-    pub tenant: u16,
-    pub arrived_us: u64,
-    pub admitted_us: u64,
-    pub prompt_blocks: usize,
-    pub hit_blocks: usize,
+pub(crate) struct Served {
+    pub(crate) tenant: u16,
+    pub(crate) prompt_blocks: usize,
+    pub(crate) hit_blocks: usize,
     /// The longest hold that a policy asked for, from arrival on.
-    pub held_us: u64,
+    pub(crate) held_us: u64,
 }
 
 #[derive(Debug, Default)]
-pub struct Report {
-    pub calls: Vec<Served>,
+pub(crate) struct Report {
+    pub(crate) calls: Vec<Served>,
     /// Seconds from a session's start to its end, by plan.
-    pub session_s: Vec<f64>,
-    pub end_us: u64,
+    pub(crate) session_s: Vec<f64>,
+    pub(crate) end_us: u64,
     /// (time, tenant, weighted tokens), for every charge; and (time, tenant, waits).
-    pub service: Vec<(u64, u16, f64)>,
-    pub backlog: Vec<(u64, u16, bool)>,
+    pub(crate) service: Vec<(u64, u16, f64)>,
+    pub(crate) backlog: Vec<(u64, u16, bool)>,
     /// Steps in which nothing ran although something waited.
-    pub lazy_steps: u32,
+    pub(crate) lazy_steps: u32,
 }
 
 struct Running {
@@ -60,7 +58,7 @@ struct Running {
     kv_token_us: u64,
 }
 
-pub struct Engine<'a> {
+pub(crate) struct Engine<'a> {
     runtime: Runtime,
     workload: WorkloadId,
     policies: &'a Policies,
@@ -82,7 +80,7 @@ fn prompt_tokens(plan: &Plan, turn: u32) -> u32 {
 }
 
 impl<'a> Engine<'a> {
-    pub fn new(capacity: usize, policies: &'a Policies) -> Self {
+    pub(crate) fn new(capacity: usize, policies: &'a Policies) -> Self {
         policies.wire(Needs::ALL).expect("this engine supplies everything");
         let runtime = Runtime::new(Options::for_pool(capacity)).expect("a valid pool");
         let workload = runtime.workload("toy").expect("the first workload");
@@ -122,7 +120,7 @@ impl<'a> Engine<'a> {
     }
 
     /// Serves all sessions to their end.
-    pub fn run(mut self, plans: &[Plan]) -> Report {
+    pub(crate) fn run(mut self, plans: &[Plan]) -> Report {
         let mut report = Report { session_s: vec![0.0; plans.len()], ..Report::default() };
         let mut todo: BTreeMap<(u64, usize), u32> =
             plans.iter().enumerate().map(|(i, plan)| ((plan.start_us, i), 0)).collect();
@@ -242,18 +240,12 @@ impl<'a> Engine<'a> {
             *self.pins.entry(block).or_default() += 1;
         }
         self.runtime.stored(self.workload, name, at, &blocks[hit..prompt], &[]).expect("one thread");
+        self.tell(EventKind::Stored, call.session, call, &blocks[hit..prompt], 0);
         self.hear(Happening::Admitted { call: *call, again: false });
         self.hits = (self.hits.0 + prompt as u64, self.hits.1 + hit as u64);
         report.backlog.push((self.now_us, plan.tenant, false));
         report.service.push((self.now_us, plan.tenant, f64::from(call.missing_tokens())));
-        report.calls.push(Served {
-            tenant: plan.tenant,
-            arrived_us: call.arrived_us,
-            admitted_us: self.now_us,
-            prompt_blocks: prompt,
-            hit_blocks: hit,
-            held_us,
-        });
+        report.calls.push(Served { tenant: plan.tenant, prompt_blocks: prompt, hit_blocks: hit, held_us });
         let (to_prefill, to_decode) = (call.missing_tokens(), plan.output);
         running.push_back(Running { plan: session, call: *call, blocks, to_prefill, to_decode, kv_token_us: 0 });
         true
@@ -323,13 +315,13 @@ impl<'a> Engine<'a> {
 }
 
 /// Mean of some values.
-pub fn mean(values: impl IntoIterator<Item = f64>) -> f64 {
+pub(crate) fn mean(values: impl IntoIterator<Item = f64>) -> f64 {
     let (sum, n) = values.into_iter().fold((0.0, 0.0), |(sum, n), value| (sum + value, n + 1.0));
     sum / f64::max(n, 1.0)
 }
 
 /// The largest difference of what two tenants got over any time in which both had calls waiting.
-pub fn widest_gap(report: &Report, a: u16, b: u16) -> f64 {
+pub(crate) fn widest_gap(report: &Report, a: u16, b: u16) -> f64 {
     let mut events: Vec<(u64, u8, u16, f64)> = Vec::new();
     events.extend(
         report
