@@ -478,7 +478,7 @@ impl Policy for FairnessPolicy {
                 state.places.clear();
                 state.free.clear();
             }
-            EventKind::ToolStart | EventKind::ToolEnd | EventKind::SessionEnd => {}
+            EventKind::CallQueued | EventKind::ToolStart | EventKind::ToolEnd | EventKind::SessionEnd => {}
         }
     }
 

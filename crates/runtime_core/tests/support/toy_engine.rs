@@ -330,7 +330,7 @@ pub(crate) fn widest_gap(report: &Report, a: u16, b: u16) -> f64 {
             .map(|&(at, tenant, waits)| (at, u8::from(!waits), tenant, if waits { 1.0 } else { -1.0 })),
     );
     events.extend(report.service.iter().map(|&(at, tenant, tokens)| (at, 2, tenant, tokens)));
-    events.sort_by(|x, y| (x.0, x.1).cmp(&(y.0, y.1)));
+    events.sort_by_key(|event| (event.0, event.1));
     let (mut waits, mut difference) = ([0.0f64; 2], 0.0f64);
     let (mut lowest, mut highest, mut widest) = (0.0f64, 0.0f64, 0.0f64);
     for (_, kind, tenant, value) in events {
