@@ -106,6 +106,35 @@ impl Needs {
         "predictions of times",
     ];
 
+    const KEYS: [&'static str; 16] = [
+        "calls",
+        "tools",
+        "session_ends",
+        "removals",
+        "arrivals",
+        "admissions",
+        "service",
+        "preemptions",
+        "tenants",
+        "hits",
+        "pool",
+        "prefixes",
+        "host_tier",
+        "idle_capacity",
+        "predictions",
+        "times",
+    ];
+
+    /// The one with this key, `service` for instance.
+    pub fn from_key(key: &str) -> Option<Self> {
+        Self::KEYS.iter().position(|&known| known == key).map(|bit| Self(1 << bit))
+    }
+
+    /// Keys of what is in the set.
+    pub fn keys(self) -> impl Iterator<Item = &'static str> {
+        Self::KEYS.iter().enumerate().filter(move |(bit, _)| self.0 & (1 << bit) != 0).map(|(_, &key)| key)
+    }
+
     /// Both sets.
     #[must_use]
     pub const fn and(self, other: Self) -> Self {
@@ -488,8 +517,10 @@ mod tests {
     }
 
     #[test]
-    fn every_need_has_a_name() {
+    fn every_need_has_a_name_and_a_key() {
         assert_eq!(Needs::ALL.names().count(), 16);
+        assert!(Needs::ALL.keys().all(|key| Needs::from_key(key).unwrap().keys().eq([key])));
+        assert_eq!(Needs::from_key("weather"), None);
         assert_eq!(Needs::HOST_TIER.names().collect::<Vec<_>>(), ["a host tier"]);
     }
 }
