@@ -242,6 +242,23 @@ class Session:
     out where there is only one: a new one ends the one before.
     """
 
+    def call_queued(
+        self,
+        agent: str | int,
+        blocks: NDArray[np.uint64] | Sequence[int],
+        call: int | None = None,
+        time: float | None = None,
+    ) -> None:
+        """A call of ``agent`` has arrived and waits in the engine's queue; ``blocks`` as for `call_start`.
+
+        Optional, and the best knowledge there is: which blocks are needed, and nearly when. `call_start` follows under
+        the same ``call``, or `call_end` if it is cancelled. At most 1,024 waiting calls are tracked.
+
+        Raises:
+            ValidationError: ``blocks`` is no array or sequence of keys; nothing happened.
+            BusyError: another thread was in the pool; nothing happened.
+        """
+
     def call_start(
         self,
         agent: str | int,

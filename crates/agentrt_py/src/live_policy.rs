@@ -174,7 +174,11 @@ impl Policy for LivePolicy {
             EventKind::Stored => lock(&self.in_flight).use_blocks(event.call, event.blocks),
             EventKind::CallEnd => self.finish(event),
             EventKind::Reset => *lock(&self.in_flight) = InFlight::default(),
-            EventKind::ToolStart | EventKind::ToolEnd | EventKind::Removed | EventKind::SessionEnd => {}
+            EventKind::ToolStart
+            | EventKind::ToolEnd
+            | EventKind::Removed
+            | EventKind::SessionEnd
+            | EventKind::CallQueued => {}
         }
     }
 

@@ -776,6 +776,21 @@ impl Session {
 
 #[pymethods]
 impl Session {
+    /// A call of the session has arrived and waits in the engine's queue; its start follows under the same call.
+    #[pyo3(signature = (agent, blocks, call = None, time = None))]
+    fn call_queued(
+        &self,
+        py: Python<'_>,
+        agent: &Bound<'_, PyAny>,
+        blocks: &Bound<'_, PyAny>,
+        call: Option<&Bound<'_, PyAny>>,
+        time: Option<f64>,
+    ) -> PyResult<()> {
+        let (keys, call) = (Keys::new("blocks", blocks)?, self.call_id(call)?);
+        let time = time.map(|time| microseconds(time).map(|_| time)).transpose()?;
+        self.tell(py, EventKind::CallQueued, self.agent_id(agent)?, call, time, keys.as_slice()).map(drop)
+    }
+
     /// The session calls an agent with a prompt; returns how many leading blocks are resident.
     #[pyo3(signature = (agent, blocks, call = None, time = None))]
     fn call_start(

@@ -1,6 +1,7 @@
 //! The trait that every cache policy of the replay implements.
 //!
-//! Order of events for one call: [`call_start`](CachePolicy::call_start) (its resident prefix is pinned already),
+//! Order of events for one call: [`call_queued`](CachePolicy::call_queued) where it has to wait for room,
+//! [`call_start`](CachePolicy::call_start) (its resident prefix is pinned already),
 //! [`evict`](CachePolicy::evict) if room is needed, [`inserted`](CachePolicy::inserted), later - other calls may
 //! start and finish in between - `evict` again if room is needed for the output, then
 //! [`call_finish`](CachePolicy::call_finish), after which its blocks are unpinned.
@@ -33,6 +34,9 @@ pub struct CallView<'a> {
 
 /// A cache policy: hears of calls, names victims.
 pub trait CachePolicy: Send {
+    /// A call has arrived and waits until running calls leave room for it. Its `hit` is not known yet.
+    fn call_queued(&mut self, _call: &CallView<'_>, _pool: &Pool) {}
+
     /// A call starts. `call.prompt[..call.hit]` is resident and pinned, the rest is about to be inserted.
     fn call_start(&mut self, call: &CallView<'_>, pool: &Pool);
 

@@ -50,6 +50,8 @@ pub struct ScheduleOptions {
 /// What happens at an [`Event`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EventKind {
+    /// The call has arrived and waits for room: what it will ask for is known from here on.
+    Queued,
     /// The call starts, its blocks are pinned.
     Start,
     /// The call ends; its output enters the cache, its blocks are unpinned.
@@ -169,6 +171,7 @@ impl Schedule {
         let mut pins = vec![0u16; trace.n_blocks as usize];
         let mut pinned = 0usize;
         while let Some(Reverse((now, todo, call))) = heap.pop() {
+            let arrived = todo == Todo::Arrive;
             match todo {
                 Todo::Arrive => queue.push_back(call),
                 Todo::Finish => {
@@ -214,6 +217,9 @@ impl Schedule {
                 }
                 queue.pop_front();
                 heap.push(Reverse((end, Todo::Finish, call)));
+            }
+            if arrived && queue.back() == Some(&call) && self.fits_alone(trace, call) {
+                self.events.push(Event { time_us: now, call, kind: EventKind::Queued });
             }
         }
         self

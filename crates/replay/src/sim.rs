@@ -121,6 +121,7 @@ impl Run<'_> {
             tool: None,
         };
         match event.kind {
+            EventKind::Queued => return self.policy.call_queued(&view, &self.pool),
             EventKind::Bypass => {
                 self.outcome.bypassed_calls += 1;
                 self.policy.call_bypassed(&view);
@@ -277,7 +278,7 @@ pub fn timeline(
     let open = schedule.options.order != crate::schedule::Order::Closed;
     let mut sessions = schedule.session_order.iter().copied().filter(|&s| !trace.sessions[s as usize].calls.is_empty());
     if open {
-        for event in schedule.events.iter().filter(|e| e.kind != EventKind::Finish) {
+        for event in schedule.events.iter().filter(|e| matches!(e.kind, EventKind::Start | EventKind::Bypass)) {
             arrivals.push(Reverse((event.time_us, event.call)));
         }
     } else {

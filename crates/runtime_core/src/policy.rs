@@ -14,6 +14,8 @@ use crate::error::Result;
 use crate::ids::WorkloadId;
 use crate::kv::Expected;
 use crate::runtime::{EventKind, Runtime};
+use crate::scheduling::batch_shaping::BatchShapingPolicy;
+use crate::scheduling::fairness::{FairnessPolicy, Per};
 use crate::scheduling::{Decision, Gap, GapDecision, Happening, Load, Needs, Precedence, Prefill, Waiting};
 
 /// One event, after the core has applied it.
@@ -112,6 +114,9 @@ pub trait Policy: Send + Sync {
         Ok(false)
     }
 
+    /// A block has been evicted, whoever named it. Must not ask the runtime anything: it is busy.
+    fn evicted(&self, _key: u64) {}
+
     /// What it needs of an engine; see [`Policies::wire`].
     fn needs(&self) -> Needs {
         Needs::NONE
@@ -202,13 +207,16 @@ impl Policy for LruPolicy {
 }
 
 /// Names of the built-in policies.
-pub const BUILT_IN: [&str; 2] = ["kv_cache", "lru"];
+pub const BUILT_IN: [&str; 5] = ["kv_cache", "lru", "fairness", "agent_fairness", "batch_shaping"];
 
 /// A built-in policy by name.
 pub fn built_in(name: &str) -> Option<Box<dyn Policy>> {
     match name {
         "kv_cache" => Some(Box::new(KvCachePolicy)),
         "lru" => Some(Box::new(LruPolicy)),
+        "batch_shaping" => Some(Box::new(BatchShapingPolicy::default())),
+        "fairness" => Some(Box::new(FairnessPolicy::new(Per::Tenant))),
+        "agent_fairness" => Some(Box::new(FairnessPolicy::new(Per::Agent))),
         _ => None,
     }
 }
@@ -264,6 +272,12 @@ impl Policies {
     pub fn act(&self, runtime: &Runtime, request: &Request, decide: &mut dyn FnMut(Action)) -> Result<usize> {
         let mut done = 0;
         let mut proposed = Vec::new();
+        let decide = &mut |action| {
+            if let Action::Evicted(victim) = action {
+                self.list.iter().filter(|policy| policy.listens()).for_each(|policy| policy.evicted(victim.key()));
+            }
+            decide(action);
+        };
         for policy in &self.list {
             let rest = Request { n: request.n - done, ..*request };
             let answered = policy.act(runtime, &rest, &mut |action| match action {

@@ -53,6 +53,9 @@ pub enum EventKind {
     SessionEnd = 6,
     /// The engine has reset its cache: no block is resident any more.
     Reset = 7,
+    /// A call has arrived and waits in the engine's queue; `blocks`: the prompt's full blocks, root first. Its start
+    /// follows under the same call, or its end if it is cancelled.
+    CallQueued = 8,
 }
 
 impl EventKind {
@@ -67,6 +70,7 @@ impl EventKind {
             5 => Self::Removed,
             6 => Self::SessionEnd,
             7 => Self::Reset,
+            8 => Self::CallQueued,
             _ => return None,
         })
     }
@@ -307,8 +311,9 @@ impl Runtime {
         }
         let mut blocks = false;
         for (i, &code) in events.kinds.iter().enumerate() {
-            let kind = EventKind::from_code(code).ok_or(out_of_range("event kind", 0, 7, u64::from(code)))?;
-            blocks |= kind == EventKind::Reset || !Self::blocks_of(events, i).is_empty();
+            let kind = EventKind::from_code(code).ok_or(out_of_range("event kind", 0, 8, u64::from(code)))?;
+            blocks |=
+                matches!(kind, EventKind::Reset | EventKind::CallQueued) || !Self::blocks_of(events, i).is_empty();
         }
         Ok(blocks)
     }
@@ -390,16 +395,23 @@ impl Runtime {
                         pool.repairs.duplicate_calls += 1;
                     }
                 }
-                let handle = learned.call_started(&self.sessions, event.session, event.agent, event.time_us);
+                let queued = pool.as_deref_mut().and_then(|pool| pool.admitted(event.call, event.time_us));
+                let same = self.sessions.find(event.session);
+                let handle = match queued {
+                    // What identities teach was learned when the call arrived.
+                    Some((handle, agent)) if same == Some(handle) && agent == event.agent => {
+                        Workload::call_admitted(&self.sessions, handle, event.time_us);
+                        handle
+                    }
+                    other => {
+                        if let Some((handle, _)) = other {
+                            self.sessions.end(handle);
+                        }
+                        learned.call_started(&self.sessions, event.session, event.agent, event.time_us)
+                    }
+                };
                 if let Some(pool) = pool {
-                    let start = CallStart {
-                        call: event.call,
-                        session: event.session.0 ^ mix(u64::from(id.0)),
-                        agent: event.agent,
-                        now_us: event.time_us,
-                        keys: event.blocks,
-                        hints: event.hints,
-                    };
+                    let start = Self::call_start(id, event);
                     let (hit, let_go) = pool.call_started((id.0, learned), handle, &start);
                     if let Some(other) = let_go {
                         self.sessions.end(other);
@@ -461,8 +473,46 @@ impl Runtime {
                     pool.clear();
                 }
             }
+            EventKind::CallQueued => {
+                if let Some(pool) = pool {
+                    if pool.may_queue(event.call) {
+                        let handle = learned.call_started(&self.sessions, event.session, event.agent, event.time_us);
+                        pool.call_queued(id.0, handle, &Self::call_start(id, event));
+                    }
+                }
+            }
         }
         0
+    }
+
+    fn call_start<'a>(id: WorkloadId, event: &One<'a>) -> CallStart<'a> {
+        CallStart {
+            call: event.call,
+            session: event.session.0 ^ mix(u64::from(id.0)),
+            agent: event.agent,
+            now_us: event.time_us,
+            keys: event.blocks,
+            hints: event.hints,
+        }
+    }
+
+    /// One call has arrived and waits. As [`Runtime::observe`] with one event.
+    pub fn call_queued(
+        &self,
+        workload: WorkloadId,
+        session: u64,
+        call: u64,
+        agent: u16,
+        time_us: u64,
+        blocks: &[u64],
+    ) -> Result<()> {
+        let learned = self.learned(workload)?;
+        let mut pool = self.writer()?;
+        let (session, call) = (Self::key(workload, session), Self::call_key(workload, call));
+        let one = One { session, agent, call, time_us, blocks, hints: &[] };
+        self.apply((workload, learned), EventKind::CallQueued, &one, Some(&mut pool));
+        pool.settle(&self.workloads, &self.sessions);
+        Ok(())
     }
 
     /// One call starts, with hints for oracles. As [`Runtime::observe`] with one event.

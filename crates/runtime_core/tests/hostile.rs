@@ -245,7 +245,7 @@ fn a_malformed_batch_is_refused_as_a_whole_with_numbers() {
         blocks: &[],
     };
     for bad in [
-        Events { kinds: &[0, 8], ..good },
+        Events { kinds: &[0, 9], ..good },
         Events { sessions: &[1], ..good },
         Events { agents: &[], ..good },
         Events { calls: &[1, 2, 3], ..good },

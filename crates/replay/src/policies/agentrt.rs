@@ -27,6 +27,7 @@ const VARIANTS: &[(&str, &str, fn(&mut Config))] = &[
     ("agentrt-no-density", "ablation: probability of reuse within the residence time", |c| c.density = false),
     ("agentrt-no-sharing-classes", "ablation: private or shared, no finer", |c| c.sharing_classes = false),
     ("agentrt-no-anchors", "ablation: anchors are forgotten with their eviction", |c| c.anchors = false),
+    ("agentrt-no-queue", "ablation: calls that wait are not heard of before they start", |c| c.queue = false),
     ("oracle-content", "agentrt that knows in how many calls of its session a block is used again", |c| {
         c.oracle.content = true;
     }),
@@ -109,7 +110,7 @@ impl Future {
         // Next use by each session: (session, step); and the next two distinct sessions with times.
         let mut own: FxHashMap<(u32, u32), u32> = FxHashMap::default();
         let mut soon: Vec<[(u32, u64); 2]> = vec![[(u32::MAX, u64::MAX); 2]; trace.n_blocks as usize];
-        for event in schedule.events.iter().rev() {
+        for event in schedule.events.iter().rev().filter(|event| event.kind != EventKind::Queued) {
             let i = event.call as usize;
             let call = &trace.calls[i];
             let (span, at) = match event.kind {
@@ -182,6 +183,14 @@ impl AgentRt {
 }
 
 impl CachePolicy for AgentRt {
+    fn call_queued(&mut self, call: &CallView<'_>, _pool: &Pool) {
+        self.foretell(call);
+        self.keys.clear();
+        self.keys.extend(call.prompt.iter().map(|&b| u64::from(b) + 1));
+        let (session, id) = (u64::from(call.session), u64::from(call.call));
+        self.runtime.call_queued(self.workload, session, id, call.agent, call.time_us, &self.keys).expect(ONE_THREAD);
+    }
+
     fn call_start(&mut self, call: &CallView<'_>, _pool: &Pool) {
         self.served.retain(|lane| lane.0 != call.session);
         self.foretell(call);

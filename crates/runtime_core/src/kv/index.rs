@@ -142,6 +142,8 @@ pub(crate) struct Segment {
     pub(crate) degree: u8,
     /// Brought back from a lower tier and not used since.
     pub(crate) restored: bool,
+    /// Tickets of the first and the last waiting call that will use it, 0 for none; see `queue.rs`.
+    pub(crate) awaited: (u16, u16),
 }
 
 pub(crate) const NOT_QUEUED: u16 = u16::MAX;
@@ -168,6 +170,7 @@ impl Segment {
         touches: 0,
         degree: 0,
         restored: false,
+        awaited: (0, 0),
     };
 }
 

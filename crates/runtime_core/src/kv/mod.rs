@@ -9,6 +9,7 @@
 //! | `chain.rs` | which agent of a session calls when? |
 //! | `gaps.rs`, `ends.rs` | when does a session call again, if at all? |
 //! | `sharing.rs` | when does another session use a segment? |
+//! | `queue.rs` | calls that wait: whose prompts are known already |
 //! | `state.rs` | learned state between processes |
 //! | `density.rs` | the decision: hit density |
 //!
@@ -23,6 +24,7 @@ mod density;
 mod ends;
 mod gaps;
 pub(crate) mod index;
+mod queue;
 mod sharing;
 mod state;
 #[cfg(test)]
@@ -35,6 +37,7 @@ use chain::{Chain, Weights, LANES, STEPS};
 use content::{CLASSES, MISSES};
 use density::{CallTimes, Foreign, Silence, GRID};
 use index::{Index, Segment, NONE, NOT_QUEUED};
+use queue::Queue;
 use workload::{standing, Sessions, Standing, MAX_WORKLOADS};
 
 pub(crate) use workload::Workloads;
@@ -86,6 +89,8 @@ pub struct Config {
     pub sharing_classes: bool,
     /// Remember anchors beyond their eviction.
     pub anchors: bool,
+    /// Believe the engine's waiting queue.
+    pub queue: bool,
     /// Respects in which hints are believed; for offline studies.
     pub oracle: Oracle,
 }
@@ -102,6 +107,7 @@ impl Default for Config {
             density: true,
             sharing_classes: true,
             anchors: true,
+            queue: true,
             oracle: Oracle::default(),
         }
     }
@@ -258,6 +264,8 @@ struct View {
     n: usize,
     lanes: [u32; LANES],
     weights: [Weights; LANES],
+    /// The agent of the session's call that waits, if one does.
+    waiting: Option<u16>,
 }
 
 /// Which lane of a session calls when, as of its last call.
@@ -287,6 +295,9 @@ pub(crate) struct KvCache {
     dirty: Vec<u32>,
     active: Vec<u32>,
     running: Vec<Running>,
+    queue: Queue,
+    /// Ticket of the call that is starting, 0 for none.
+    ticket: u16,
     path: Vec<u32>,
     /// Something has been evicted.
     pressed: bool,
@@ -338,6 +349,8 @@ impl KvCache {
             dirty: Vec::with_capacity(sessions),
             active: Vec::with_capacity(sessions),
             running: Vec::with_capacity(MAX_RUNNING),
+            queue: Queue::new(),
+            ticket: 0,
             path: Vec::with_capacity(pool_blocks.min(MAX_PATH)),
             view: View {
                 slot: NONE,
@@ -346,6 +359,7 @@ impl KvCache {
                 n: 0,
                 lanes: [NONE; LANES],
                 weights: [Weights::default(); LANES],
+                waiting: None,
             },
             pressed: false,
             plans: vec![
@@ -382,6 +396,7 @@ impl KvCache {
         let beside = self.tenants.len() * (size_of::<Tenant>() + 8)
             + self.lanes.len() * size_of::<Lane>()
             + self.running.capacity() * size_of::<Running>()
+            + self.queue.bytes()
             + self.path.capacity() * 4
             + self.hints.len() * size_of::<Hint>()
             + self.starts.len() * size_of::<FutureStarts>();
@@ -571,21 +586,12 @@ impl KvCache {
         let slot = handle.slot() as u32;
         let let_go = self.make_way(call);
         self.tenant(handle, workload.0, session);
-        // The resident prefix.
-        self.path.clear();
-        let (mut hint, mut parent) = (NONE, NONE);
-        for &key in keys.iter().take(self.pool_blocks.min(MAX_PATH)) {
-            let at = self.index.find_after(hint, key);
-            if at == NONE || self.index.parent(at) != parent {
-                break;
-            }
-            self.path.push(at);
-            (hint, parent) = (at, at);
-        }
+        self.find_path(keys);
         let hit = self.path.len();
         let lane = self.lane(slot, agent);
         let whole = self.touch(workload.1, lane, slot, now_us, keys.len() as u32, hints);
         self.lanes[lane as usize].calls = self.lanes[lane as usize].calls.wrapping_add(1);
+        self.ticket = 0;
         let tail = match self.path.last() {
             Some(&block) => self.pin(block),
             None => NONE,
@@ -604,6 +610,69 @@ impl KvCache {
         });
         self.mark(slot);
         (hit, let_go)
+    }
+
+    /// The resident prefix of a prompt.
+    fn find_path(&mut self, keys: &[u64]) {
+        self.path.clear();
+        let (mut hint, mut parent) = (NONE, NONE);
+        for &key in keys.iter().take(self.pool_blocks.min(MAX_PATH)) {
+            let at = self.index.find_after(hint, key);
+            if at == NONE || self.index.parent(at) != parent {
+                break;
+            }
+            self.path.push(at);
+            (hint, parent) = (at, at);
+        }
+    }
+
+    /// Whether a call that has arrived is to be tracked. What is not is heard of when it starts.
+    pub(crate) fn may_queue(&mut self, call: u64) -> bool {
+        if !self.config.queue {
+            return false;
+        }
+        let known = self.queue.holds(call) || self.running.iter().any(|run| run.call == call);
+        self.repairs.duplicate_calls += u64::from(known);
+        self.repairs.untracked_calls += u64::from(!known && self.queue.is_full());
+        !known && !self.queue.is_full()
+    }
+
+    /// A call has arrived and waits: its resident prefix will be used, and when is nearly certain.
+    pub(crate) fn call_queued(&mut self, workload: u32, handle: SessionHandle, start: &CallStart<'_>) {
+        let now_us = self.clock(start.now_us);
+        let slot = handle.slot() as u32;
+        self.tenant(handle, workload, start.session);
+        let ticket = self.queue.push(start.call, handle, start.agent, now_us);
+        self.find_path(start.keys);
+        let mut at = 0;
+        while at < self.path.len() {
+            let segment = self.index.segment_of(self.path[at]);
+            let x = *self.index.seg(segment);
+            let n = (self.path.len() - at).min(x.len as usize);
+            if n < x.len as usize {
+                // Where no segment can be had, more is believed to be awaited than is.
+                self.split(segment, self.path[at + n - 1], n as u32);
+            }
+            let x = self.index.seg_mut(segment);
+            let first = if self.queue.wait_s(x.awaited.0).is_some() { x.awaited.0 } else { ticket };
+            x.awaited = (first, ticket);
+            at += n;
+            if at == self.path.len() && self.lanes[x.lane as usize].session != slot {
+                // Another session's leaf, or nobody's.
+                self.queue_unscored(segment);
+            }
+        }
+        self.mark(slot);
+    }
+
+    /// A call starts: who it is if it waited until now.
+    pub(crate) fn admitted(&mut self, call: u64, now_us: u64) -> Option<(SessionHandle, u16)> {
+        let waiting = self.queue.admit(call, now_us)?;
+        self.ticket = waiting.ticket;
+        let mut moved = [None; 11];
+        moved.iter_mut().zip(self.queue.moved()).for_each(|(to, handle)| *to = Some(handle));
+        moved.into_iter().flatten().for_each(|handle| self.session_changed(handle));
+        Some((waiting.handle, waiting.agent))
     }
 
     /// Lets a call go that is in flight under the id of a new one, or the oldest where there are too many.
@@ -627,6 +696,7 @@ impl KvCache {
 
     /// A session is over: so are its calls.
     pub(crate) fn session_over(&mut self, handle: SessionHandle) {
+        self.queue.remove_session(handle);
         for at in (0..self.running.len()).rev() {
             if self.running[at].handle == handle {
                 self.let_go(at);
@@ -723,6 +793,9 @@ impl KvCache {
             }
             let x = self.index.seg_mut(segment);
             x.restored = false;
+            if self.ticket != 0 && x.awaited.0 == self.ticket {
+                x.awaited.0 = if x.awaited.1 == self.ticket { 0 } else { x.awaited.1 };
+            }
             x.touch_call = calls + 1;
             x.last_use_us = now_us;
             if same_session {
@@ -940,7 +1013,10 @@ impl KvCache {
     pub(crate) fn call_finished(&mut self, call: u64, now_us: u64) {
         let now_us = self.clock(now_us);
         let Some(at) = self.running.iter().position(|r| r.call == call) else {
-            self.repairs.unknown_calls += 1;
+            match self.queue.remove(call) {
+                Some(waiting) => self.session_changed(waiting.handle),
+                None => self.repairs.unknown_calls += 1,
+            }
             return;
         };
         let run = self.running.swap_remove(at);
@@ -1132,6 +1208,7 @@ impl KvCache {
         self.view.slot = slot;
         self.view.now_us = self.now_us;
         self.view.n = 0;
+        self.view.waiting = None;
         self.view.times = [[0.0; GRID]; STEPS];
         let tenant = self.tenants[slot as usize];
         let Some(handle) = sessions.at(slot as usize).filter(|h| h.generation() == tenant.generation) else { return };
@@ -1154,6 +1231,10 @@ impl KvCache {
             plan.weights = Chain::new(workload, &self.config, &agents[..plan.n]).weights(at.prev, at.last);
         }
         (self.view.n, self.view.lanes, self.view.weights) = (plan.n, plan.lanes, plan.weights);
+        let waiting = if at.in_flight && !self.queue.is_empty() { self.queue.first_of(handle) } else { None };
+        self.view.waiting = waiting.map(|waiting| waiting.agent);
+        let wait_s = waiting.and_then(|waiting| self.queue.wait_s(waiting.ticket));
+        let queue_s = self.queue.length_s();
         let now_us = self.now_us;
         if self.config.oracle.time {
             self.view.times = density::known_call_times(self.starts[slot as usize].map(|start| match start {
@@ -1167,7 +1248,7 @@ impl KvCache {
         let since_us = now_us.saturating_sub(if at.in_flight { at.last_start_us } else { at.last_finish_us });
         if plan.phase != phase || now_us.saturating_sub(plan.times_us) > since_us / 16 {
             (plan.phase, plan.times_us) = (phase, now_us);
-            plan.times = call_times(workload, &at, now_us, self.service_s, &self.config);
+            plan.times = call_times(workload, &at, now_us, (wait_s, queue_s), self.service_s, &self.config);
         }
         self.view.times = plan.times;
     }
@@ -1194,7 +1275,10 @@ impl KvCache {
         let lane = &self.lanes[x.lane as usize];
         let mut first_use = [0.0; STEPS];
         if let Some(i) = self.view.lanes[..self.view.n].iter().position(|&l| l == x.lane) {
-            let r = workload.content.rates(lane.agent, lane.calls.wrapping_sub(x.touch_call), x.class, &self.config);
+            // A call of the lane that waits will pass over what it does not await.
+            let passed = u32::from(self.view.waiting == Some(lane.agent));
+            let misses = lane.calls.wrapping_sub(x.touch_call) + passed;
+            let r = workload.content.rates(lane.agent, misses, x.class, &self.config);
             let [first, second, third] = self.view.weights[i].0;
             let (a, b, c) = (r[0], (1.0 - r[0]) * r[1], (1.0 - r[0]) * (1.0 - r[1]) * r[2]);
             for i in 0..STEPS {
@@ -1209,7 +1293,13 @@ impl KvCache {
             self.foretold(segment, lane, &mut first_use, &mut foreign);
         }
         let horizon_s = (!self.config.density).then_some(self.eviction_interval_s * self.pool_blocks as f32);
-        density::score(&self.view.times, &first_use, &foreign, horizon_s)
+        let score = density::score(&self.view.times, &first_use, &foreign, horizon_s);
+        // What is awaited is worth one hit after that time, whatever else may happen.
+        let awaited = |wait_s: f32| match horizon_s {
+            None => wait_s.recip(),
+            Some(horizon_s) => f32::from(u8::from(wait_s <= horizon_s)),
+        };
+        self.queue.wait_s(x.awaited.0).map_or(score, |wait_s| score.max(awaited(wait_s)))
     }
 
     fn foretold(&self, segment: u32, lane: &Lane, first_use: &mut [f32; STEPS], foreign: &mut Foreign) {
@@ -1533,13 +1623,24 @@ fn candidates(workload: &Workload, recent: workload::Recent, at: &Standing) -> (
     (agents, n)
 }
 
-fn call_times(workload: &Workload, at: &Standing, now_us: u64, service_s: f32, config: &Config) -> CallTimes {
+/// `queued_s`: a call of the session waits and will start after so many seconds.
+fn call_times(
+    workload: &Workload,
+    at: &Standing,
+    now_us: u64,
+    (queued_s, queue_s): (Option<f32>, f32),
+    service_s: f32,
+    config: &Config,
+) -> CallTimes {
     let since_s = |from_us: u64| now_us.saturating_sub(from_us) as f32 / 1e6;
-    let (age_s, wait_s) = if at.in_flight {
-        (0.0, (service_s - since_s(at.last_start_us)).max(0.2 * service_s))
+    let (age_s, wait_s) = if let Some(queued_s) = queued_s {
+        (0.0, queued_s + service_s + queue_s)
+    } else if at.in_flight {
+        (0.0, (service_s - since_s(at.last_start_us)).max(0.2 * service_s) + queue_s)
     } else {
-        (since_s(at.last_finish_us), 0.0)
+        (since_s(at.last_finish_us), queue_s)
     };
+    let service_s = service_s + queue_s;
     density::call_times(&Silence {
         hazards: &workload.gaps.hazards(at.context, config),
         age_s,
@@ -1594,7 +1695,7 @@ pub(crate) fn time_predictions(
     out: &mut [Prediction],
 ) {
     let Some(at) = standing(sessions, handle) else { return };
-    let times = call_times(workload, &at, now_us, service_s, config);
+    let times = call_times(workload, &at, now_us, (None, 0.0), service_s, config);
     for prediction in out {
         let row = &times[prediction.step as usize - 1];
         prediction.median_s = density::quantile_s(row, 0.5);
@@ -1621,7 +1722,7 @@ pub(crate) fn score_agents(
     let recent = workload::Recent::load(sessions, handle);
     let (known, n) = candidates(workload, recent, &at);
     let weights = Chain::new(workload, config, &known[..n]).weights(at.prev, at.last);
-    let times = call_times(workload, &at, now_us, service_s, config);
+    let times = call_times(workload, &at, now_us, (None, 0.0), service_s, config);
     for (agent, out) in agents.iter().zip(out) {
         *out = known[..n].iter().position(|a| a == agent).map_or(0.0, |i| {
             let first = &weights[i].0[0];

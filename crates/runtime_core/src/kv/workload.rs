@@ -238,6 +238,11 @@ impl Workload {
         handle
     }
 
+    /// A call that waited starts: the gap and the transition were learned when it arrived.
+    pub(crate) fn call_admitted(sessions: &Sessions, handle: SessionHandle, now_us: u64) {
+        sessions.store(handle, Word::LastStart, now_us);
+    }
+
     /// A call of the session has ended; `tool` runs next (0: none), the answer filled `output_blocks`.
     pub(crate) fn call_finished(sessions: &Sessions, handle: SessionHandle, now_us: u64, tool: u8, output_blocks: u32) {
         sessions.end(handle);

@@ -23,6 +23,9 @@
 //! Slices belong to the caller; nothing is allocated per decision once as many calls have waited before. A policy guards
 //! its state by one lock, held for one event or one answer; engines schedule from one thread, so nobody waits for it.
 
+pub mod batch_shaping;
+pub mod fairness;
+
 use crate::error::{Error, Result};
 use crate::ids::WorkloadId;
 use crate::policy::Policies;
@@ -206,6 +209,8 @@ impl Decision {
 }
 
 /// What happens in an engine's scheduler, beyond the core's events.
+///
+/// A call's name is that of the core's events, and unique among all calls that the engine has, whatever their workload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Happening {
@@ -241,7 +246,7 @@ pub enum Happening {
         /// The call.
         call: u64,
     },
-    /// A call has ended and holds nothing any more. Told before the core's `CallEnd`.
+    /// A call has ended and holds nothing any more. Told after the core's `CallEnd`.
     Ended {
         /// The call.
         call: u64,

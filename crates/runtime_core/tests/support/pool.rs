@@ -31,6 +31,8 @@ struct World {
     parent_of: HashMap<u64, u64>,
     resident: HashSet<u64>,
     calls: Vec<Call>,
+    /// Calls that wait: id, session, agent, prompt.
+    queued: Vec<(u64, u64, u16, Vec<u64>)>,
     histories: HashMap<u64, Vec<u64>>,
     stays: HashMap<u64, u64>,
     next_call: u64,
@@ -72,6 +74,7 @@ impl World {
             parent_of: HashMap::new(),
             resident: HashSet::new(),
             calls: Vec::new(),
+            queued: Vec::new(),
             histories: HashMap::new(),
             stays: HashMap::new(),
             next_call: 1,
@@ -97,7 +100,9 @@ impl World {
             23..=26 => self.evict(1 + a as usize % 40),
             27 => self.removed(&[a, b, c]),
             28 if b < 16 => self.reset(),
+            28 => self.queue(a, b, c),
             29 if b < 128 => self.end_session(u64::from(a) % NAMES),
+            29 => self.cancel(a),
             30 => self.unknown(a, b),
             31 if b < 128 => self.restore(u64::from(a) % NAMES, b as usize, c as usize),
             _ => self.tool(u64::from(a) % NAMES, u16::from(b)),
@@ -141,7 +146,8 @@ impl World {
         path
     }
 
-    fn start(&mut self, a: u8, b: u8, c: u8, again: bool) {
+    /// Session, agent and prompt of a call.
+    fn invent(&mut self, a: u8, b: u8, c: u8) -> (u64, u16, Vec<u64>) {
         let session = u64::from(a) % NAMES;
         let agent = if b >= 250 { u16::from(b) * 200 } else { u16::from(b) % 5 };
         let known = self.histories.get(&session).cloned();
@@ -159,8 +165,45 @@ impl World {
         for (i, &key) in path.iter().enumerate() {
             self.parent_of.insert(key, if i == 0 { 0 } else { path[i - 1] });
         }
-        let mut id = self.next_call;
+        (session, agent, path)
+    }
+
+    fn queue(&mut self, a: u8, b: u8, c: u8) {
+        let (session, agent, path) = self.invent(a, b, c);
+        self.enters(session);
+        let id = self.next_call;
         self.next_call += 1;
+        self.send(EventKind::CallQueued, session, agent, id, &path);
+        if c % 8 == 0 {
+            let before = self.runtime.repairs().unwrap().duplicate_calls;
+            self.send(EventKind::CallQueued, session, agent, id, &path);
+            assert_eq!(self.runtime.repairs().unwrap().duplicate_calls, before + 1);
+        }
+        self.queued.push((id, session, agent, path));
+    }
+
+    fn cancel(&mut self, a: u8) {
+        if !self.queued.is_empty() {
+            let (id, session, ..) = self.queued.swap_remove(a as usize % self.queued.len());
+            self.send(EventKind::CallEnd, session, 0, id, &[]);
+        }
+    }
+
+    fn enters(&mut self, session: u64) {
+        if !self.runtime.knows(self.workload(session), session) {
+            *self.stays.entry(session).or_default() += 1;
+        }
+    }
+
+    fn start(&mut self, a: u8, b: u8, c: u8, again: bool) {
+        let (mut id, session, agent, path) = if c % 2 == 0 && !self.queued.is_empty() {
+            // Mostly in order of arrival.
+            self.queued.remove(if b < 200 { 0 } else { a as usize % self.queued.len() })
+        } else {
+            let (session, agent, path) = self.invent(a, b, c);
+            self.next_call += 1;
+            (self.next_call - 1, session, agent, path)
+        };
         let hit = path.iter().take_while(|key| self.resident.contains(key)).count();
         let hit = hit.min(self.runtime.options().pool_blocks);
         if again && !self.calls.is_empty() {
@@ -171,9 +214,7 @@ impl World {
             }
         }
         self.histories.insert(session, path.clone());
-        if !self.runtime.knows(self.workload(session), session) {
-            *self.stays.entry(session).or_default() += 1;
-        }
+        self.enters(session);
         let stay = self.stays[&session];
         let found = self.send(EventKind::CallStart, session, agent, id, &path);
         assert_eq!(found, hit as u64, "hits");
