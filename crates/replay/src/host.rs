@@ -74,7 +74,7 @@ impl HostTier {
     }
 
     /// The block has left the pool. Returns true where it had been prefetched in vain.
-    pub(crate) fn evicted(&mut self, block: u32) -> bool {
+    pub fn evicted(&mut self, block: u32) -> bool {
         if self.blocks.contains(block) {
             self.blocks.remove(block);
         }
@@ -88,13 +88,13 @@ impl HostTier {
     }
 
     /// A call loads the block.
-    pub(crate) fn loaded(&mut self, block: u32) {
+    pub fn loaded(&mut self, block: u32) {
         self.blocks.remove(block);
         self.blocks.push_back(block);
     }
 
     /// The block is copied to the pool ahead of its use.
-    pub(crate) fn prefetched(&mut self, block: u32, now_us: u64) {
+    pub fn prefetched(&mut self, block: u32, now_us: u64) {
         self.budget_bytes -= self.options.block_bytes;
         let took_us = (self.options.block_bytes / self.options.bytes_per_s * 1e6).ceil() as u64;
         self.link_free_us = self.link_free_us.max(now_us) + took_us;
@@ -103,7 +103,7 @@ impl HostTier {
     }
 
     /// A call uses a block of the pool. `None`: it had not been prefetched; else whether its copy is complete.
-    pub(crate) fn used(&mut self, block: u32, now_us: u64) -> Option<bool> {
+    pub fn used(&mut self, block: u32, now_us: u64) -> Option<bool> {
         match std::mem::take(&mut self.ready_us[block as usize]) {
             0 => None,
             ready_us => Some(ready_us <= now_us),

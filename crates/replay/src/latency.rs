@@ -4,6 +4,34 @@
 //! matrix work per token, the quadratic one attention over everything before. Decoding is batched and costs
 //! `decode_s_per_token` per output token without occupying the device exclusively.
 
+/// What one step of continuous batching computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Batch {
+    /// Tokens, prefilled and decoded.
+    pub tokens: f64,
+    /// Of prefilled tokens, pairs with the tokens before them.
+    pub prefill_pairs: f64,
+    /// Sequences that decode.
+    pub decodes: f64,
+    /// Tokens before the ones that they decode.
+    pub decode_context: f64,
+}
+
+impl Batch {
+    /// Adds `tokens` tokens of one prompt behind `context` others.
+    pub fn prefill(&mut self, tokens: f64, context: f64) {
+        self.tokens += tokens;
+        self.prefill_pairs += tokens * (context + tokens / 2.0);
+    }
+
+    /// Adds one sequence that decodes a token behind `context` others.
+    pub fn decode(&mut self, context: f64) {
+        self.tokens += 1.0;
+        self.decodes += 1.0;
+        self.decode_context += context;
+    }
+}
+
 /// Coefficients of one model on one device.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LatencyModel {
@@ -15,6 +43,14 @@ pub struct LatencyModel {
     pub prefill_s_per_token: f64,
     /// Seconds per (uncached token x earlier token).
     pub prefill_s_per_token_pair: f64,
+    /// Of a step: seconds that no tokens cost (launches, sampling, scheduling).
+    pub step_base_s: f64,
+    /// Of a step: seconds to read the weights once.
+    pub weights_s: f64,
+    /// Of a step: seconds per decoding sequence.
+    pub step_s_per_sequence: f64,
+    /// Of a step: seconds per token whose KV a decoding sequence reads.
+    pub step_s_per_kv_token: f64,
     /// Seconds per decoded token.
     pub decode_s_per_token: f64,
     /// KV bytes per token over all layers.
@@ -36,6 +72,10 @@ impl LatencyModel {
         prefill_base_s: 0.012,
         prefill_s_per_token: 16.1e9 / (0.55 * 989e12),
         prefill_s_per_token_pair: 524e3 / (0.55 * 989e12),
+        step_base_s: 0.001,
+        weights_s: 15.0e9 / (0.92 * 3.35e12),
+        step_s_per_sequence: 0.0,
+        step_s_per_kv_token: 131_072.0 / (0.8 * 3.35e12),
         decode_s_per_token: 0.007,
         kv_bytes_per_token: 131_072.0,
         host_bytes_per_s: 25e9,
@@ -48,6 +88,10 @@ impl LatencyModel {
         prefill_base_s: 0.020,
         prefill_s_per_token: 141.2e9 / (0.45 * 4.0 * 989e12),
         prefill_s_per_token_pair: 2.62e6 / (0.45 * 4.0 * 989e12),
+        step_base_s: 0.003,
+        weights_s: 141.0e9 / (0.92 * 4.0 * 3.35e12),
+        step_s_per_sequence: 0.0,
+        step_s_per_kv_token: 327_680.0 / (0.8 * 4.0 * 3.35e12),
         decode_s_per_token: 0.016,
         kv_bytes_per_token: 327_680.0,
         host_bytes_per_s: 100e9,
@@ -66,6 +110,21 @@ impl LatencyModel {
     /// Seconds to decode `tokens` tokens.
     pub fn decode_s(&self, tokens: f64) -> f64 {
         self.decode_s_per_token * tokens
+    }
+
+    /// Seconds of one step of continuous batching.
+    ///
+    /// The matrix work of all tokens of the step is one pass over the weights: reading them is the least it costs.
+    /// Attention is computed for prefilled tokens and reads the KV of decoding sequences.
+    pub fn step_s(&self, batch: &Batch) -> f64 {
+        if batch.tokens == 0.0 {
+            return 0.0;
+        }
+        self.step_base_s
+            + self.weights_s.max(self.prefill_s_per_token * batch.tokens)
+            + self.prefill_s_per_token_pair * batch.prefill_pairs
+            + self.step_s_per_sequence * batch.decodes
+            + self.step_s_per_kv_token * batch.decode_context
     }
 
     /// Seconds to load `tokens` tokens of KV from the host tier.
