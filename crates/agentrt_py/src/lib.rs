@@ -11,6 +11,7 @@ mod python_policy;
 mod replay;
 mod runtime;
 mod safety;
+mod simulate;
 mod transfer;
 
 use pyo3::prelude::*;
@@ -42,6 +43,8 @@ mod _core {
     use crate::runtime::{block_key, Prediction, Prefetch, Runtime, Session, Workload};
     #[pymodule_export]
     use crate::safety::{check_policy, ToolRules};
+    #[pymodule_export]
+    use crate::simulate::{scenarios, simulate};
     #[pymodule_export]
     use crate::transfer::copy_host_blocks;
 }

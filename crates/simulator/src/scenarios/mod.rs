@@ -18,10 +18,12 @@ mod tenants;
 pub(crate) mod traces;
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use rayon::prelude::*;
+pub use replay::sweep::Progress;
 use replay::{Error, Result};
+use serde::Serialize;
 
 use crate::baselines;
 use crate::engine::{simulate, EngineOptions};
@@ -29,7 +31,7 @@ use crate::outcome::Outcome;
 use crate::workload::Workload;
 
 /// A figure of a scenario.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Metric {
     /// What it is.
     pub name: &'static str,
@@ -137,19 +139,8 @@ pub struct SuiteOptions {
     pub threads: usize,
 }
 
-/// How far a suite is; shared with the thread that shows it. Setting `cancelled` stops it between two runs.
-#[derive(Debug, Default)]
-pub struct Progress {
-    /// Runs done.
-    pub done: AtomicU64,
-    /// All runs; 0 before the first.
-    pub total: AtomicU64,
-    /// Asks the suite to stop.
-    pub cancelled: AtomicBool,
-}
-
 /// A figure of the policy beside that of one baseline, by seed.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Row {
     /// The scenario.
     pub scenario: String,
@@ -163,7 +154,7 @@ pub struct Row {
     pub policy: Vec<f64>,
 }
 
-/// Runs the policy and its baselines in all its scenarios. Returns an empty list where it was cancelled.
+/// Runs the policy and its baselines in all its scenarios; progress counts runs. Returns an empty list where it was cancelled.
 pub fn run(options: &SuiteOptions, progress: &Progress) -> Result<Vec<Row>> {
     let mut scenarios = scenarios(&options.policy, options.traces.as_deref())?;
     scenarios.retain(|scenario| scenario.name.contains(&options.only));

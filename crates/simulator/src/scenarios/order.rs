@@ -19,13 +19,15 @@ const METRICS: &[Metric] = &[
     higher("throughput", "tokens/s"),
     lower("longest hold", "s"),
 ];
-const BASELINES: &[&str] = &["fcfs", "lpm", "priority", "cap-8", "cap-16"];
+const BASELINES: &[&str] = &["fcfs", "lpm", "priority", "cap-8", "cap-16", "cap-32"];
 
 /// Sessions that the pool holds.
 const POOL_SESSIONS: f64 = 8.0;
 /// Arrivals over what the engine completes first come first served when it has as much as it can do.
-const OVERLOAD: f64 = 1.5;
+const OVERLOAD: f64 = 2.0;
 const LIGHT: f64 = 0.25;
+/// All sessions within a few seconds.
+const BURST: f64 = 100.0;
 
 #[derive(Clone)]
 enum Source {
@@ -65,17 +67,18 @@ fn capacity_per_s(source: &Source) -> Result<f64> {
 }
 
 pub(super) fn scenarios(folder: Option<&Path>) -> Vec<Scenario> {
-    let recorded = [("whowhen_magentic", 58, 40), ("taubench_airline", 120, 40), ("hyperagent", 13, 100)];
+    let recorded = [("whowhen_magentic", 58, 80), ("taubench_airline", 200, 60), ("marble_research", 200, 80)];
     let recorded = recorded
         .into_iter()
         .filter_map(|(name, sessions, calls)| Recorded::find(folder, name, sessions, calls).map(Source::Recorded));
-    let generated = [("selector_chat", 160), ("pipeline", 240), ("coding_team", 48)];
+    let generated = [("selector_chat", 300), ("pipeline", 300), ("research_tree", 120)];
     let sources = generated.into_iter().map(|(name, sessions)| Source::Generated(name, sessions)).chain(recorded);
     let mut all = Vec::new();
     for source in sources {
         let per_s: Arc<OnceLock<Result<f64>>> = Arc::default();
         let loads = [
-            ("overload", OVERLOAD, "sessions arrive half as fast again as they can be served"),
+            ("burst", BURST, "all sessions arrive at once"),
+            ("overload", OVERLOAD, "sessions arrive twice as fast as they can be served"),
             ("light", LIGHT, "sessions arrive at a quarter of what can be served"),
         ];
         for (load, times, about) in loads {
