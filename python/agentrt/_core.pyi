@@ -541,6 +541,24 @@ def models() -> list[tuple[str, float]]: ...
 def replay_flat(policy: str, keys: NDArray[np.uint32], capacity: int) -> NDArray[np.bool_]:
     """Replays a stream of single blocks under a policy; one flag per key, true where it was in the cache."""
 
+# Simulator
+
+def simulate(
+    policy: str,
+    *,
+    seed: int = 0,
+    runs: int = 5,
+    cache: str = "lru",
+    only: str = "",
+    traces: os.PathLike[str] | None = None,
+    threads: int = 0,
+    progress: Callable[[int, int], object] | None = None,
+) -> str:
+    """Runs a policy and its baselines in all scenarios of the policy and returns the figures as JSON."""
+
+def scenarios(policy: str, *, traces: os.PathLike[str] | None = None) -> list[tuple[str, str, list[str]]]:
+    """Scenarios of a policy: (name, one line, baselines)."""
+
 # Transfer
 
 def copy_host_blocks(

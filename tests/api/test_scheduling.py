@@ -96,7 +96,7 @@ def test_unusable_arguments_name_the_remedy_and_change_nothing() -> None:
     with pytest.raises(agentrt.errors.ArrayValueError, match="expected 2"):
         order(scheduler, calls, [1])
     with pytest.raises(agentrt.errors.ArrayTypeError, match="uint32"):
-        scheduler.order(calls, np.zeros(2, np.uint64), running_calls=1, pinned_blocks=1, free_blocks=1)  # type: ignore[arg-type]
+        scheduler.order(calls, np.zeros(2, np.uint64), running_calls=1, pinned_blocks=1, free_blocks=1)
     with pytest.raises(agentrt.errors.BadTimeError):
         scheduler.arrived(workload.session("c"), "agent", 3, 10, time=float("nan"))
     with pytest.raises(agentrt.errors.OutOfRangeError):

@@ -12,6 +12,7 @@ mod replay;
 mod runtime;
 mod safety;
 mod scheduling;
+mod simulate;
 mod transfer;
 
 use pyo3::prelude::*;
@@ -45,6 +46,8 @@ mod _core {
     use crate::safety::{check_policy, ToolRules};
     #[pymodule_export]
     use crate::scheduling::Scheduler;
+    #[pymodule_export]
+    use crate::simulate::{scenarios, simulate};
     #[pymodule_export]
     use crate::transfer::copy_host_blocks;
 }

@@ -201,18 +201,19 @@ fn refused(error: &runtime_core::Error) -> Error {
     }
 }
 
-/// The cache policy's part in the engine, and the one it adds to the core's policies.
-fn cache(workload: &Workload, options: &EngineOptions) -> Result<(Order, Options, Option<Box<dyn Policy>>)> {
+/// The cache policy's part in the engine; the learned one is added to the core's policies.
+fn cache(workload: &Workload, options: &EngineOptions, list: &mut Vec<Box<dyn Policy>>) -> Result<(Order, Options)> {
     let mut core = Options::for_pool(options.capacity_blocks);
     // Nobody is forgotten in the middle of a run.
     core.sessions = workload.trace.sessions.len().next_power_of_two().clamp(4096, 1 << 20);
     if options.cache == "lru" {
-        return Ok((Order::Lru, core, None));
+        return Ok((Order::Lru, core));
     }
     if let Some(config) = policies::agentrt::config(&options.cache) {
         if options.cache.starts_with("agentrt") {
             core.config = config;
-            return Ok((Order::Core, core, Some(Box::new(KvCachePolicy))));
+            list.push(Box::new(KvCachePolicy));
+            return Ok((Order::Core, core));
         }
     }
     if options.cache == "min" || options.cache.starts_with("oracle") {
@@ -234,21 +235,20 @@ fn cache(workload: &Workload, options: &EngineOptions) -> Result<(Order, Options
             model: options.model,
         },
     };
-    Ok((Order::Replay(policies::build(&options.cache, &workload.trace, &schedule)?), core, None))
+    Ok((Order::Replay(policies::build(&options.cache, &workload.trace, &schedule)?), core))
 }
 
 impl<'a> Engine<'a> {
     fn new(workload: &'a Workload, options: &'a EngineOptions, mut list: Vec<Box<dyn Policy>>) -> Result<Self> {
         let trace: &Trace = &workload.trace;
-        let (order, core_options, added) = cache(workload, options)?;
-        list.extend(added);
         let scheduled = !list.is_empty();
+        let (order, core_options) = cache(workload, options, &mut list)?;
         let policies = Policies::new(list);
         let supplied = if options.host.is_some() { SUPPLIED } else { SUPPLIED.without(Needs::HOST_TIER) };
         let needed = policies.wire(supplied).map_err(|error| refused(&error))?;
         let runtime = Runtime::new(core_options).map_err(|error| refused(&error))?;
         let id = runtime.workload(&trace.workload).map_err(|error| refused(&error))?;
-        let hears = matches!(order, Order::Core) || !CORE.without(CORE.without(needed)).names().next().is_none();
+        let hears = matches!(order, Order::Core) || CORE.without(needed) != CORE;
         let mut position = vec![0; trace.calls.len()];
         for session in &trace.sessions {
             for (at, &call) in session.calls.iter().enumerate() {
@@ -518,7 +518,7 @@ impl<'a> Engine<'a> {
             self.promised -= usize::from(position < run.queued.prompt_blocks);
         }
         let of_prompt = self.trace.blocks_in(self.trace.calls[call as usize].prompt).saturating_sub(from);
-        self.memory.stored(&mut self.core, doing, &entered[..of_prompt.min(entered.len())]);
+        self.core.stored(doing, &entered[..of_prompt.min(entered.len())]);
         if survives {
             self.tell_inserted(at, &entered);
             self.running[at].chunk = chunk;
@@ -558,7 +558,7 @@ impl<'a> Engine<'a> {
 
     fn preempt(&mut self, at: usize) {
         let run = self.running.remove(at);
-        self.release(&run, None);
+        self.release(&run, false);
         let tenant = self.tenant(run.queued.call);
         let mut queued = run.queued;
         queued.reached = queued.reached.max(run.computed);
@@ -572,8 +572,8 @@ impl<'a> Engine<'a> {
         self.queue.push_front(queued);
     }
 
-    /// A call gives its blocks back; `tool`: it has finished.
-    fn release(&mut self, run: &Running, finished: Option<Option<u16>>) {
+    /// A call gives its blocks back, because it has finished or was preempted.
+    fn release(&mut self, run: &Running, finished: bool) {
         self.promised -= run.queued.prompt_blocks.saturating_sub(run.used) * usize::from(!run.bypass);
         let chain = &run.queued.chain;
         let mut released = Vec::with_capacity(run.used);
@@ -585,7 +585,7 @@ impl<'a> Engine<'a> {
         self.memory.offer(&released);
         let hit = self.outcome.calls[run.queued.call as usize].hit_blocks;
         let mut view = view(self.trace, &run.queued, hit, self.now_us);
-        view.tool = finished.flatten();
+        view.tool = self.trace.calls[run.queued.call as usize].tool.filter(|_| finished);
         let output = &chain[run.queued.prompt_blocks.min(run.used)..run.used];
         if let Some((policy, pool)) = self.memory.replay_policy() {
             if run.bypass {
@@ -594,7 +594,7 @@ impl<'a> Engine<'a> {
                 policy.call_finish(&view, output, &released, pool);
             }
         }
-        if finished.is_some() && self.core.hears {
+        if finished && self.core.hears {
             self.core.call_ended(&view, output);
         }
     }
@@ -768,7 +768,7 @@ impl<'a> Engine<'a> {
         }
         let prompt_until = (hit + loaded).min(run.queued.prompt_blocks);
         if prompt_until > hit {
-            self.memory.stored(&mut self.core, doing, &run.queued.chain[hit..prompt_until]);
+            self.core.stored(doing, &run.queued.chain[hit..prompt_until]);
         }
         if loaded > 0 || under_way {
             run.ready_us = self.memory.copied_us(loaded, self.now_us);
@@ -858,11 +858,10 @@ impl<'a> Engine<'a> {
         self.tell_inserted(at, &entered);
         self.entered = entered;
         let run = self.running.remove(at);
-        let tool = self.trace.calls[run.queued.call as usize].tool;
+        self.release(&run, true);
         if self.scheduled {
             self.hear(Happening::Ended { call: u64::from(run.queued.call) });
         }
-        self.release(&run, Some(tool));
         if !run.bypass {
             self.record(run.queued.call, EventKind::Finish);
         }

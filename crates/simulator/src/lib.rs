@@ -10,11 +10,15 @@
 //! | `engine.rs` | [`simulate`]: steps, admission, preemption, tools, idle capacity |
 //! | `memory.rs` | pool and host tier, and in which order blocks leave |
 //! | `service.rs` | how evenly tenants are served |
+//! | `baselines/` | what engines and papers do |
+//! | `scenarios/` | what policies are judged by |
 //! | `outcome.rs` | [`Outcome`]: what happened, and figures of it |
 
+pub mod baselines;
 mod engine;
 mod memory;
 mod outcome;
+pub mod scenarios;
 mod service;
 mod workload;
 

@@ -72,10 +72,14 @@ impl Core {
         hit
     }
 
-    fn stored(&mut self, call: u32, session: u32, agent: u16, now_us: u64, blocks: &[u32]) {
-        self.name(blocks);
-        self.runtime.stored(self.workload, u64::from(call), now_us, &self.keys, &[]).expect(ONE_THREAD);
-        self.tell(EventKind::Stored, session, agent, call, now_us, 0);
+    /// Blocks in a row of a call's prompt have entered the pool.
+    pub(crate) fn stored(&mut self, doing: Doing, blocks: &[u32]) {
+        if self.hears && !blocks.is_empty() {
+            self.name(blocks);
+            let Doing { call, session, agent, now_us } = doing;
+            self.runtime.stored(self.workload, u64::from(call), now_us, &self.keys, &[]).expect(ONE_THREAD);
+            self.tell(EventKind::Stored, session, agent, call, now_us, 0);
+        }
     }
 
     pub(crate) fn call_ended(&mut self, view: &CallView<'_>, output: &[u32]) {
@@ -284,13 +288,6 @@ impl<'a> Memory<'a> {
         self.peak = self.peak.max(self.pool.resident());
         self.pin(block, doing.session);
         true
-    }
-
-    /// Tells core and policy of blocks, in a row of the call's chain, that have entered the pool.
-    pub(crate) fn stored(&mut self, core: &mut Core, doing: Doing, blocks: &[u32]) {
-        if core.hears && !blocks.is_empty() {
-            core.stored(doing.call, doing.session, doing.agent, doing.now_us, blocks);
-        }
     }
 
     /// Makes room for `n` blocks.
