@@ -336,6 +336,9 @@ impl State {
     fn owed(&mut self, n: usize, pool_blocks: usize) {
         self.victims.clear();
         let total: f64 = self.accounts.iter().filter(|account| account.blocks > 0).map(|account| account.weight).sum();
+        if total <= 0.0 {
+            return;
+        }
         let excess = |account: &Account| f64::from(account.blocks) - pool_blocks as f64 * account.weight / total;
         let debtor = self.accounts.iter().enumerate().max_by(|a, b| excess(a.1).total_cmp(&excess(b.1)));
         let Some((debtor, owed)) = debtor.map(|(at, account)| (at, excess(account))) else { return };
@@ -507,5 +510,34 @@ impl Policy for FairnessPolicy {
         let state = &mut *self.lock();
         state.occupied = f64::from(load.pinned_blocks) / f64::from(load.pool_blocks.max(1));
         state.rank(self.per, waiting, load.now_us, decisions);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::Options;
+
+    #[test]
+    fn accounts_without_blocks_owe_none() {
+        let runtime = Runtime::new(Options::for_pool(64)).unwrap();
+        let policy = FairnessPolicy::default();
+        let workload = runtime.workload("test").unwrap();
+        let call = Waiting {
+            call: 1,
+            workload,
+            session: 1,
+            agent: 0,
+            tenant: 0,
+            arrived_us: 0,
+            prompt_tokens: 100,
+            resident_tokens: 0,
+            host_tokens: 0,
+            group: 0,
+        };
+        policy.hear(&runtime, 0, &Happening::Arrived(call));
+        let request = Request { kind: Kind::Evict, n: 4, now_us: 1 };
+        let answered = policy.act(&runtime, &request, &mut |action| panic!("{action:?}"));
+        assert_eq!(answered, Ok(false));
     }
 }
