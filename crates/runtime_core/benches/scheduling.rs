@@ -19,6 +19,11 @@ const SETS: [&[&str]; 4] = [
 ];
 const BLOCKS: usize = 64;
 
+/// Calls come ever faster, so that every smaller window seems to pay and stays.
+fn time_us(name: u64) -> u64 {
+    ((name as f64 + 1.0).ln() * 1e8) as u64
+}
+
 fn call(runtime: &Runtime, name: u64, session: u64) -> Waiting {
     let random = mix(name);
     Waiting {
@@ -27,7 +32,7 @@ fn call(runtime: &Runtime, name: u64, session: u64) -> Waiting {
         session,
         agent: (random % 6) as u16,
         tenant: (session % 4) as u16,
-        arrived_us: name - 1,
+        arrived_us: time_us(name) - 1,
         prompt_tokens: 4_000,
         resident_tokens: if random % 3 == 0 { 3_000 } else { 1_000 },
         host_tokens: 0,
@@ -58,16 +63,16 @@ fn overloaded(runtime: &Runtime, policies: &Policies, n: u64) -> Vec<Waiting> {
         for session in 0..1_000u64 {
             name += 1;
             let one = Waiting { resident_tokens: 0, agent: 0, ..call(runtime, name, session) };
-            policies.hear(runtime, name, &[Happening::Arrived(one)]);
+            policies.hear(runtime, time_us(name), &[Happening::Arrived(one)]);
             // Not admitted at once: the engine is saturated.
-            (0..3).for_each(|_| policies.schedule(runtime, &load(name), &[one], &mut decisions));
+            (0..3).for_each(|_| policies.schedule(runtime, &load(time_us(name)), &[one], &mut decisions));
             let done = [Happening::Admitted { call: one, again: false }, Happening::Ended { call: name }];
-            policies.hear(runtime, name, &done[..if round == 3 && session < 40 { 1 } else { 2 }]);
+            policies.hear(runtime, time_us(name), &done[..if round == 3 && session < 40 { 1 } else { 2 }]);
         }
     }
     let waiting: Vec<Waiting> = (0..n).map(|i| call(runtime, name + 1 + i, mix(i) % 48 * 20)).collect();
     for &one in &waiting {
-        policies.hear(runtime, name, &[Happening::Arrived(one)]);
+        policies.hear(runtime, time_us(name), &[Happening::Arrived(one)]);
     }
     waiting
 }
@@ -80,7 +85,7 @@ fn question(criterion: &mut Criterion) {
             let policies = Policies::new(names.iter().map(|name| built_in(name).expect("a policy")).collect());
             let waiting = overloaded(&runtime, &policies, n);
             let mut decisions = vec![Decision::default(); waiting.len()];
-            let load = load(5_000);
+            let load = load(time_us(5_000));
             policies.schedule(&runtime, &load, &waiting, &mut decisions);
             let held = decisions.iter().filter(|decision| decision.is_held(load.now_us)).count();
             assert_eq!(held > 0, names.contains(&"batch_shaping"), "{held} of {n} are held");

@@ -172,7 +172,7 @@ fn longest_hold_us(report: &Report) -> u64 {
 
 #[test]
 fn under_overload_shaping_ends_sessions_earlier_and_none_much_later() {
-    let plans = agents(40, 1);
+    let plans: Vec<Plan> = agents(40, 1).into_iter().map(|plan| Plan { turns: 24, added: 400, ..plan }).collect();
     let (before, after) = (run(&["lru"], 4_000, &plans), run(&["batch_shaping", "lru"], 4_000, &plans));
     let gain = mean_session_s(&before) / mean_session_s(&after);
     assert!(gain >= 1.5, "mean session time {gain:.2} times shorter");

@@ -1,28 +1,34 @@
 //! `batch_shaping`: which sessions run together, and in which order.
 //!
-//! **Order.** The session that began first is served first, so that sessions end instead of all going on; calls whose
-//! prompt is at least half resident and end in the same resident block follow the first of them, so that a shared prefix
-//! is used while it is there.
+//! **Order.** First come, first served, until a window is set; then the session that began first goes first, so that sessions
+//! end instead of all going on. Calls whose prompt is at least half resident and end in the same resident block follow the
+//! first of them, so that a shared prefix is used while it is there.
 //!
 //! **Window.** While the pool thrashes, only the W sessions that began first may go on; calls of the others are held. The
-//! sign of thrashing is that sessions have to compute again what they had: over the calls of an epoch,
+//! sign of thrashing is that sessions have to compute again what they had. Over an epoch of W admissions (8 at least):
 //!
 //! ```text
-//! loss = sum of max(0, min(p, q) - r) / sum of min(p, q)
-//! p    prompt tokens of a call, r of them resident or in the host tier
-//! q    prompt tokens of the same agent's last call in the same session
+//! loss  = sum of max(0, min(p, q) - r) / sum of min(p, q)
+//! share = (tokens lost + tokens repeated after preemptions) / (prefill speed x length of the epoch)
+//! p     prompt tokens of a call, r of them resident or in the host tier
+//! q     prompt tokens of the same agent's last call in the same session
 //! ```
 //!
-//! Additive increase, multiplicative decrease, once an epoch of W admissions (8 at least): with the pool full and loss more
-//! than 0.2 above what is usual without pressure, or after a preemption, W becomes 0.7 W, at first 0.7 of the sessions
-//! there are; otherwise, if somebody was held, it grows by one or an eighth. It is dropped when it binds nobody. A session silent for
-//! eight times the usual gap gives its place to the next. (Feedback on cache signals at the level of agents: CONCUR, arXiv
-//! 2601.22705; pausing between calls, youngest first: `ThunderAgent`, arXiv 2602.13692.)
+//! It thrashes if the pool is full, calls that may go have to wait at most questions, loss is 0.2 above what is usual
+//! without pressure, and share is above 0.3: less cannot pay for what fewer running calls cost. Then the window becomes
+//! the number of sessions whose last prompts fit into the pool, but at least half and at most nine tenths of what it was
+//! (multiplicative decrease), **on trial**: if two epochs later calls are not admitted 5 % faster, the old window comes back
+//! and nothing is tried for 4, 8, ... 64 epochs. While somebody is held and no calls wait, it grows by an eighth an epoch up
+//! to 0.8 of where it thrashed last, by 3 % beyond (additive increase); when it binds nobody it is dropped.
 //!
-//! **Bounds.** A call is held until [`BatchShapingOptions::max_hold_us`] after it began to wait, never longer; from then on it goes before
-//! all that are not overdue, in order of arrival: nobody starves. When nothing runs, nothing is held.
+//! A session that is silent counts with P(it calls again | silent for so long), learned from gaps and ends. (Feedback on
+//! cache signals at the level of agents: CONCUR, arXiv 2601.22705; pausing between calls: `ThunderAgent`, arXiv 2602.13692.)
 //!
-//! Costs one or two hash probes an event; 80 bytes a session that is remembered.
+//! **Bounds.** A call is held until [`BatchShapingOptions::max_hold_us`] after it began to wait, never longer; from then on
+//! it goes before all that are not overdue, in order of arrival: nobody starves. When nothing runs, nobody is held.
+//!
+//! Costs one or two hash probes an event and, while there is a window, a visit per session in it a question; 110 bytes a
+//! session that is remembered.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -39,15 +45,24 @@ const MAX_SESSIONS: usize = 16_384;
 /// Agents of a session whose last prompt is remembered.
 const LANES: usize = 4;
 const LEAST_EPOCH: u32 = 8;
-const DECREASE: f64 = 0.7;
+/// What a window becomes at least, and at most, of what it was.
+const DECREASE: (f64, f64) = (0.5, 0.9);
 /// Loss above the usual one that counts as thrashing.
 const TOLERANCE: f64 = 0.2;
+/// Share of the time spent on computing again from which on it does.
+const COSTLY: f64 = 0.3;
+/// How much faster calls have to be admitted for a smaller window to stay.
+const BETTER: f64 = 1.05;
+/// Decreases of one trial.
+const MOST_STEPS: u8 = 3;
+/// Epochs without a trial after one that failed.
+const PAUSE: (u32, u32) = (4, 64);
 /// Part of the pool that may be free while it counts as full.
 const SLACK: f64 = 0.05;
-/// Gaps after which a silent session gives its place away.
-const PATIENCE: f64 = 8.0;
-/// Gaps after which it is forgotten, for engines that do not tell of ends.
-const MEMORY: f64 = 64.0;
+/// Tokens of a step that tell how fast prompts are computed.
+const TELLING_TOKENS: u64 = 1000;
+/// A silent session that is less likely to call again is forgotten.
+const FORGOTTEN: f64 = 0.02;
 
 /// What may be chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +99,72 @@ struct Session {
     calls: u32,
     lanes: [Lane; LANES],
     next_lane: u8,
+    /// Length of its last prompt.
+    tokens: u32,
+}
+
+/// A smaller window, to be judged.
+#[derive(Clone, Copy, Debug)]
+struct Trial {
+    before: Option<f64>,
+    /// Admissions a microsecond before.
+    rate: f64,
+    /// What was let in before has gone through.
+    settled: bool,
+    steps: u8,
+}
+
+/// P(a silent session calls again), from the gaps and ends there were.
+#[derive(Debug)]
+struct Alive {
+    /// Gaps by octave of microseconds.
+    gaps: [f64; 64],
+    /// Sessions that ended or were forgotten.
+    ended: f64,
+    /// As of the last update: gaps longer than each octave's beginning, and ends.
+    longer: [f64; 65],
+    over: f64,
+}
+
+impl Default for Alive {
+    fn default() -> Self {
+        Self { gaps: [0.0; 64], ended: 1.0, longer: [1.0; 65], over: 1.0 }
+    }
+}
+
+impl Alive {
+    fn gap(&mut self, gap_us: u64) {
+        self.gaps[gap_us.max(1).ilog2() as usize] += 1.0;
+    }
+
+    fn update(&mut self) {
+        // Too few to tell: whoever is silent is taken to come back as likely as not.
+        if self.gaps.iter().sum::<f64>() < 8.0 {
+            return;
+        }
+        let mut longer = 0.02;
+        for octave in (0..64).rev() {
+            longer += self.gaps[octave];
+            self.longer[octave] = longer;
+        }
+        (self.longer[64], self.over) = (0.02, self.ended);
+        if longer > 8192.0 {
+            self.gaps.iter_mut().for_each(|gaps| *gaps *= 0.5);
+            self.ended *= 0.5;
+        }
+    }
+
+    /// By Bayes: of those who were silent for so long, some called again, and the ended are silent for ever.
+    fn weight(&self, session: &Session, now_us: u64) -> f64 {
+        if session.calls > 0 {
+            return 1.0;
+        }
+        let silent_us = now_us.saturating_sub(session.last_us).max(1);
+        let octave = silent_us.ilog2() as usize;
+        let within = silent_us as f64 / (1u64 << octave) as f64 - 1.0;
+        let longer = self.longer[octave] + within * (self.longer[octave + 1] - self.longer[octave]);
+        longer / (longer + self.over)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -96,18 +177,29 @@ struct State {
     calls: FxHashMap<u64, u64>,
     /// Sessions that may go on; none: all.
     window: Option<f64>,
+    /// Where it thrashed last.
+    ceiling: f64,
+    trial: Option<Trial>,
+    backoff: u32,
+    pause: u32,
     usual_loss: f64,
-    gap_us: f64,
+    alive: Alive,
+    /// Sessions there are, each by how likely it calls again.
+    live: f64,
     full: bool,
+    pool_tokens: f64,
+    /// Prompt tokens a microsecond, and those of the step that has not been seen to end.
+    speed: f64,
+    computed: u64,
+    last_ask_us: u64,
     // Of the present epoch:
+    epoch_us: u64,
     admitted: u32,
     had_tokens: f64,
     lost_tokens: f64,
     /// Questions, and those at which calls that might go were waiting for the second time.
     asked: u32,
     busy: u32,
-    last_ask_us: u64,
-    preempted: bool,
     held: bool,
     order: Vec<Place>,
 }
@@ -164,26 +256,29 @@ impl State {
                     self.forget(oldest);
                 }
             }
-            let number = self.begun;
-            self.begun += 1;
-            let lanes = [Lane::default(); LANES];
-            self.sessions.insert(key, Session { number, last_us: now_us, calls: 0, lanes, next_lane: 0 });
-            self.line.push((number, key));
             // Two are looked at for one that comes: few of the line have been silent for long.
             for _ in 0..2 {
                 self.hand = if self.hand + 1 < self.line.len() { self.hand + 1 } else { 0 };
-                let (_, key) = self.line[self.hand];
+                let Some(&(_, key)) = self.line.get(self.hand) else { break };
                 let session = &self.sessions[&key];
-                if session.calls == 0 && now_us.saturating_sub(session.last_us) as f64 > MEMORY * self.gap_us.max(1e6) {
+                if self.alive.weight(session, now_us) < FORGOTTEN {
                     self.forget(key);
                 }
             }
+            let number = self.begun;
+            self.begun += 1;
+            let lanes = [Lane::default(); LANES];
+            self.sessions.insert(
+                key,
+                Session { number, last_us: now_us, calls: 0, lanes, next_lane: 0, tokens: call.prompt_tokens },
+            );
+            self.line.push((number, key));
         }
         self.calls.insert(call.call, key);
         if let Some(session) = self.sessions.get_mut(&key) {
             if session.calls == 0 && session.next_lane > 0 {
-                let gap_us = now_us.saturating_sub(session.last_us) as f64;
-                self.gap_us += (gap_us - self.gap_us) * if self.gap_us == 0.0 { 1.0 } else { 0.05 };
+                let gap_us = now_us.saturating_sub(session.last_us);
+                self.alive.gap(gap_us);
             }
             session.calls += 1;
             session.last_us = now_us;
@@ -199,13 +294,14 @@ impl State {
 
     fn forget(&mut self, key: u64) {
         if let Some(session) = self.sessions.remove(&key) {
+            self.alive.ended += 1.0;
             if let Ok(at) = self.line.binary_search_by_key(&session.number, |place| place.0) {
                 self.line.remove(at);
             }
         }
     }
 
-    fn admitted(&mut self, call: &Waiting) {
+    fn admitted(&mut self, now_us: u64, call: &Waiting) {
         let Some(session) = self.sessions.get_mut(&key(call.workload, call.session)) else { return };
         let known = usize::from(session.next_lane).min(LANES);
         let lane = session.lanes[..known].iter_mut().find(|lane| lane.agent == call.agent);
@@ -220,47 +316,85 @@ impl State {
             session.next_lane =
                 if session.next_lane as usize == 2 * LANES - 1 { LANES as u8 } else { session.next_lane + 1 };
         }
+        session.tokens = call.prompt_tokens;
         self.admitted += 1;
-        let window = self.window.unwrap_or(self.line.len() as f64);
+        let window = self.window.unwrap_or(self.live.max(f64::from(LEAST_EPOCH)));
         if f64::from(self.admitted) >= window.max(f64::from(LEAST_EPOCH)) {
-            self.end_epoch(window);
+            self.end_epoch(now_us, window);
         }
     }
 
-    fn end_epoch(&mut self, window: f64) {
+    fn end_epoch(&mut self, now_us: u64, window: f64) {
+        let elapsed_us = now_us.saturating_sub(self.epoch_us).max(1) as f64;
+        let rate = f64::from(self.admitted) / elapsed_us;
         let loss = if self.had_tokens > 0.0 { self.lost_tokens / self.had_tokens } else { self.usual_loss };
+        let share = self.lost_tokens / (self.speed * elapsed_us).max(1.0);
         let saturated = 2 * self.busy > self.asked;
-        let thrashes = self.preempted || saturated && self.full && loss > self.usual_loss + TOLERANCE;
-        if thrashes {
-            self.window = Some((DECREASE * window).max(1.0));
-            // A loss that a smaller window does not cure is not due to the pool: get used to it.
-            self.usual_loss += 0.1 * (loss - self.usual_loss);
-        } else {
-            if !self.full {
-                self.usual_loss += 0.2 * (loss - self.usual_loss);
+        let thrashes = saturated && self.full && loss > self.usual_loss + TOLERANCE && share > COSTLY;
+        match self.trial.take() {
+            Some(trial) if !trial.settled => self.trial = Some(Trial { settled: true, ..trial }),
+            Some(trial) if thrashes && trial.steps < MOST_STEPS => {
+                self.trial = Some(Trial { settled: false, steps: trial.steps + 1, ..trial });
+                self.decrease(now_us, window);
             }
-            if self.held {
-                self.window = Some(window + (window / 8.0).max(1.0));
-            } else if window > self.line.len() as f64 {
-                self.window = None;
+            Some(trial) if rate < BETTER * trial.rate => {
+                self.window = trial.before;
+                self.backoff = (2 * self.backoff).clamp(PAUSE.0, PAUSE.1);
+                self.pause = self.backoff;
+            }
+            _ if thrashes && self.pause == 0 => {
+                self.trial = Some(Trial { before: self.window, rate, settled: false, steps: 1 });
+                self.ceiling = window;
+                self.decrease(now_us, window);
+                // A loss that a smaller window does not cure is not due to the pool: get used to it.
+                self.usual_loss += 0.02 * (loss - self.usual_loss);
+            }
+            _ => {
+                self.pause = self.pause.saturating_sub(1);
+                self.usual_loss += 0.2 * (loss - self.usual_loss).min(if self.full { 0.0 } else { 1.0 });
+                // Sessions change: where it thrashed last is forgotten slowly.
+                self.ceiling *= 1.02;
+                if self.held && !saturated {
+                    self.window = Some(window * if window < 0.8 * self.ceiling { 1.125 } else { 1.03 });
+                } else if !self.held && window > self.live {
+                    self.window = None;
+                }
             }
         }
-        (self.admitted, self.had_tokens, self.lost_tokens) = (0, 0.0, 0.0);
-        (self.asked, self.busy, self.preempted, self.held) = (0, 0, false, false);
+        (self.admitted, self.had_tokens, self.lost_tokens, self.epoch_us) = (0, 0.0, 0.0, now_us);
+        (self.asked, self.busy, self.held) = (0, 0, false);
+        self.alive.update();
+        self.live = self.line.iter().map(|(_, key)| self.alive.weight(&self.sessions[key], now_us)).sum();
+    }
+
+    fn decrease(&mut self, now_us: u64, window: f64) {
+        let fitting = self.fitting(now_us);
+        self.window = Some(fitting.clamp(DECREASE.0 * window, DECREASE.1 * window).max(1.0));
+    }
+
+    /// How many sessions, from the one that began first, the pool can keep.
+    fn fitting(&self, now_us: u64) -> f64 {
+        let (mut room, mut inside) = (self.pool_tokens, 0.0);
+        for (_, key) in &self.line {
+            let session = &self.sessions[key];
+            let weight = self.alive.weight(session, now_us);
+            room -= weight * f64::from(session.tokens);
+            if room < 0.0 {
+                break;
+            }
+            inside += weight;
+        }
+        inside
     }
 
     /// The number from which on sessions are outside.
     fn first_outside(&self, now_us: u64) -> u64 {
         let Some(window) = self.window else { return u64::MAX };
-        let patience_us = (PATIENCE * self.gap_us) as u64;
         let mut inside = 0.0;
         for &(number, key) in &self.line {
-            let session = &self.sessions[&key];
-            if session.calls > 0 || now_us.saturating_sub(session.last_us) <= patience_us {
-                inside += 1.0;
-                if inside > window {
-                    return number;
-                }
+            inside += self.alive.weight(&self.sessions[&key], now_us);
+            if inside > window {
+                return number;
             }
         }
         u64::MAX
@@ -268,6 +402,7 @@ impl State {
 
     fn rank(&mut self, max_hold_us: u64, load: &Load, waiting: &[Waiting], decisions: &mut [Decision]) {
         let mut order = std::mem::take(&mut self.order);
+        self.pool_tokens = f64::from(load.pool_blocks) * f64::from(load.block_tokens);
         self.full = f64::from(load.free_blocks) < SLACK * f64::from(load.pool_blocks);
         let first_outside = self.first_outside(load.now_us);
         order.clear();
@@ -283,15 +418,15 @@ impl State {
             };
             order.push(Place {
                 class,
-                turn: if class == 0 { call.arrived_us } else { number },
+                turn: if class == 0 || self.window.is_none() { call.arrived_us } else { number },
                 group: if shares && class == 1 { call.group } else { 0 },
                 number,
                 arrived_us: call.arrived_us,
                 index: index as u32,
             });
         }
-        // Whoever shares a prefix with a session that began earlier takes its turn.
-        order.sort_unstable_by_key(|place| (place.group, place.number));
+        // Whoever shares a prefix with one that is served earlier takes its turn.
+        order.sort_unstable_by_key(|place| (place.group, place.turn));
         let mut first = (0, 0);
         for place in order.iter_mut().filter(|place| place.group != 0) {
             if place.group == first.0 {
@@ -310,6 +445,13 @@ impl State {
             }
         }
         let left_over = |place: &Place| place.class < 2 && place.arrived_us < self.last_ask_us;
+        let since_us = load.now_us.saturating_sub(self.last_ask_us);
+        if since_us > 0 {
+            if self.computed >= TELLING_TOKENS {
+                self.speed = (self.computed as f64 / since_us as f64).max(0.999 * self.speed);
+            }
+            self.computed = 0;
+        }
         self.asked += 1;
         self.busy += u32::from(order.iter().any(left_over));
         self.last_ask_us = load.now_us;
@@ -321,14 +463,16 @@ impl Policy for BatchShapingPolicy {
     fn about(&self) -> About {
         About {
             name: "batch_shaping".into(),
-            observes: "arrivals, admissions, the pool; preemptions and ends of sessions where they are told",
+            observes: "arrivals, admissions, tokens served, the pool; ends of sessions where they are told",
             decides: "order of waiting calls, and which are held",
             costs: "an event: some tens of nanoseconds; 64 waiting calls: some microseconds",
         }
     }
 
     fn needs(&self) -> Needs {
-        [Needs::ARRIVALS, Needs::ADMISSIONS, Needs::POOL, Needs::PREFIXES].into_iter().fold(Needs::NONE, Needs::and)
+        [Needs::ARRIVALS, Needs::ADMISSIONS, Needs::SERVICE, Needs::POOL, Needs::PREFIXES]
+            .into_iter()
+            .fold(Needs::NONE, Needs::and)
     }
 
     fn precedence(&self) -> Precedence {
@@ -342,12 +486,15 @@ impl Policy for BatchShapingPolicy {
             Happening::Admitted { ref call, again } => {
                 state.arrived(now_us, call);
                 if !again {
-                    state.admitted(call);
+                    state.admitted(now_us, call);
                 }
             }
-            Happening::Preempted { .. } => state.preempted = true,
+            Happening::Preempted { .. } => {}
             Happening::Withdrawn { call } | Happening::Ended { call } => state.gone(now_us, call),
-            Happening::Served { .. } => {}
+            Happening::Served { prefill_tokens, repeated_tokens, .. } => {
+                state.computed += u64::from(prefill_tokens) + u64::from(repeated_tokens);
+                state.lost_tokens += f64::from(repeated_tokens);
+            }
         }
     }
 

@@ -71,7 +71,7 @@ pub(super) fn scenarios(folder: Option<&Path>) -> Vec<Scenario> {
     let recorded = recorded
         .into_iter()
         .filter_map(|(name, sessions, calls)| Recorded::find(folder, name, sessions, calls).map(Source::Recorded));
-    let generated = [("selector_chat", 300), ("pipeline", 300), ("research_tree", 120)];
+    let generated = [("selector_chat", 300), ("pipeline", 300), ("research_tree", 120), ("coding_team", 96)];
     let sources = generated.into_iter().map(|(name, sessions)| Source::Generated(name, sessions)).chain(recorded);
     let mut all = Vec::new();
     for source in sources {
