@@ -13,6 +13,8 @@ mod python_policy;
 mod replay;
 mod runtime;
 mod safety;
+mod scheduling;
+mod simulate;
 mod transfer;
 
 use pyo3::prelude::*;
@@ -48,6 +50,10 @@ mod _core {
     use crate::runtime::{block_key, Prediction, Prefetch, Runtime, Session, Workload};
     #[pymodule_export]
     use crate::safety::{check_policy, ToolRules};
+    #[pymodule_export]
+    use crate::scheduling::Scheduler;
+    #[pymodule_export]
+    use crate::simulate::{scenarios, simulate};
     #[pymodule_export]
     use crate::transfer::copy_host_blocks;
 }
