@@ -155,8 +155,8 @@ class Scheduler:
     """Orders and holds the calls that wait in an engine, by the policies of a runtime.
 
     The engine tells what its scheduler does, beside the events of its sessions, and asks :meth:`order` whenever it is
-    about to admit calls. Call numbers are those of the sessions' events, unique among all calls in flight. Without a policy
-    that orders (``"batch_shaping"``, ``"fairness"``, ``"agent_fairness"``) the order is that of arrival.
+    about to admit calls. Call numbers are those of the sessions' events, unique among all calls in flight. Without a
+    policy that orders (``"batch_shaping"``, ``"fairness"``, ``"agent_fairness"``) the order is that of arrival.
 
     Args:
         runtime: Whose policies decide.
@@ -530,6 +530,7 @@ def replay(
     host: str | None = None,
     host_bandwidth: float | None = None,
     prefetch_bandwidth: float | None = None,
+    strip_identity: bool = False,
     threads: int = 0,
     progress: Callable[[int, int], object] | None = None,
 ) -> str:
@@ -558,6 +559,29 @@ def simulate(
 
 def scenarios(policy: str, *, traces: os.PathLike[str] | None = None) -> list[tuple[str, str, list[str]]]:
     """Scenarios of a policy: (name, one line, baselines)."""
+
+# Whose call it is
+
+@final
+class Identity:
+    """Sessions and agents of calls that do not name them, inferred from their prompts' blocks.
+
+    A call that walks on along the blocks of an earlier one is of its session; an agent is named by the system prompt
+    that many sessions start with, 0 without. An agent with a system prompt of its own becomes a session of its own.
+    Memory is bounded: so many blocks (an eighth of those of live conversations will do) and sessions.
+
+    Raises:
+        OutOfRangeError: Sizes.
+        BusyError: Another thread is inside; nothing has happened.
+    """
+
+    def __new__(cls, *, blocks: int = 65536, sessions: int = 4096) -> Identity: ...
+    def started(self, blocks: NDArray[np.uint64], /) -> tuple[int, int, int, bool]:
+        """A call with these prompt blocks starts: (session, agent, call, whether the session is new)."""
+    def ended(self, call: int, blocks: NDArray[np.uint64], /) -> None:
+        """The call has ended; these are the full blocks of its answer. Until then its session has a call in flight."""
+    def memory(self) -> int:
+        """Bytes in use; none of it grows."""
 
 # Transfer
 

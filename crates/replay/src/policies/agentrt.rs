@@ -28,6 +28,9 @@ const VARIANTS: &[(&str, &str, fn(&mut Config))] = &[
     ("agentrt-no-sharing-classes", "ablation: private or shared, no finer", |c| c.sharing_classes = false),
     ("agentrt-no-anchors", "ablation: anchors are forgotten with their eviction", |c| c.anchors = false),
     ("agentrt-no-queue", "ablation: calls that wait are not heard of before they start", |c| c.queue = false),
+    ("agentrt-no-guard", "ablation: no shadow LRU that takes over", |c| c.guard = false),
+    ("agentrt-sabotaged", "agentrt with all scores upside down: what the guard saves", |c| c.sabotage = true),
+    ("agentrt-sabotaged-no-guard", "the same without the guard", |c| (c.sabotage, c.guard) = (true, false)),
     ("oracle-content", "agentrt that knows in how many calls of its session a block is used again", |c| {
         c.oracle.content = true;
     }),

@@ -12,6 +12,7 @@
 //! | `continuum` | `continuum`: learned time to live by tool |
 //! | `cachesage`, `cachescout` | `cachesage`, `cachescout`, `cachescout-fixed`: learned agent transitions |
 //! | `min` | `min`: the offline optimum |
+//! | `inferred` | wraps a policy that is to infer whose calls it sees |
 //! | `agents` | shared by the agent policies: last uses, transition counts |
 //! | `flat` | replays a stream of single keys, for comparison with other libraries |
 //! | `queue`, `leaves` | shared structures: a linked queue, evictable blocks by rank |
@@ -26,6 +27,7 @@ mod cachescout;
 mod continuum;
 mod depth;
 mod flat;
+mod inferred;
 mod kvflow;
 mod leaves;
 mod lfu;
@@ -44,6 +46,7 @@ pub use cachescout::CacheScout;
 pub use continuum::Continuum;
 pub use depth::Depth;
 pub use flat::replay_flat;
+pub use inferred::Inferred;
 pub use kvflow::KvFlow;
 pub use lfu::Lfu;
 pub use lhd::Lhd;
@@ -85,6 +88,14 @@ pub fn names() -> &'static [&'static str] {
         names
     });
     &ALL
+}
+
+/// Whether a policy is nothing without the trace's own sessions, agents or future of them. All others either look at
+/// blocks alone or can do with inferred identities.
+pub fn needs_identity(name: &str) -> bool {
+    let oracle = agentrt::config(name).is_some_and(|config| config.oracle != runtime_core::kv::Oracle::default());
+    oracle
+        || matches!(name, "lru-session-end" | "kvflow" | "continuum" | "cachesage" | "cachescout" | "cachescout-fixed")
 }
 
 /// Makes the policy called `name` for one run of `trace` in the order of `schedule`.

@@ -92,14 +92,31 @@ pub(crate) struct Silence<'a> {
     pub(crate) hazards: &'a [f32; BUCKETS],
     /// Seconds since the last call ended.
     pub(crate) age_s: f32,
-    /// Seconds that a running call will still take, 0 for none.
-    pub(crate) wait_s: f32,
+    /// Seconds since the running call started, if one runs.
+    pub(crate) running_s: Option<f32>,
+    /// Seconds until a waiting call starts; seconds that a call waits once it has arrived.
+    pub(crate) queued_s: f32,
+    pub(crate) queue_s: f32,
     /// P(there is a next call), before the silence was seen.
     pub(crate) continues: f32,
     /// The same for calls after the next.
     pub(crate) continues_later: f32,
-    /// Seconds that a call takes.
-    pub(crate) service_s: f32,
+    /// Hazards of a call's duration.
+    pub(crate) services: &'a [f32; BUCKETS],
+}
+
+/// The distribution `times`, later by what is left of a call that has run for `since_s`, and by `more_s`.
+fn delayed(times: &[f32; GRID], services: &Cumulative, since_s: f32, more_s: f32) -> [f32; GRID] {
+    let grid = &*GRID_TABLE;
+    let begun = services.at(since_s);
+    let mut ended_before = 0.0;
+    let masses: [f32; GRID] = std::array::from_fn(|b| {
+        let ended = 1.0 - (begun - services.at(since_s + (grid.t[b] - more_s).max(0.0))).exp();
+        let mass = ended - ended_before;
+        ended_before = ended;
+        mass
+    });
+    std::array::from_fn(|j| masses.iter().zip(&grid.minus[j]).map(|(mass, &at)| mass * eval(times, at)).sum())
 }
 
 /// F_1..F_6 of a session.
@@ -109,19 +126,25 @@ pub(crate) fn call_times(silence: &Silence<'_>) -> CallTimes {
     let before = cumulative.at(silence.age_s);
     let survived = (-before).exp();
     let alive = silence.continues * survived / (silence.continues * survived + 1.0 - silence.continues).max(1e-9);
+    let services = Cumulative::new(silence.services);
     let mut times = [[0.0; GRID]; STEPS];
-    // P(one cycle ends in cell b): a call, then a gap from its start.
-    let mut cycle = [0.0; GRID];
-    let mut cycle_before = 0.0;
+    // P(the next call starts within t) once the last one has ended; the same for later ones.
+    let (mut next, mut later) = ([0.0; GRID], [0.0; GRID]);
     for (j, &t) in grid.t.iter().enumerate() {
-        let x = t - silence.wait_s;
+        let x = t - silence.queue_s;
         if x > 0.0 {
-            times[0][j] = alive * (1.0 - (before - cumulative.at(silence.age_s + x)).exp());
+            next[j] = alive * (1.0 - (before - cumulative.at(silence.age_s + x)).exp());
+            later[j] = silence.continues_later * (1.0 - (-cumulative.at(x)).exp());
         }
-        let x = t - silence.service_s;
-        let ended = if x > 0.0 { silence.continues_later * (1.0 - (-cumulative.at(x)).exp()) } else { 0.0 };
-        cycle[j] = ended - cycle_before;
-        cycle_before = ended;
+    }
+    times[0] = match silence.running_s {
+        Some(since_s) => delayed(&next, &services, since_s, silence.queued_s),
+        None => next,
+    };
+    // P(one cycle ends in cell b): a call, then a gap.
+    let mut cycle = delayed(&later, &services, 0.0, 0.0);
+    for j in (1..GRID).rev() {
+        cycle[j] -= cycle[j - 1];
     }
     // One cycle more is a linear map of the grid: F_(i+1)(t_j) = sum_b P(cycle in cell b) F_i(t_j - middle of b).
     let mut map = [[0.0f32; GRID]; GRID];
@@ -265,10 +288,12 @@ mod tests {
             call_times(&Silence {
                 hazards: &hazards,
                 age_s,
-                wait_s: 0.0,
+                running_s: None,
+                queued_s: 0.0,
+                queue_s: 0.0,
                 continues: 0.9,
                 continues_later: 0.9,
-                service_s: 0.5,
+                services: &[0.5; BUCKETS],
             })
         };
         assert!((times(0.0)[0][GRID - 1] - 0.9).abs() < 0.01);

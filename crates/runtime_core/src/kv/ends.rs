@@ -1,18 +1,19 @@
 //! End of session: is there a next call at all?
 //!
 //! Every finished call is a trial: success when the session calls again, failure once it has been silent for longer than
-//! 98 % of all gaps (taken back if it calls after all). By agent, step (exact up to eight, then half octaves) and size
-//! of the last answer (octaves), combined in log-odds around the global rate:
+//! 98 % of all gaps (taken back if it calls after all). By agent, step (exact up to eight, then half octaves), size
+//! of the last answer (octaves) and the tool that runs (its result has to go somewhere), combined in log-odds around the global rate:
 //! logit p = logit p_0 + sum over features f of (logit p_f - logit p_0).
 
 use crate::histogram::{Counters, UNIT};
 
 use super::content::ROWS;
+use super::gaps::TOOLS;
 use super::Config;
 
 const STEPS: usize = 24;
 const SIZES: usize = 16;
-const CELLS: usize = 1 + ROWS + STEPS + SIZES;
+const CELLS: usize = 1 + ROWS + STEPS + SIZES + TOOLS;
 
 /// What the end of a session may depend on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,13 +23,19 @@ pub(crate) struct Features {
     pub(crate) steps: u16,
     /// Bits of the last answer's length in blocks.
     pub(crate) size: u8,
+    /// The tool that runs now, 0 for none.
+    pub(crate) tool: u8,
 }
 
 fn step_class(steps: u16) -> usize {
+    let steps = u32::from(steps);
     if steps <= 8 {
         steps as usize
     } else {
-        (2.0 * (f32::from(steps) / 8.0).log2()) as usize + 9
+        // Half octaves above 8: the octave, and whether the square lies in the upper half of the octave of squares.
+        let octave = steps.ilog2();
+        let upper = (steps * steps) >> (2 * octave + 1);
+        (2 * (octave - 3) + upper) as usize + 9
     }
 }
 
@@ -44,31 +51,43 @@ impl Ends {
         &self.lanes
     }
 
-    fn cells_of(features: Features) -> [Option<usize>; 4] {
+    #[inline]
+    fn cells_of(features: Features) -> [Option<usize>; 5] {
         [
             Some(0),
             ((features.agent as usize) < ROWS).then_some(1 + features.agent as usize),
             Some(1 + ROWS + step_class(features.steps).min(STEPS - 1)),
             Some(1 + ROWS + STEPS + (features.size as usize).min(SIZES - 1)),
+            Some(1 + ROWS + STEPS + SIZES + (features.tool as usize).min(TOOLS - 1)),
         ]
     }
 
-    /// The session called again. `doubted`: its end had been counted already.
-    pub(crate) fn went_on(&self, features: Features, doubted: bool) {
-        for cell in Self::cells_of(features).into_iter().flatten() {
-            // A doubted call was counted as a trial; only the success is missing.
-            if !doubted {
-                self.lanes.add_step(2 * cell, UNIT);
-            }
-            self.lanes.add_step(2 * cell + 1, UNIT);
-        }
+    /// The session called again. `doubted`: its end had been counted already. `often`: see [`Counters::add_steps`].
+    pub(crate) fn went_on(&self, features: Features, doubted: bool, often: u32) {
+        // A doubted call was counted as a trial; only the success is missing.
+        let trial = if doubted { 0 } else { UNIT };
+        self.add(features, [trial, UNIT], often);
     }
 
     /// The session has been silent for too long.
-    pub(crate) fn ended(&self, features: Features) {
-        for cell in Self::cells_of(features).into_iter().flatten() {
-            self.lanes.add_step(2 * cell, UNIT);
-        }
+    pub(crate) fn ended(&self, features: Features, often: u32) {
+        self.add(features, [UNIT, 0], often);
+    }
+
+    #[inline]
+    fn add(&self, features: Features, steps: [u32; 2], often: u32) {
+        let [all, agent, step, size, tool] = Self::cells_of(features);
+        let add = |cell: Option<usize>| {
+            if let Some(cell) = cell {
+                self.lanes.add_steps(2 * cell, steps, often);
+            }
+        };
+        // One by one: a loop over the array would build it first.
+        add(all);
+        add(agent);
+        add(step);
+        add(size);
+        add(tool);
     }
 
     fn rate(&self, cell: usize, prior: f32, weight: f32) -> f32 {
@@ -106,22 +125,33 @@ mod tests {
         let ends = Ends::default();
         for _ in 0..40 {
             for steps in 1..5 {
-                ends.went_on(Features { agent: 0, steps, size: 3 }, false);
+                ends.went_on(Features { agent: 0, steps, size: 3, tool: 0 }, false, 1);
             }
-            ends.ended(Features { agent: 0, steps: 5, size: 3 });
+            ends.ended(Features { agent: 0, steps: 5, size: 3, tool: 0 }, 1);
         }
         let config = Config::default();
-        let at = |steps| ends.continues(Features { agent: 0, steps, size: 3 }, &config);
+        let at = |steps| ends.continues(Features { agent: 0, steps, size: 3, tool: 0 }, &config);
         assert!(at(2) > 0.9 && at(5) < 0.2, "{} {}", at(2), at(5));
+    }
+
+    #[test]
+    fn a_session_whose_tool_runs_is_expected_to_go_on() {
+        let ends = Ends::default();
+        for _ in 0..40 {
+            ends.went_on(Features { agent: 0, steps: 9, size: 3, tool: 2 }, false, 1);
+            ends.ended(Features { agent: 0, steps: 9, size: 3, tool: 0 }, 1);
+        }
+        let at = |tool| ends.continues(Features { agent: 0, steps: 9, size: 3, tool }, &Config::default());
+        assert!(at(2) > 0.9 && at(0) < 0.2, "{} {}", at(2), at(0));
     }
 
     #[test]
     fn a_return_after_a_counted_end_takes_it_back() {
         let ends = Ends::default();
-        let features = Features { agent: 0, steps: 1, size: 0 };
+        let features = Features { agent: 0, steps: 1, size: 0, tool: 0 };
         for _ in 0..100 {
-            ends.ended(features);
-            ends.went_on(features, true);
+            ends.ended(features, 1);
+            ends.went_on(features, true, 1);
         }
         assert!(ends.overall() > 0.95);
     }

@@ -66,6 +66,7 @@ impl Workload {
         let mut rows: Vec<&dyn Row> = vec![&self.ranks];
         self.content.rows().for_each(|row| rows.push(row));
         self.gaps.rows().for_each(|row| rows.push(row));
+        rows.push(self.services.row());
         rows.push(self.ends.row());
         self.sharing.rows().for_each(|row| rows.push(row));
         rows

@@ -37,7 +37,7 @@ proptest! {
         let gaps = Gaps::default();
         let mut counts: HashMap<Option<u16>, Vec<f64>> = HashMap::new();
         for &(agent, seconds) in &gaps_s {
-            gaps.learn(Context { agent, tool: 0, pace: 0 }, seconds);
+            gaps.learn(Context { agent, tool: 0, pace: 0 }, gaps::log2_ms(seconds), 1);
             // Half-octave buckets from 1 ms; split between the two nearest middles, in sixteenths.
             let at = (2.0 * (f64::from(seconds) * 1000.0).max(1.0).log2()).min(BUCKETS as f64 - 1.0) - 0.5;
             let (bucket, above) = ((at.max(0.0) as usize).min(BUCKETS - 2), at.max(0.0));
@@ -64,11 +64,11 @@ proptest! {
     fn ends_equal_their_twin(seen in proptest::collection::vec((0u16..4, 1u16..9, 0u8..6, any::<bool>()), 0..300)) {
         let ends = Ends::default();
         let mut counts: HashMap<(u8, u16), (f64, f64)> = HashMap::new();
-        let cells = |agent: u16, steps: u16, size: u8| [(0, 0), (1, agent), (2, steps), (3, u16::from(size))];
+        let cells = |x: Features| [(0, 0), (1, x.agent), (2, x.steps), (3, u16::from(x.size)), (4, u16::from(x.tool))];
         for &(agent, steps, size, went_on) in &seen {
-            let features = Features { agent, steps, size };
-            if went_on { ends.went_on(features, false) } else { ends.ended(features) }
-            for cell in cells(agent, steps, size) {
+            let features = Features { agent, steps, size, tool: size % 3 };
+            if went_on { ends.went_on(features, false, 1) } else { ends.ended(features, 1) }
+            for cell in cells(features) {
                 let (trials, successes) = counts.entry(cell).or_default();
                 *trials += 1.0;
                 *successes += f64::from(u8::from(went_on));
@@ -80,12 +80,13 @@ proptest! {
         };
         let logit = |p: f64| (p / (1.0 - p)).ln();
         for (agent, steps, size) in [(0, 1, 0), (1, 8, 5), (3, 4, 2), (2, 2, 1)] {
+            let features = Features { agent, steps, size, tool: size % 3 };
             let base = rate((0, 0), 0.9, 10.0);
-            let [_, rest @ ..] = cells(agent, steps, size);
+            let [_, rest @ ..] = cells(features);
             let parts = rest.into_iter().map(|cell| logit(rate(cell, base, 4.0)) - logit(base));
             let sum = logit(base) + parts.sum::<f64>();
             let twin = (1.0 / (1.0 + (-sum).exp())).clamp(0.001, 0.9995);
-            near(&[ends.continues(Features { agent, steps, size }, &Config::default())], &[twin], 1e-3);
+            near(&[ends.continues(features, &Config::default())], &[twin], 1e-3);
         }
     }
 

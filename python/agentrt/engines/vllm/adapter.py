@@ -282,6 +282,7 @@ class Adapter:
         computed = min(request.num_computed_tokens // self.block_size, len(block_ids))
         n_prompt = len(call.keys)
         output = keys_of(request.block_hashes[n_prompt:computed]) if computed > n_prompt else _NO_KEYS
+        self.identities.ended(call.identity, output)
         if call.allocated:
             blocks = self.pool.blocks
             keys = call.keys + output.tolist()
