@@ -1,4 +1,4 @@
-//! `cargo run --profile quick -p simulator --example suite -- POLICY [SCENARIO]`: means by contender, without Python.
+//! `cargo run --profile quick -p simulator --example suite -- POLICY [SCENARIO [CACHE [RUNS]]]`: means by contender, without Python.
 #![expect(clippy::print_stdout, reason = "a command line tool")]
 
 use simulator::scenarios::{self, Progress, SuiteOptions};
@@ -10,7 +10,7 @@ fn main() -> Result<(), simulator::Error> {
         only: arguments.next().unwrap_or_default(),
         cache: arguments.next().unwrap_or_else(|| "lru".into()),
         seed: 0,
-        runs: 5,
+        runs: arguments.next().and_then(|runs| runs.parse().ok()).unwrap_or(5),
         traces: std::env::var_os("AGENTRT_TRACES").map(Into::into),
         threads: 0,
     };

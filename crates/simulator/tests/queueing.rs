@@ -44,7 +44,7 @@ fn mean_wait_s(n: usize, load: f64, service_s: impl Fn(&mut StdRng) -> f64) -> f
             outcome.calls.iter().map(|call| (call.admitted_us - call.arrived_us) as f64 / 1e6).collect();
         mean(&waits)
     };
-    mean(&(0..8).map(run).collect::<Vec<_>>())
+    mean(&(0..4).map(run).collect::<Vec<_>>())
 }
 
 fn assert_within_2_percent(found: f64, expected: f64) {

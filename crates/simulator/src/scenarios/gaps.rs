@@ -1,4 +1,5 @@
-//! `tool_gap`: what is kept while a tool runs.
+//! `tool_gap`: what is kept while a tool runs. Llama-3.1-70B on four H100, where computing a long context again takes
+//! seconds, and a host tier as large as the pool.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -7,6 +8,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rand_distr::{Distribution, LogNormal, Pareto};
 use replay::host::HostOptions;
+use replay::latency::LatencyModel;
 use replay::trace::Trace;
 use replay::Result;
 
@@ -26,14 +28,14 @@ const BASELINES: &[&str] = &["fcfs", "ttl-0.3", "ttl-1", "ttl-10", "continuum", 
 
 /// Sessions at a time, and those that the pool holds.
 const SESSIONS: usize = 24;
-const POOL_SESSIONS: f64 = 6.0;
+const POOL_SESSIONS: f64 = 2.5;
 /// The host tier in pools.
-const HOST_POOLS: usize = 2;
+const HOST_POOLS: usize = 1;
 
 fn engine(trace: &Trace, pool_sessions: f64) -> EngineOptions {
     let largest = trace.calls.iter().map(|call| trace.blocks_in(call.prompt) + trace.blocks_in(call.output)).max();
     let pool = ((trace.mean_session_blocks() * pool_sessions) as usize).max(largest.unwrap_or(0));
-    let options = EngineOptions::new(pool);
+    let options = EngineOptions { model: LatencyModel::LLAMA_3_1_70B_4XH100, ..EngineOptions::new(pool) };
     let host = HostOptions {
         blocks: HOST_POOLS * pool,
         bytes_per_s: options.model.host_bytes_per_s,
@@ -94,11 +96,11 @@ pub(super) fn scenarios(folder: Option<&Path>) -> Vec<Scenario> {
             drawn(seed, |rng| log_normal(if rng.random_bool(0.7) { 0.2 } else { 30.0 }, 0.2).sample(rng))
         }),
     ];
-    let recorded = [("claude_code_sub", 17, 100), ("claude_code_main", 40, 50)];
-    for (name, sessions, calls) in recorded {
+    let recorded = [("claude_code_sub", 17, 100, 2.0), ("claude_code_main", 40, 50, 6.0)];
+    for (name, sessions, calls, pool) in recorded {
         if let Some(recorded) = Recorded::find(folder, name, sessions, calls) {
             let about = "recorded prompts and tool times";
-            all.push(scenario(format!("recorded/{name}"), about, 12, 3.0, move |_| recorded.get()));
+            all.push(scenario(format!("recorded/{name}"), about, 12, pool, move |_| recorded.get()));
         }
     }
     all

@@ -9,7 +9,7 @@
 //! | `traces.rs` | traces made for them: parts of others, several in one, a pipeline of given predictability |
 //!
 //! A scenario is a function from a seed and the names of policies to its figures; equal seeds give every contender the
-//! same workload. Figures are those of one engine, Llama-3.1-8B on one H100 as [`EngineOptions::new`] has it.
+//! same workload. The engine is Llama-3.1-8B on one H100 as [`EngineOptions::new`] has it, where nothing else is said.
 
 mod gaps;
 mod idle;
@@ -102,7 +102,6 @@ fn family(name: &str) -> Option<&'static str> {
 
 /// The scenarios for a policy or several (names joined by `+`); recorded workloads where `traces` has them.
 pub fn scenarios(policy: &str, traces: Option<&Path>) -> Result<Vec<Scenario>> {
-    baselines::build(policy)?;
     let mut families: Vec<&str> = policy.split('+').filter_map(|name| family(name.trim())).collect();
     if families.is_empty() {
         families = FAMILIES.to_vec();
@@ -156,6 +155,7 @@ pub struct Row {
 
 /// Runs the policy and its baselines in all its scenarios; progress counts runs. Returns an empty list where it was cancelled.
 pub fn run(options: &SuiteOptions, progress: &Progress) -> Result<Vec<Row>> {
+    baselines::build(&options.policy)?;
     let mut scenarios = scenarios(&options.policy, options.traces.as_deref())?;
     scenarios.retain(|scenario| scenario.name.contains(&options.only));
     if scenarios.is_empty() || options.runs == 0 {
