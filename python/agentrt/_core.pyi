@@ -155,8 +155,8 @@ class Scheduler:
     """Orders and holds the calls that wait in an engine, by the policies of a runtime.
 
     The engine tells what its scheduler does, beside the events of its sessions, and asks :meth:`order` whenever it is
-    about to admit calls. Call numbers are those of the sessions' events, unique among all calls in flight. Without a policy
-    that orders (``"batch_shaping"``, ``"fairness"``, ``"agent_fairness"``) the order is that of arrival.
+    about to admit calls. Call numbers are those of the sessions' events, unique among all calls in flight. Without a
+    policy that orders (``"batch_shaping"``, ``"fairness"``, ``"agent_fairness"``) the order is that of arrival.
 
     Args:
         runtime: Whose policies decide.
