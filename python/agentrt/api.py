@@ -49,8 +49,8 @@ class EventKind(enum.IntEnum):
     SESSION_END = 6
     #: The engine has reset its cache: nothing is resident any more.
     RESET = 7
-    #: A call has arrived and waits in the engine's queue; blocks: the prompt's full blocks, root first. Its start follows
-    #: under the same call, or its end if it is cancelled.
+    #: A call has arrived and waits in the engine's queue; blocks: the prompt's full blocks, root first. Its start
+    #: follows under the same call, or its end if it is cancelled.
     CALL_QUEUED = 8
 
 

@@ -156,7 +156,7 @@ def test_offsets_that_lead_nowhere_are_refused(offsets: list[int]) -> None:
 def test_an_unknown_kind_is_refused_as_a_whole() -> None:
     runtime = _runtime()
     with pytest.raises(errors.ArrayValueError, match="EventKind"):
-        runtime.workload("w").observe(*(FIELDS | {"kinds": np.array([0, 1, 8], np.uint8)}).values())
+        runtime.workload("w").observe(*(FIELDS | {"kinds": np.array([0, 1, 9], np.uint8)}).values())
     assert not runtime.workload("w").session(7).known
 
 

@@ -28,7 +28,7 @@ impl Identity {
 #[pymethods]
 impl Identity {
     #[new]
-    #[pyo3(signature = (*, blocks = Options::default().blocks, sessions = Options::default().sessions))]
+    #[pyo3(signature = (*, blocks = 65_536, sessions = 4_096))]
     fn new(blocks: usize, sessions: usize) -> PyResult<Self> {
         let inner = identity::Identity::new(Options { blocks, sessions }).map_err(from_core)?;
         Ok(Self { inner: Mutex::new(inner) })

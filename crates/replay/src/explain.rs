@@ -1,6 +1,6 @@
 //! What agentrt sees in a workload, what it does with it, and what that costs: the figures of `agentrt explain`.
 //!
-//! agentrt, LRU and MIN run over the same schedule. While agentrt runs, [`Watch`] sits between it and the replay: it
+//! agentrt, LRU and MIN run over the same schedule. While agentrt runs, `Watch` sits between it and the replay: it
 //! keeps a ledger of every block (when last used, by whom, whether it was ever in the pool) and asks the core, at a few
 //! blocks after every event, how likely they are to be used again ([`crate::calibration`]). Watching changes nothing:
 //! the watched run hits what an unwatched one hits.
