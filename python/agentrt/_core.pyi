@@ -155,8 +155,8 @@ class Scheduler:
     """Orders and holds the calls that wait in an engine, by the policies of a runtime.
 
     The engine tells what its scheduler does, beside the events of its sessions, and asks :meth:`order` whenever it is
-    about to admit calls. Call numbers are those of the sessions' events, unique among all calls in flight. Without a policy
-    that orders (``"batch_shaping"``, ``"fairness"``, ``"agent_fairness"``) the order is that of arrival.
+    about to admit calls. Call numbers are those of the sessions' events, unique among all calls in flight. Without a
+    policy that orders (``"batch_shaping"``, ``"fairness"``, ``"agent_fairness"``) the order is that of arrival.
 
     Args:
         runtime: Whose policies decide.
@@ -493,6 +493,10 @@ class Trace:
     @property
     def blocks(self) -> int: ...
     @property
+    def predictability(self) -> float:
+        """R = 1 - H(next agent | last agent) / H(next agent) within sessions; 0 with one agent."""
+
+    @property
     def skipped_lines(self) -> int: ...
 
 @final
@@ -535,6 +539,9 @@ def replay(
     progress: Callable[[int, int], object] | None = None,
 ) -> str:
     """Replays traces under policies and returns the results as JSON; see ``agentrt.replay.run``."""
+
+def explain(trace: Trace, *, order: str, sessions: int, seed: int, capacity: str, model: str) -> str:
+    """Replays one trace under agentrt, LRU and MIN; see ``agentrt.replay.explain``."""
 
 def policies() -> list[tuple[str, str]]: ...
 def workloads() -> list[tuple[str, str, int]]: ...

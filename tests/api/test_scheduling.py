@@ -63,15 +63,12 @@ def test_a_tenant_that_was_served_waits_for_the_other() -> None:
     assert first == [1, 0]
 
 
-def test_shaping_serves_the_session_that_began_first_first() -> None:
+def test_shaping_lets_calls_follow_that_share_a_resident_prefix() -> None:
     _, workload, scheduler = engine("batch_shaping")
-    arrive(scheduler, workload, [("old", 0), ("new", 0)])
-    scheduler.admitted(1, time=0.1)
-    scheduler.ended(1, time=0.2)
-    scheduler.arrived(workload.session("old"), "agent", 3, 1200, time=0.5)
-    first, held = order(scheduler, [2, 3], time=1.0)
-    assert first == [1, 0]
-    assert held == [0.0, 0.0]
+    calls = arrive(scheduler, workload, [("a", 0), ("b", 0), ("c", 0)])
+    first, held = order(scheduler, calls, [800, 0, 800], np.array([7, 0, 7], np.uint64), time=1.0)
+    assert first == [0, 2, 1]
+    assert held == [0.0, 0.0, 0.0]
 
 
 def test_all_policies_together_are_listed_in_order_of_precedence() -> None:

@@ -5,6 +5,7 @@
 
 mod convert;
 mod errors;
+mod explain;
 mod flat;
 mod identity;
 mod live_policy;
@@ -35,6 +36,8 @@ fn is_debug_build() -> bool {
 mod _core {
     #[pymodule_export]
     use super::{build_info, is_debug_build};
+    #[pymodule_export]
+    use crate::explain::explain;
     #[pymodule_export]
     use crate::flat::replay_flat;
     #[pymodule_export]

@@ -24,6 +24,13 @@ pub(crate) struct Trace {
     inner: Arc<trace::Trace>,
 }
 
+impl Trace {
+    /// The trace itself.
+    pub(crate) fn shared(&self) -> Arc<trace::Trace> {
+        Arc::clone(&self.inner)
+    }
+}
+
 #[pymethods]
 impl Trace {
     /// Reads a trace file, gzip or plain, in the agentrt, Mooncake or Dynamo format.
@@ -105,6 +112,12 @@ impl Trace {
         self.inner.n_blocks
     }
 
+    /// R = 1 - H(next agent | last agent) / H(next agent) within sessions; 0 with one agent.
+    #[getter]
+    fn predictability(&self, py: Python<'_>) -> f64 {
+        py.detach(|| trace::profile::predictability(&self.inner).r)
+    }
+
     /// Lines that `skip_bad` left out.
     #[getter]
     fn skipped_lines(&self) -> u64 {
@@ -127,7 +140,7 @@ pub(crate) fn to_json(value: &impl serde::Serialize) -> PyResult<String> {
     serde_json::to_string(value).map_err(|e| pyo3::exceptions::PyRuntimeError::new_err(e.to_string()))
 }
 
-fn order(name: &str) -> PyResult<Order> {
+pub(crate) fn order(name: &str) -> PyResult<Order> {
     Ok(match name {
         "closed" => Order::Closed,
         "open" => Order::Open,
@@ -142,7 +155,7 @@ fn order(name: &str) -> PyResult<Order> {
     })
 }
 
-fn model(name: &str) -> PyResult<LatencyModel> {
+pub(crate) fn model(name: &str) -> PyResult<LatencyModel> {
     LatencyModel::ALL.into_iter().find(|m| m.name == name).ok_or_else(|| {
         let known: Vec<&str> = LatencyModel::ALL.iter().map(|m| m.name).collect();
         from_replay(Error::BadOption {

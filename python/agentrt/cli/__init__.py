@@ -24,6 +24,7 @@ click.rich_click.STYLE_HELPTEXT = ""
 
 _COMMANDS = {
     "replay": ("agentrt.cli.replay", "Replay workloads under cache policies: hit rate, time to first token, optimum."),
+    "explain": ("agentrt.cli.explain", "Show what agentrt learns of a workload, what it regrets, and if it is right."),
     "profile": ("agentrt.cli.traces", "Tell what a workload looks like and whether agentrt is worth it for it."),
     "generate": ("agentrt.cli.traces", "Write one of the built-in multi-agent workloads to a file."),
     "convert": ("agentrt.cli.traces", "Read a trace in any supported format, write it in the agentrt format."),

@@ -8,12 +8,15 @@
 //! | `workload.rs` | learned state of one workload, and how identities teach it |
 //! | `content.rs` | will the owner's next call use a segment again? |
 //! | `chain.rs` | which agent of a session calls when? |
+//! | `drift.rs` | has the order of agents changed? |
 //! | `gaps.rs`, `ends.rs` | when does a session call again, if at all? |
 //! | `sharing.rs` | when does another session use a segment? |
+//! | `offers.rs` | does it pay to bring blocks back? |
 //! | `queue.rs` | calls that wait: whose prompts are known already |
 //! | `guard.rs`, `shadow.rs` | a shadow LRU that takes over when the learned order loses |
 //! | `state.rs` | learned state between processes |
 //! | `density.rs` | the decision: hit density |
+//! | `explain.rs` | what has been learned, for reports |
 //!
 //! The pool has one writer at a time. An event marks its session; at its end the leaves of marked sessions, and of some
 //! whose silence has grown by a fifth, are scored. Until the first eviction nothing is scored.
@@ -24,10 +27,13 @@ mod calls;
 mod chain;
 mod content;
 mod density;
+mod drift;
 mod ends;
+mod explain;
 mod gaps;
 mod guard;
 pub(crate) mod index;
+mod offers;
 mod queue;
 mod shadow;
 mod sharing;
@@ -46,10 +52,12 @@ use content::{CLASSES, MISSES};
 use density::{CallTimes, Foreign, Silence, GRID};
 use guard::Guard;
 use index::{Index, Segment, NONE, NOT_QUEUED};
+use offers::{Offers, NO_KIND};
 use queue::Queue;
 use table::Table;
 use workload::{standing, Sessions, Standing, MAX_WORKLOADS};
 
+pub use explain::{Promise, SilenceCurve};
 pub(crate) use workload::Workloads;
 pub use workload::{Workload, STATE_BUDGET_BYTES};
 
@@ -61,14 +69,12 @@ const REFRESHES: usize = 4;
 const PREPARED_LEAVES: usize = 48;
 const PREPARED_BLOCKS: usize = 512;
 const PREPARED: usize = 16;
-/// Share of blocks brought back that must be used for prefetching to go on.
-const MIN_PRECISION: f32 = 0.6;
 /// Blocks whose hash-table entries are read together when a leaf is taken apart.
 const LOOK_AHEAD: usize = 16;
-/// One in so many opportunities is taken while it does not pay.
-const RETRY: u32 = 64;
-/// Leaves visited to find what a block must be worth to stay for a while.
+/// Leaves visited to find what a block must be worth to stay for a while; and how many times that blocks must promise
+/// to be brought back.
 const FLOOR_LEAVES: usize = 256;
+const ABOVE_FLOOR: f32 = 1.4;
 /// Sessions whose plans are remembered, direct-mapped.
 const PLANS: usize = 256;
 /// Lanes of one session; the least recent gives way.
@@ -253,8 +259,8 @@ enum Origin {
     Prompt(u32),
     /// A decoded answer.
     Output,
-    /// A lower tier: the session has used them before.
-    Restored,
+    /// A lower tier, on an offer of this kind: the session has used them before.
+    Restored(u8),
 }
 
 impl Origin {
@@ -262,7 +268,7 @@ impl Origin {
         match self {
             Self::Prompt(len) => content::first_class(len.saturating_sub(position + 1)),
             Self::Output => content::OUTPUT,
-            Self::Restored => content::used_class(2),
+            Self::Restored(_) => content::used_class(2),
         }
     }
 }
@@ -283,7 +289,7 @@ pub struct Expected {
 }
 
 /// What is known of one session at one moment.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct View {
     slot: u32,
     now_us: u64,
@@ -340,10 +346,7 @@ pub(crate) struct KvCache {
     eviction_interval_s: f32,
     last_eviction_us: u64,
     pool_blocks: usize,
-    /// Blocks brought back that a call then used, and that went without; both fade.
-    restored_used: u64,
-    restored_wasted: u64,
-    asked: u32,
+    offers: Offers,
     pub(crate) repairs: Repairs,
     hints: Vec<Hint>,
     starts: Vec<FutureStarts>,
@@ -412,9 +415,7 @@ impl KvCache {
             eviction_interval_s: 0.01,
             last_eviction_us: 0,
             pool_blocks,
-            restored_used: 0,
-            restored_wasted: 0,
-            asked: 0,
+            offers: Offers::new(pool_blocks),
             repairs: Repairs::default(),
             hints: if oracle { vec![Hint::NONE; index.n_segments()] } else { Vec::new() },
             starts: if oracle { vec![[u64::MAX; STEPS]; sessions] } else { Vec::new() },
@@ -859,11 +860,9 @@ impl KvCache {
                 self.lane_unlink(segment);
                 self.lane_link(segment, lane);
             }
-            if old.restored {
-                self.restored_used += n as u64;
-            }
+            self.offers.resolved(old.restored, n, true);
             let x = self.index.seg_mut(segment);
-            x.restored = false;
+            x.restored = NO_KIND;
             if self.ticket != 0 && x.awaited.0 == self.ticket {
                 x.awaited.0 = if x.awaited.1 == self.ticket { 0 } else { x.awaited.1 };
             }
@@ -1056,8 +1055,10 @@ impl KvCache {
                 let touch_call = self.lanes[lane as usize].calls;
                 let x = self.index.seg_mut(fresh);
                 x.class = class;
-                x.touches = if origin == Origin::Restored { 2 } else { 1 };
-                x.restored = origin == Origin::Restored;
+                (x.touches, x.restored) = match origin {
+                    Origin::Restored(kind) => (2, kind),
+                    Origin::Prompt(_) | Origin::Output => (1, NO_KIND),
+                };
                 x.degree = if i < anchor_len { anchor_degree.saturating_add(1) } else { 1 };
                 x.depth = *len;
                 x.touch_call = touch_call;
@@ -1149,7 +1150,8 @@ impl KvCache {
             self.pin(tail);
         }
         let (above, from) = (tail, len as usize);
-        self.append(workload, lane, now_us, &keys[from..], &[], Origin::Restored, &mut tail, &mut len);
+        let origin = Origin::Restored(self.offers.kind(handle.slot() as u32, agent));
+        self.append(workload, lane, now_us, &keys[from..], &[], origin, &mut tail, &mut len);
         if above != NONE {
             self.unpin(above);
         }
@@ -1173,17 +1175,7 @@ impl KvCache {
         if !self.guard.trusts() {
             return 0;
         }
-        // Bringing blocks back has to pay: while too few are used, only every so often a try is made.
-        self.asked = self.asked.wrapping_add(1);
-        let seen = self.restored_used + self.restored_wasted;
-        if seen > 4096 {
-            self.restored_used /= 2;
-            self.restored_wasted /= 2;
-        }
-        let pays = self.restored_used as f32 >= MIN_PRECISION * seen as f32;
-        if seen > 256 && !pays && self.asked % RETRY != 0 {
-            return 0;
-        }
+        self.offers.ask();
         // Not only more than the next victims: enough to still be there when the call comes.
         let mut leaves = [NONE; FLOOR_LEAVES];
         let n = self.index.lowest_leaves(self.pool_blocks / 4, &mut leaves);
@@ -1205,7 +1197,8 @@ impl KvCache {
                 let rate = workload.content.rates(agent, 0, content::used_class(2), &self.config)[0];
                 let private = Foreign::At(f32::INFINITY);
                 let score = density::score(&self.view.times, &first.map(|p| p * rate), &private, None);
-                if score > 2.0 * floor {
+                if score > ABOVE_FLOOR * floor && self.offers.pays(probability) {
+                    self.offers.made(slot, agent, probability);
                     let workload = u32::from(tenant.workload);
                     out[filled] = Expected { session: tenant.session, workload, agent, probability, score };
                     filled += 1;
@@ -1340,8 +1333,13 @@ impl KvCache {
 
     /// Scores a leaf whose session's view is loaded, or that is nobody's, and queues it accordingly.
     fn score_leaf(&mut self, segment: u32, workload: &Workload) {
-        let score = self.score(segment, self.index.seg(segment), workload);
+        let score = self.score(segment, self.index.seg(segment), workload, self.horizon_s());
         self.queue_scored(segment, score);
+    }
+
+    /// The horizon of decisions; none with hit density.
+    fn horizon_s(&self) -> Option<f32> {
+        (!self.config.density).then_some(self.residence_s())
     }
 
     /// Queues a leaf by its score.
@@ -1360,7 +1358,8 @@ impl KvCache {
         }
     }
 
-    fn score(&self, segment: u32, x: &Segment, workload: &Workload) -> f32 {
+    /// Hits per second of holding the segment; with a horizon, P(use within it).
+    fn score(&self, segment: u32, x: &Segment, workload: &Workload, horizon_s: Option<f32>) -> f32 {
         let lane = &self.lanes[x.lane as usize];
         let mut first_use = [0.0; STEPS];
         if let Some(i) = self.view.lanes[..self.view.n].iter().position(|&l| l == x.lane) {
@@ -1381,7 +1380,6 @@ impl KvCache {
         if self.config.oracle.any() {
             self.foretold(segment, lane, &mut first_use, &mut foreign);
         }
-        let horizon_s = (!self.config.density).then_some(self.eviction_interval_s * self.pool_blocks as f32);
         let score = density::score(&self.view.times, &first_use, &foreign, horizon_s);
         let score = if self.config.sabotage { (1e3 * score).recip() } else { score };
         // What is awaited is worth one hit after that time, whatever else may happen.
@@ -1547,7 +1545,7 @@ impl KvCache {
                     }
                     scored += 1;
                     self.look(workload, sessions, self.lanes[lane as usize].session);
-                    let score = self.score(segment, self.index.seg(segment), workload);
+                    let score = self.score(segment, self.index.seg(segment), workload, self.horizon_s());
                     self.index.seg_mut(segment).set_own_score(Some(score));
                     score
                 };
@@ -1617,9 +1615,7 @@ impl KvCache {
             }
         }
         let take = most.min(x.len as usize);
-        if x.restored {
-            self.restored_wasted += take as u64;
-        }
+        self.offers.resolved(x.restored, take, false);
         let exposed = self.take_from(segment, take, victim);
         if exposed != NONE {
             self.score_exposed(workloads, sessions, exposed);
@@ -1749,7 +1745,7 @@ fn candidates(workload: &Workload, recent: workload::Recent, at: &Standing) -> (
     let recent = recent.agents();
     recent[..3].iter().for_each(|&agent| add(agent));
     for context in [context_of_two(AgentId(at.prev), AgentId(at.last)), context_of(AgentId(at.last))] {
-        let mut row = [(0u16, 0u32); 8];
+        let mut row = [(0u16, 0u32); workload::SUCCESSORS];
         let found = workload.transitions.row(context, &mut row);
         row[..found].sort_unstable_by_key(|&(_, count)| std::cmp::Reverse(count));
         row[..found].iter().for_each(|&(agent, _)| add(agent));
