@@ -216,7 +216,7 @@ fn cache(workload: &Workload, options: &EngineOptions, list: &mut Vec<Box<dyn Po
             return Ok((Order::Core, core));
         }
     }
-    if options.cache == "min" || options.cache.starts_with("oracle") {
+    if options.cache.starts_with("min") || options.cache.starts_with("oracle") {
         return Err(Error::BadOption {
             option: "cache".into(),
             problem: format!("`{}` knows the order of calls before it is decided", options.cache),
