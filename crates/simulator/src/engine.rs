@@ -216,7 +216,7 @@ fn cache(workload: &Workload, options: &EngineOptions, list: &mut Vec<Box<dyn Po
             return Ok((Order::Core, core));
         }
     }
-    if options.cache == "min" || options.cache.starts_with("oracle") {
+    if options.cache.starts_with("min") || options.cache.starts_with("oracle") {
         return Err(Error::BadOption {
             option: "cache".into(),
             problem: format!("`{}` knows the order of calls before it is decided", options.cache),
@@ -348,7 +348,8 @@ impl<'a> Engine<'a> {
         self.continue_running(&mut budget, &mut batch);
         self.admit(&mut budget, &mut batch);
         self.service.compare();
-        let speculated = if self.queue.is_empty() && budget > 0 && self.needed.contains(Needs::IDLE_CAPACITY) {
+        let rest = self.finished < self.trace.calls.len() as u64;
+        let speculated = if rest && self.queue.is_empty() && budget > 0 && self.needed.contains(Needs::IDLE_CAPACITY) {
             self.speculate(budget, &batch)
         } else {
             None
@@ -924,7 +925,11 @@ impl<'a> Engine<'a> {
         let load = self.load(budget);
         self.core.policies.gaps(&self.core.runtime, &load, &gaps, &mut decisions);
         let now_us = self.now_us;
-        for ((&session, open), decision) in self.gaps.iter_mut().zip(decisions) {
+        for ((&session, open), mut decision) in self.gaps.iter_mut().zip(decisions) {
+            // Whose time to come back has passed is not sent away.
+            if decision.retention == Retention::Demote && (1..=now_us).contains(&decision.bring_back_us) {
+                decision = GapDecision { retention: Retention::Keep, bring_back_us: 0 };
+            }
             if decision == open.decision {
                 continue;
             }
@@ -939,7 +944,7 @@ impl<'a> Engine<'a> {
                     self.memory.demote(&mut self.core, session, &open.chain, now_us);
                 }
                 if decision.bring_back_us > 0 {
-                    self.todo.push(Reverse((decision.bring_back_us.max(now_us), Todo::BringBack, session)));
+                    self.todo.push(Reverse((decision.bring_back_us, Todo::BringBack, session)));
                 }
             }
             open.decision = decision;

@@ -36,7 +36,7 @@ fn hits(outcome: &Outcome) -> Vec<u32> {
 
 /// Policies that learn online; the others know the order of calls beforehand.
 fn online() -> impl Iterator<Item = &'static str> {
-    policies::names().iter().copied().filter(|name| *name != "min" && !name.starts_with("oracle"))
+    policies::names().iter().copied().filter(|name| !name.starts_with("min") && !name.starts_with("oracle"))
 }
 
 /// One call at a time on a device on which nothing takes time.

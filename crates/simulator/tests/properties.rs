@@ -6,6 +6,7 @@ mod support;
 use std::sync::Arc;
 
 use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
 use replay::host::HostOptions;
 use replay::schedule::EventKind;
 use replay::trace::{Call, Clock, TraceBuilder};
@@ -90,7 +91,7 @@ fn check(workload: &Workload, options: &EngineOptions, outcome: &Outcome) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, rng_seed: RngSeed::Fixed(8), ..ProptestConfig::default() })]
 
     #[test]
     fn every_call_is_answered_once_within_the_pool_whatever_policies_say(
