@@ -12,6 +12,7 @@ mod replay;
 mod runtime;
 mod safety;
 mod transfer;
+mod vllm;
 
 use pyo3::prelude::*;
 
@@ -44,4 +45,6 @@ mod _core {
     use crate::safety::{check_policy, ToolRules};
     #[pymodule_export]
     use crate::transfer::copy_host_blocks;
+    #[pymodule_export]
+    use crate::vllm::{block_keys, FreeQueue};
 }
