@@ -137,7 +137,8 @@ def test_a_runtime_that_fails_leaves_the_oldest_to_go(monkeypatch: pytest.Monkey
 
 
 def test_the_connector_beside_it_says_whose_request_it_is(clock: list[int]) -> None:
-    from agentrt.engines.vllm.identity import CALLERS, Identity
+    from agentrt.engines.vllm.callers import CALLERS
+    from agentrt.engines.vllm.identity import Identity
 
     made = manager("agentrt", 8)
     seen: list[tuple[int, int]] = []

@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agentrt._core import FreeQueue, block_keys
+from agentrt.engines.vllm.callers import CALLERS
 from agentrt.engines.vllm.core import Core, make_core, make_scheduling, names_of
 from agentrt.engines.vllm.gate import Gate, Load, Service, Waiting
-from agentrt.engines.vllm.identity import CALLERS, Identities, Identity
+from agentrt.engines.vllm.identity import Identities, Identity
 from agentrt.engines.vllm.record import Recorder
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ class Adapter:
             self._arrive(request)
 
     def _arrive(self, request: Any) -> _Call:
-        keys = block_keys(request.block_hashes, 0, request.num_prompt_tokens // self.block_size)
+        keys: Any = block_keys(request.block_hashes, 0, request.num_prompt_tokens // self.block_size)
         identity = self.identities.resolve(request, keys)
         self._numbers += 1
         call = _Call(self._numbers, identity, keys, self.now_us())

@@ -17,20 +17,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-__all__ = ["CALLERS", "Callers", "Identities", "Identity", "given"]
+__all__ = ["Identities", "Identity", "given"]
 
 NODES = 262_144
 AGENTS = 4_096
 FORKS = 5
 # Names longer than this are somebody's mistake; the hash of the beginning is as good.
 NAME_CHARS = 256
-REQUESTS = 16_384
 
 
 class Given(NamedTuple):
@@ -101,13 +96,13 @@ class Identities:
         """The name of an agent's number."""
         return self._names[agent] if agent < len(self._names) else "other"
 
-    def resolve(self, request: Any, keys: list[int] | NDArray[np.uint64]) -> Identity:
+    def resolve(self, request: Any, keys: Sequence[int]) -> Identity:
         """The identity of a request whose prompt has these block keys."""
         says = given(request)
         session = None if says.session is None else _hash(says.session)
         anchor = None
         if session is None or says.agent is None:
-            inferred, anchor = self._infer(keys if isinstance(keys, list) else keys.tolist(), session)
+            inferred, anchor = self._infer(keys, session)
             session = inferred if session is None else session
         name = says.agent
         if name is None:
@@ -154,29 +149,3 @@ class Identities:
         while len(nodes) > NODES:
             del nodes[next(iter(nodes))]
         return session, anchor
-
-
-class Callers:
-    """Identities by request, for whoever hears of requests by their ids only. Keeps the latest ``REQUESTS``."""
-
-    def __init__(self) -> None:
-        self.wanted = False
-        self._identities: dict[str, Identity] = {}
-
-    def listen(self) -> None:
-        """From now on somebody asks."""
-        self.wanted = True
-
-    def put(self, request_id: str, identity: Identity) -> None:
-        """This request is of this session and agent."""
-        identities = self._identities
-        identities[request_id] = identity
-        if len(identities) > REQUESTS:
-            del identities[next(iter(identities))]
-
-    def find(self, request_id: str) -> Identity | None:
-        """Whose request it is, if that is known."""
-        return self._identities.get(request_id)
-
-
-CALLERS = Callers()

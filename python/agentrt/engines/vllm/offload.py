@@ -21,9 +21,10 @@ import numpy as np
 from vllm.v1.kv_offload.cpu.policies.base import CachePolicy
 
 from agentrt import block_key
+from agentrt.engines.vllm.callers import CALLERS
 from agentrt.engines.vllm.core import RuntimeCore
 from agentrt.engines.vllm.guard import Guard
-from agentrt.engines.vllm.identity import CALLERS, Identities
+from agentrt.engines.vllm.identity import Identities
 
 __all__ = ["AgentRTCachePolicy"]
 
@@ -129,10 +130,10 @@ class AgentRTCachePolicy(CachePolicy):  # type: ignore[misc, unused-ignore]
                 self._free[key] = None
 
     def _call(self, keys: list[Any], req_context: Any) -> None:
-        numbers = [block_key(key) for key in keys]
-        identity = CALLERS.find(req_context.req_id) or self.identities.resolve(req_context, numbers)
+        array: Any = np.array([block_key(key) for key in keys], np.uint64)
+        identity = CALLERS.find(req_context.req_id) or self.identities.resolve(req_context, array)
         self._calls += 1
-        now_us, array = _now_us(), np.array(numbers, np.uint64)
+        now_us = _now_us()
         hit = self.core.call_started(identity.session, identity.agent, self._calls, now_us, array)
         # Chunks that found no room end the chain.
         held = next((i for i, key in enumerate(keys) if key not in self.chunks), len(keys))
