@@ -48,16 +48,17 @@ bench: install-dev ## Run the benchmarks: criterion and pytest-benchmark
 # The engine benchmarks have an environment of their own: vLLM is large and pins much.
 E2E_VENV ?= .venv-e2e
 E2E_JSON ?= e2e.json
-.PHONY: e2e e2e-smoke
-e2e: wheel ## Run a real vLLM on the CPU under several policies (E2E_JSON=FILE; resumes)
-	@scripts/e2e_env.sh $(E2E_VENV) "$$(ls dist/*.whl)"
+.PHONY: e2e e2e-smoke e2e-env
+e2e: e2e-env ## Run a real vLLM on the CPU under several policies, 5 workloads (E2E_JSON=FILE; goes on where it stopped)
 	$(E2E_VENV)/bin/python benches/e2e/run.py --json $(E2E_JSON)
 
-e2e-smoke: wheel ## Run the vLLM adapter's tests and one small engine benchmark
-	@scripts/e2e_env.sh $(E2E_VENV) "$$(ls dist/*.whl)"
+e2e-smoke: e2e-env ## Run the vLLM adapter's tests, and the engine benchmark on one small workload
 	$(E2E_VENV)/bin/python -m pytest tests/engines/vllm -m "not slow"
-	@rm -f e2e-smoke.json
+	@rm -f e2e-smoke.json e2e-smoke.stock.json
 	$(E2E_VENV)/bin/python benches/e2e/run.py --smoke --json e2e-smoke.json
+
+e2e-env: wheel
+	@scripts/e2e_env.sh $(E2E_VENV) "$$(ls dist/*.whl)"
 
 safety: ## Run the slow proofs: loom models, ThreadSanitizer, long property and fuzz runs
 	scripts/safety.sh

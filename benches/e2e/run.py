@@ -1,13 +1,26 @@
 """A real vLLM engine on the CPU under several policies: hit tokens, time to first token, calls per second.
 
-For every workload one engine process per policy is started; they take turns (ABAB..), each run from an empty cache and
-an untaught policy. Finished runs are kept in the result file, so an interrupted benchmark goes on where it stopped.
+Two engines run side by side and take turns: stock vLLM without the connector, and one with it, whose policy is set
+for every run. Each run starts from an empty cache and an untaught policy; within a repetition all policies are given
+the same calls, and which of them comes first changes from one repetition to the next. The pool of a workload is the one
+at which the replay says MIN - LRU is largest; a second pool holds everything. Finished runs are kept in the result
+file, so an interrupted benchmark goes on where it stopped.
 
-    make e2e-smoke                         one recorded or generated workload, small: some minutes
     make e2e E2E_JSON=results.json         all workloads
+    make e2e-smoke                         one small workload, after the adapter's tests
+    python benches/e2e/run.py --help       in the environment that scripts/e2e_env.sh makes
 
-What is comparable: hit tokens (the order of calls depends on completed calls, not on the clock). What is indicative
-only: times, which are those of this machine and whatever else runs on it.
+| policy | what decides |
+|---|---|
+| stock | vLLM, no connector |
+| neutral | the adapter with vLLM's own order: what it costs, and that it changes nothing |
+| cachescout | the published policy behind the same adapter |
+| agentrt | agentrt |
+| agentrt-inferred | the same where requests name neither session nor agent; not run unless asked for |
+| agentrt-prefetch | with idle-time prefetch; only where the adapter offers it |
+| optimal | the offline order: evicts what the calls of the stock run need last |
+
+`neutral` and `agentrt` record themselves as `agentrt record` does, and the recordings are replayed.
 """
 
 from __future__ import annotations
@@ -16,169 +29,302 @@ import argparse
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benches.e2e.summary import problems, report
+from benches.e2e.workloads import (
+    BATCH,
+    CALLS,
+    CONCURRENCY,
+    ENGINE_BLOCK,
+    GENERATED,
+    RECORDED,
+    SCALED_BLOCK,
+    TRACE_BLOCK,
+    capacities,
+    orders_of,
+)
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+# What is given to the adapter as its policy.
+CORES = {
+    "stock": "stock",
+    "neutral": "lru",
+    "cachescout": "benches.e2e.cores:CacheScout",
+    "agentrt": "agentrt",
+    "agentrt-inferred": "agentrt",
+    "agentrt-prefetch": "agentrt",
+    "optimal": "benches.e2e.cores:Optimal",
+}
+PREFETCH = "agentrt-prefetch"
+RECORDING = ("neutral", "agentrt")
+# Which policies of the replay a recording predicts, by the policy it is recorded under.
+PREDICTED = {"neutral": {"neutral": "lru", "agentrt": "agentrt", "optimal": "min"}, "agentrt": {"agentrt": "agentrt"}}
 
-from benches.e2e.workloads import GENERATED, RECORDED, sessions  # noqa: E402
-
-POLICIES = {"stock": "", "neutral": "lru", "agentrt": "agentrt", "agentrt-inferred": "agentrt"}
-BLOCK_TOKENS = 32
-
-
-def pool_blocks(name: str, traces: Path, shape: dict[str, Any], share: float) -> int:
-    """``share`` of the live working set: concurrent sessions times their mean distinct blocks; at least two prompts."""
-    per_block = shape["tokens_per_block"] / BLOCK_TOKENS
-    limit = shape["longest"] // shape["tokens_per_block"]
-    sizes, longest = [], 0
-    for session in sessions(name, traces)[: shape["sessions"]]:
-        calls = session[: shape["calls_per_session"]]
-        sizes.append(len({b for call in calls for b in call.blocks[:limit]}) * per_block)
-        longest = max(longest, *(min(len(call.blocks), limit) for call in calls))
-    live = shape["concurrency"] * statistics.mean(sizes)
-    return max(int(share * live), int(longest * per_block * 2) + 8, shape["longest"] // BLOCK_TOKENS + 4)
+Row = dict[str, Any]
 
 
-def start(policy: str, blocks: int, shape: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
-    options = {
-        "policy": policy,
-        "core": POLICIES[policy],
-        "model": shape["model"],
-        "model_folder": str(folder / "model"),
-        "pool_blocks": blocks,
-        "batch": shape["batch"],
-        "longest": shape["longest"],
-    }
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "benches/e2e/worker.py"), json.dumps(options)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=(folder / f"{policy}.log").open("w"),
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
-    )
+def prefetch_option() -> str | None:
+    """The adapter's option that switches prefetching on, if this adapter has one."""
+    from agentrt.engines.vllm.adapter import Settings
+
+    return "prefetch" if "prefetch" in Settings.__dataclass_fields__ else None
 
 
-def ask(process: subprocess.Popen[str], job: dict[str, Any] | None, log: Path) -> str:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    if job is not None:
-        process.stdin.write(json.dumps(job) + "\n")
-        process.stdin.flush()
-    answer = process.stdout.readline()
-    if not answer:
-        tail = "\n".join(log.read_text().splitlines()[-15:])
-        raise SystemExit(f"error: the engine process has ended; its last lines:\n{tail}")
-    return answer
+class Engine:
+    """A worker process."""
+
+    def __init__(self, name: str, options: dict[str, Any], folder: Path) -> None:
+        self.log = folder / f"{name}.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "benches/e2e/worker.py"), json.dumps(options)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                # Threads that wait for each other measure whatever else runs on the machine.
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+
+    def answer(self) -> str:
+        """The next line; ends the benchmark where there is none."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            tail = "\n".join(self.log.read_text().splitlines()[-20:])
+            raise SystemExit(f"error: the engine process has ended; its last lines:\n{tail}")
+        return line
+
+    def run(self, job: dict[str, Any]) -> dict[str, Any]:
+        """One job."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        result: dict[str, Any] = json.loads(self.answer())
+        return result
+
+    def stop(self) -> None:
+        """Ends the process and closes its pipes."""
+        self.process.terminate()
+        self.process.communicate()
 
 
-def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["workload"], row["policy"], row["pressure"], row["repetition"], json.dumps(row["shape"], sort_keys=True)
+class Results:
+    """The result file, and beside it what later runs need of stock's: the order of its calls and its answers."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        self.stock_path = path.with_suffix(".stock.json")
+        self.settings = settings
+        self.rows: list[Row] = []
+        self.stock: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            found = json.loads(path.read_text())
+            if found.get("settings") != settings:
+                raise SystemExit(
+                    f"error: {path} holds results of other settings; delete it or name another: --json FILE"
+                )
+            self.rows = found["results"]
+        if self.stock_path.exists():
+            self.stock = json.loads(self.stock_path.read_text())
+
+    @staticmethod
+    def key(workload: str, pressure: bool, repetition: int) -> str:
+        """Names what all policies share."""
+        return f"{workload} {'pressure' if pressure else 'fits'} {repetition}"
+
+    def has(self, workload: str, pressure: bool, repetition: int, policy: str) -> bool:
+        """Whether this run is done."""
+        wanted = workload, pressure, repetition, policy
+        done = any((r["workload"], r["pressure"], r["repetition"], r["policy"]) == wanted for r in self.rows)
+        return done and (policy != "stock" or self.key(workload, pressure, repetition) in self.stock)
+
+    def add(self, row: Row) -> None:
+        """Keeps a run."""
+        self.rows.append(row)
+        _write(self.stock_path, self.stock)
+        _write(self.path, {"version": 1, "settings": self.settings, "results": self.rows})
 
 
-def save(path: Path, results: list[dict[str, Any]]) -> None:
+def _write(path: Path, value: object) -> None:
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"version": 1, "results": results}, indent=1) + "\n")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
     partial.replace(path)
 
 
-def main() -> None:
+def predict(recording: Path, blocks: int, policies: dict[str, str]) -> dict[str, float]:
+    """Token hit rates that the replay of a recording gives."""
+    from agentrt import replay
+
+    rows = [json.loads(line) for line in recording.read_text().splitlines()]
+    tokens = sum(row["prompt_tokens"] for row in rows)
+    found = replay.run([recording], policies=sorted(set(policies.values())), capacities=[blocks], order="open").results
+    hits = {result.policy: result.hit_blocks * ENGINE_BLOCK / tokens for result in found}
+    return {name: round(hits[policy], 5) for name, policy in policies.items()}
+
+
+def turns(policies: list[str], repetition: int) -> list[str]:
+    """The order in this repetition; ``optimal`` needs the calls of the stock run."""
+    at = repetition % len(policies)
+    order = policies[at:] + policies[:at]
+    if "optimal" in order and "stock" in order and order.index("optimal") < order.index("stock"):
+        order.remove("optimal")
+        order.insert(order.index("stock") + 1, "optimal")
+    return order
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=ROOT / "e2e.json", help="result file, also read to resume")
     parser.add_argument(
-        "--traces", type=Path, default=os.environ.get("AGENTRT_TRACES", ROOT.parent / "shared" / "traces")
+        "--traces", type=Path, default=Path(os.environ.get("AGENTRT_TRACES", ROOT.parent / "shared" / "traces"))
     )
     parser.add_argument("--smoke", action="store_true", help="one small workload, one repetition")
-    parser.add_argument("--workloads", help="names, separated by commas")
-    parser.add_argument("--policies", help="of " + ",".join(POLICIES))
-    parser.add_argument("--repetitions", type=int)
+    parser.add_argument("--workloads", help=f"of {','.join((*RECORDED, *GENERATED))}")
+    parser.add_argument("--policies", help=f"of {','.join(CORES)}")
+    parser.add_argument("--repetitions", type=int, help="3 by default")
+    parser.add_argument("--calls", type=int, help=f"of a run; {CALLS} by default")
+    parser.add_argument("--sessions", type=int, default=CONCURRENCY, help="at a time")
     parser.add_argument("--model", choices=("tiny", "small", "medium"))
-    parser.add_argument("--share", type=float, default=0.3, help="pool, as a share of the live working set")
-    parser.add_argument("--fits", action="store_true", help="also run with a pool into which everything fits")
-    arguments = parser.parse_args()
+    parser.add_argument("--pressure-only", action="store_true", help="leave out the pool into which everything fits")
+    return parser.parse_args()
+
+
+def main() -> None:
+    asked = arguments()
     # Ends through `finally`, so that no engine is left behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    traces = Path(arguments.traces)
-    smoke = arguments.smoke
+    smoke = asked.smoke
+    # The name of the result file is the caller's, the engines' folder is not.
     shape: dict[str, Any] = {
-        "model": arguments.model or ("tiny" if smoke else "small"),
-        "tokens_per_block": 4 if smoke else 8,
-        "longest": 2048 if smoke else 4096,
+        "model": asked.model or ("tiny" if smoke else "small"),
+        "calls": asked.calls or (120 if smoke else CALLS),
+        "concurrency": asked.sessions,
+        "batch": BATCH,
         "max_tokens": 2,
-        "batch": 4,
-        "concurrency": 8,
-        "sessions": 12 if smoke else 24,
-        "calls_per_session": 20 if smoke else 40,
-        "seed": 1,
+        "token_scale": SCALED_BLOCK / TRACE_BLOCK,
     }
-    recorded = [name for name in RECORDED if (traces / f"{name}.jsonl.gz").exists()]
-    names = arguments.workloads.split(",") if arguments.workloads else [*recorded, *GENERATED]
-    if smoke and not arguments.workloads:
+    recorded = [name for name in RECORDED if (asked.traces / f"{name}.jsonl.gz").exists()]
+    for name in set(RECORDED) - set(recorded):
+        print(f"skipped: {name}.jsonl.gz is not in {asked.traces}; name a folder: --traces FOLDER")
+    names = asked.workloads.split(",") if asked.workloads else [*recorded, *GENERATED]
+    if smoke and not asked.workloads:
         names = names[:1]
-    default = "stock,neutral,agentrt" if smoke else "stock,neutral,agentrt,agentrt-inferred"
-    policies = (arguments.policies or default).split(",")
-    repetitions = arguments.repetitions or (1 if smoke else 3)
-    results = json.loads(arguments.json.read_text())["results"] if arguments.json.exists() else []
-    have = {key(row) for row in results}
+    option = prefetch_option()
+    usual = [name for name in CORES if name != "agentrt-inferred" and (name != PREFETCH or option)]
+    policies = asked.policies.split(",") if asked.policies else usual
+    if unknown := set(policies) - set(CORES):
+        raise SystemExit(f"error: unknown policy `{min(unknown)}`; known: {', '.join(CORES)}")
+    if PREFETCH in policies and not option:
+        raise SystemExit(f"error: this adapter has no prefetching; leave out {PREFETCH}: --policies A,B,C")
+    if option is None:
+        print(f"left out: {PREFETCH}: the adapter has no prefetching")
+    # Where all fits no order of eviction matters: what the adapter costs is left.
+    fitting = [name for name in policies if name == "stock" or name.startswith("agentrt")]
+    repetitions = asked.repetitions or (1 if smoke else 3)
+
+    results = Results(asked.json, shape)
+    pools = {}
     for name in names:
-        for pressure in (True, False) if arguments.fits else (True,):
-            blocks = pool_blocks(name, traces, shape, arguments.share if pressure else 4.0)
-            todo = [
-                (repetition, policy)
-                for repetition in range(repetitions)
-                for policy in policies
-                if key(
-                    {"workload": name, "policy": policy, "pressure": pressure, "repetition": repetition, "shape": shape}
+        orders = orders_of(name, asked.traces, shape["concurrency"], shape["calls"])
+        pools[name] = found = capacities(orders, name, shape["concurrency"], shape["batch"])
+        print(
+            f"{name}: {found.pressure:,} blocks, where the replay says LRU {found.lru:.1%}, MIN {found.optimal:.1%}; "
+            f"all fits into {found.fits:,}"
+        )
+    todo = [
+        (name, pressure, repetition, policy)
+        for pressure in ((True,) if smoke or asked.pressure_only else (True, False))
+        for repetition in range(repetitions)
+        for name in names
+        for policy in turns(policies if pressure else fitting, repetition)
+        if not results.has(name, pressure, repetition, policy)
+    ]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        engines: dict[bool, Engine] = {}
+        try:
+            largest = max(pool.fits for pool in pools.values())
+            for stock in sorted({policy == "stock" for *_, policy in todo}):
+                options = {
+                    "stock": stock,
+                    "model": shape["model"],
+                    "model_folder": str(folder / ("stock" if stock else "connector")),
+                    "batch": shape["batch"],
+                    "blocks": largest,
+                }
+                engines[stock] = Engine("stock" if stock else "connector", options, folder)
+            job = {
+                **shape, "traces": str(asked.traces), "named": True, "future": None, "abort_every": 0, "extra": {},
+                "seed": 0,
+            }  # fmt: skip
+            for stock, engine in engines.items():
+                engine.answer()
+                # The first calls of a process pay for what is made once.
+                warm = {"workload": names[0], "pool_blocks": largest, "calls": 30, "core": "stock" if stock else "lru"}
+                engine.run({**job, **warm})
+            start = time.monotonic()
+            for done, (name, pressure, repetition, policy) in enumerate(todo):
+                blocks = pools[name].pressure if pressure else pools[name].fits
+                key = results.key(name, pressure, repetition)
+                recording = folder / "recording.jsonl"
+                extra: dict[str, Any] = {}
+                if policy in RECORDING:
+                    extra["record"] = str(recording)
+                if policy == PREFETCH:
+                    extra[str(option)] = True
+                answer = engines[policy == "stock"].run(
+                    {
+                        **job,
+                        "workload": name,
+                        "pool_blocks": blocks,
+                        "seed": repetition,
+                        "core": CORES[policy],
+                        "named": policy != "agentrt-inferred",
+                        "extra": extra,
+                        "future": results.stock[key]["order"] if policy == "optimal" else None,
+                    }
                 )
-                not in have
-            ]
-            if not todo:
-                continue
-            with tempfile.TemporaryDirectory() as temporary:
-                folder = Path(temporary)
-                (folder / "model").mkdir()
-                workers = {policy: start(policy, blocks, shape, folder) for policy in dict.fromkeys(p for _, p in todo)}
-                try:
-                    for policy, worker in workers.items():
-                        ask(worker, None, folder / f"{policy}.log")
-                    for repetition, policy in todo:
-                        job = {
-                            **shape,
-                            "workload": name,
-                            "traces": str(traces),
-                            "pool_blocks": blocks,
-                            "named": policy != "agentrt-inferred",
-                        }
-                        answer = json.loads(ask(workers[policy], job, folder / f"{policy}.log"))
-                        row = {
-                            "workload": name,
-                            "recorded": name in RECORDED,
-                            "pressure": pressure,
-                            "policy": policy,
-                            "repetition": repetition,
-                            **answer,
-                            "pool_blocks": blocks,
-                            "shape": shape,
-                        }
-                        results.append(row)
-                        save(arguments.json, results)
-                        print(
-                            f"{name:18} {policy:17} run {repetition + 1}/{repetitions}, pool {blocks}: "
-                            f"hits {row['hit_rate']:.3f}, TTFT mean {row['ttft_ms']['mean']:.0f} ms, "
-                            f"{row['calls_per_s']:.2f} calls/s, {row['overhead_us_per_step']:.0f} us/step, "
-                            f"outputs {row['outputs']}",
-                            flush=True,
-                        )
-                finally:
-                    for worker in workers.values():
-                        worker.terminate()
-                        worker.wait()
+                outputs, order = answer.pop("outputs"), answer.pop("order")
+                if policy == "stock":
+                    results.stock[key] = {"order": order, "outputs": outputs}
+                expected = results.stock[key]["outputs"] if key in results.stock else {}
+                row = {
+                    "workload": name,
+                    "recorded": name in RECORDED,
+                    "pressure": pressure,
+                    "policy": policy,
+                    "repetition": repetition,
+                    **answer,
+                    "outputs_differing": sum(expected[call] != outputs[call] for call in expected.keys() & outputs),
+                    "pool_blocks": blocks,
+                    "place": list(CORES).index(policy),
+                }
+                if policy in RECORDING:
+                    row["predicted"] = predict(recording, blocks, PREDICTED[policy])
+                results.add(row)
+                minutes = (time.monotonic() - start) / 60
+                print(
+                    f"[{done + 1}/{len(todo)}] {key} {policy}: hits {row['hit_rate']:.1%}, "
+                    f"TTFT {row['ttft_ms']['mean']:.0f} ms, {row['calls_per_s']:.2f} calls/s, "
+                    f"{row['overhead_us_per_step']:.0f} us a step; {minutes:.1f} min, "
+                    f"{minutes / (done + 1) * (len(todo) - done - 1):.0f} left",
+                    flush=True,
+                )
+        finally:
+            for engine in engines.values():
+                engine.stop()
+    print(report(results.rows))
+    if problems(results.rows):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

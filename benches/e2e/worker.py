@@ -1,16 +1,17 @@
-"""One vLLM engine under one policy, in a process of its own; jobs on standard input, answers on standard output.
+"""One vLLM engine in a process of its own; jobs on standard input, answers on standard output, a line of JSON each.
 
-The engine runs inside this process on the CPU with a small model of random weights that is written here. Calls arrive
-in an order that depends on completed calls only, never on the clock: a session sends its next call when a drawn number
-of other calls have ended. Hits are therefore comparable between policies, times are what this machine gives.
+The engine runs inside this process on the CPU, with a small model of random weights that is written here. Every job
+starts from an empty cache of the size it asks for and from an untaught policy. `benches/e2e/workloads.py` says in which
+order calls are sent.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import hashlib
 import json
 import os
-import random
 import sys
 import time
 from pathlib import Path
@@ -18,34 +19,37 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-BLOCK_TOKENS = 32
+from benches.e2e import cores
+from benches.e2e.workloads import ENGINE_BLOCK, LONGEST, Call, ClosedLoop, order_of_calls, sessions
+
 MODELS = {
-    # hidden, layers, heads, ffn
-    "tiny": (128, 2, 2, 256),
-    "small": (256, 4, 4, 1024),
-    "medium": (512, 8, 8, 2048),
+    # hidden, layers, heads, KV heads, ffn
+    "tiny": (128, 2, 2, 1, 256),
+    "small": (256, 4, 4, 2, 1024),
+    "medium": (512, 8, 8, 2, 2048),
 }
+STOCK = "stock"
 
 
 def write_model(folder: Path, size: str) -> None:
     """A Qwen2 configuration; vLLM makes up the weights."""
-    hidden, layers, heads, ffn = MODELS[size]
+    hidden, layers, heads, kv_heads, ffn = MODELS[size]
     config = {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": hidden, "intermediate_size": ffn,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": 32_000,
-        "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu",
-        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
-        "use_sliding_window": False,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "vocab_size": 32_000, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+        "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 1,
+        "eos_token_id": 2, "use_sliding_window": False,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
 
 
 def make_engine(options: dict[str, Any]) -> Any:
-    """An ``LLM`` with or without the connector."""
+    """An ``LLM``, with the connector unless it is to be stock vLLM."""
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_CPU_KVCACHE_SPACE="2",
+        VLLM_CPU_KVCACHE_SPACE="4",
         VLLM_CPU_OMP_THREADS_BIND="nobind",
         HF_HUB_OFFLINE="1",
         VLLM_NO_USAGE_STATS="1",
@@ -55,141 +59,206 @@ def make_engine(options: dict[str, Any]) -> Any:
 
     model = Path(options["model_folder"])
     write_model(model, options["model"])
-    transfer = None
-    if options["policy"] != "stock":
-        transfer = {
-            "kv_connector": "AgentRTConnector",
-            "kv_role": "kv_producer",
-            "kv_connector_extra_config": {"policy": options["core"], **options.get("extra", {})},
-        }
+    connector = {"kv_connector": "AgentRTConnector", "kv_role": "kv_producer"}
     return LLM(
         str(model),
         load_format="dummy",
         skip_tokenizer_init=True,
-        dtype="bfloat16",
+        dtype=options.get("dtype", "bfloat16"),
         seed=0,
-        block_size=BLOCK_TOKENS,
-        max_model_len=options["longest"] + 64,
+        block_size=ENGINE_BLOCK,
+        max_model_len=LONGEST + 64,
         enforce_eager=True,
         enable_prefix_caching=True,
-        num_gpu_blocks_override=options["pool_blocks"] + 1,
+        num_gpu_blocks_override=options["blocks"] + 1,
         max_num_seqs=options["batch"],
         max_num_batched_tokens=2048,
         disable_log_stats=False,
-        kv_transfer_config=transfer,
+        kv_transfer_config=None if options["stock"] else connector,
     )
 
 
-def fresh(llm: Any, blocks: int) -> Any:
-    """Empties the cache, forgets what was learned; returns the connector, if there is one."""
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    assert scheduler.reset_prefix_cache()
-    connector = scheduler.connector
-    del blocks
-    if connector is not None:
-        connector.bind_gpu_block_pool(scheduler.kv_cache_manager.block_pool)
-        connector.guard.faults.clear()
-        connector.guard.spent_s = 0.0
-    return connector
+def resize(manager: Any, blocks: int) -> None:
+    """Leaves so many usable blocks of the memory the engine has; an engine takes many seconds to start."""
+    pool = manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    pool.__init__(blocks + 1, pool.enable_caching, pool.hash_block_size, pool.enable_kv_cache_events)
+    for group in manager.coordinator.single_type_managers:
+        group._null_block = pool.null_block
 
 
-def run(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """One workload, once."""
-    from benches.e2e.workloads import sessions, tokens
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+class Keys:
+    """vLLM's hashes of a prompt's blocks, as the adapter sees them."""
 
-    connector = fresh(llm, job["pool_blocks"])
-    engine = llm.llm_engine
-    todo = [s[: job["calls_per_session"]] for s in sessions(job["workload"], Path(job["traces"]))]
-    todo = todo[: job["sessions"]]
-    rng = random.Random(job["seed"])
-    waits = {id(s): [rng.randrange(job["concurrency"]) for _ in s] for s in todo}
-    upcoming = iter(todo)
-    # (completed calls at which it is sent, order, session, step)
-    ready: list[tuple[int, int, list[Any], int]] = []
-    sent = done = 0
+    def __init__(self, engine: Any) -> None:
+        from vllm.utils.hashing import get_hash_fn_by_name
+        from vllm.v1.core.kv_cache_utils import hash_block_tokens
 
-    def enqueue(session: list[Any] | None, step: int) -> None:
-        if session is None or step == len(session):
-            session, step = next(upcoming, None), 0
-        if session is not None:
-            wait = waits[id(session)][step] if done or step else 0
-            ready.append((done + wait, len(ready) + 1_000_000 * done, session, step))
+        algorithm = engine.vllm_config.cache_config.prefix_caching_hash_algo
+        self._hash = get_hash_fn_by_name(algorithm)
+        self._chain = hash_block_tokens
+        self._known: dict[int, bytes] = {}
 
-    for _ in range(job["concurrency"]):
-        enqueue(None, 0)
-    live: dict[str, Any] = {}
-    ttft: list[float] = []
-    latency: list[float] = []
-    outputs = hashlib.sha256()
-    hit = prompt = 0
-    texts: dict[str, tuple[int, ...]] = {}
-    start = time.perf_counter()
-    while ready or live:
-        ready.sort(key=lambda r: r[:2])
-        while ready and (ready[0][0] <= done or not live):
-            _, _, session, step = ready.pop(0)
-            call = session[step]
-            ids = tokens(call, job["tokens_per_block"], job["longest"])
-            request_id = f"{call.session}/{step}"
-            extra = {"session_id": call.session, "agent_id": call.agent} if job["named"] else None
-            params = SamplingParams(
-                max_tokens=job["max_tokens"], temperature=0.0, ignore_eos=True, detokenize=False, extra_args=extra,
-                output_kind=RequestOutputKind.CUMULATIVE,
-            )  # fmt: skip
-            engine.add_request(request_id, {"prompt_token_ids": ids}, params)
-            live[request_id] = [time.perf_counter(), None, session, step]
-            sent += 1
-        for output in engine.step():
-            request_id = output.request_id
+    def of(self, call: Call) -> list[int]:
+        """The keys of a call's full blocks."""
+        tokens = call.tokens()
+        parent: bytes | None = None
+        keys = []
+        for i, block in enumerate(call.engine_blocks):
+            value = self._known.get(block)
+            if value is None:
+                value = self._chain(self._hash, parent, tokens[i * ENGINE_BLOCK : (i + 1) * ENGINE_BLOCK])
+                self._known[block] = value
+            parent = value
+            keys.append(int.from_bytes(value[-8:], "big"))
+        return keys
+
+
+class Bench:
+    """The engine, and what has to be set up anew for every job."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.llm = make_engine(options)
+        self.engine = self.llm.llm_engine
+        self.scheduler = self.engine.engine_core.engine_core.scheduler
+        self.connector = self.scheduler.connector
+
+    def fresh(self, job: dict[str, Any]) -> None:
+        """An empty cache of the job's size, and an untaught policy."""
+        manager = self.scheduler.kv_cache_manager
+        resize(manager, job["pool_blocks"])
+        if self.connector is None:
+            assert job["core"] == STOCK
+        else:
+            from agentrt.engines.vllm.adapter import Settings
+
+            self.connector.settings = Settings.read({"policy": job["core"], **job["extra"]}, {})
+            self.connector.guard = type(self.connector.guard)()
+            self.connector.bind_gpu_block_pool(manager.block_pool)
+            assert self.connector.adapter is not None
+        gc.collect()
+
+    def calls(self, job: dict[str, Any]) -> list[list[Call]]:
+        """The job's sessions."""
+        return sessions(job["workload"], Path(job["traces"]), job["seed"])
+
+    def run(self, job: dict[str, Any]) -> dict[str, Any]:
+        """One workload, once, under one policy."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        todo = self.calls(job)
+        if job["future"]:
+            keys = Keys(self.engine)
+            by_name = {call.name: call for session in todo for call in session}
+            cores.Optimal.default_future = [keys.of(by_name[name]) for name in job["future"]]
+        for call in order_of_calls(todo, job["concurrency"], job["calls"], job["seed"]):
+            # Made once, not while the clock runs.
+            call.tokens()
+        self.fresh(job)
+        loop = ClosedLoop(todo, job["concurrency"], job["calls"], job["seed"])
+        engine = self.engine
+        live: dict[str, _Live] = {}
+        ended: dict[str, _Live] = {}
+        steps = sent = 0
+        preemptions = self._preemptions()
+        cpu_start = time.process_time()
+        start = time.perf_counter()
+        while True:
+            for session, step in loop.due():
+                call = session[step]
+                extra = {"session_id": call.session, "agent_id": call.agent} if job["named"] else None
+                params = SamplingParams(
+                    max_tokens=job["max_tokens"], temperature=0.0, ignore_eos=True, detokenize=False, extra_args=extra,
+                    output_kind=RequestOutputKind.CUMULATIVE,
+                )  # fmt: skip
+                prompt = call.tokens()
+                sent += 1
+                live[call.name] = _Live(session, step, sent, time.perf_counter())
+                engine.add_request(call.name, {"prompt_token_ids": prompt}, params)
+                if job["abort_every"] and sent % job["abort_every"] == 0:
+                    # A step later: in the middle of its prompt, or still waiting.
+                    live[call.name].abort = True
+            if not live:
+                break
+            outputs = engine.step()
+            steps += 1
             now = time.perf_counter()
-            entry = live[request_id]
-            if entry[1] is None and output.outputs[0].token_ids:
-                entry[1] = now
-                ttft.append(now - entry[0])
-            if output.finished:
-                hit += output.num_cached_tokens or 0
-                prompt += len(output.prompt_token_ids)
-                texts[request_id] = tuple(output.outputs[0].token_ids)
-                latency.append(now - entry[0])
-                done += 1
-                del live[request_id]
-                enqueue(entry[2], entry[3] + 1)
-    took = time.perf_counter() - start
-    for request_id in sorted(texts):
-        outputs.update(f"{request_id}{texts[request_id]}".encode())
-    ttft.sort()
-    latency.sort()
-
-    def spread(values: list[float]) -> dict[str, float]:
-        p50, p99 = (values[min(int(len(values) * q), len(values) - 1)] for q in (0.5, 0.99))
+            for output in outputs:
+                entry = live[output.request_id]
+                if entry.first is None and output.outputs[0].token_ids:
+                    entry.first = now
+                if output.finished:
+                    entry.last = now
+                    entry.hit = output.num_cached_tokens or 0
+                    entry.prompt = len(output.prompt_token_ids)
+                    entry.tokens = tuple(output.outputs[0].token_ids)
+                    ended[output.request_id] = live.pop(output.request_id)
+                    loop.ended(entry.session, entry.step)
+            aborted = [name for name, entry in live.items() if entry.abort]
+            if aborted:
+                engine.abort_request(aborted)
+                for name in aborted:
+                    entry = live.pop(name)
+                    loop.ended(entry.session, entry.step)
+        took = time.perf_counter() - start
         return {
-            "mean": round(sum(values) / len(values) * 1e3, 2),
-            "p50": round(p50 * 1e3, 2),
-            "p99": round(p99 * 1e3, 2),
+            **self._result(ended, took, steps),
+            "cpu_s": round(time.process_time() - cpu_start, 3),
+            "preemptions": self._preemptions() - preemptions,
         }
 
-    result = {
-        "calls": done,
-        "prompt_tokens": prompt,
-        "hit_tokens": hit,
-        "hit_rate": round(hit / max(prompt, 1), 5),
-        "ttft_ms": spread(ttft),
-        "latency_ms": spread(latency),
-        "calls_per_s": round(done / took, 3),
-        "makespan_s": round(took, 3),
-        "overhead_us_per_step": 0.0,
-        "outputs": outputs.hexdigest()[:16],
-    }
-    if connector is not None:
-        adapter = connector.adapter
-        result["faults"] = dict(connector.guard.faults)
-        if adapter is not None:
-            result["overhead_us_per_step"] = round(connector.guard.spent_s * 1e6 / max(adapter.counters.steps, 1), 1)
-            result["ranked_blocks"] = adapter.ranker.ranked_blocks
-            result["stale_blocks"] = adapter.ranker.stale_blocks
-    return result
+    def _preemptions(self) -> int:
+        return sum(int(m.value) for m in self.llm.get_metrics() if m.name == "vllm:num_preemptions")
+
+    def _result(self, ended: dict[str, _Live], took: float, steps: int) -> dict[str, Any]:
+        pool = self.scheduler.kv_cache_manager.block_pool
+        hit = sum(entry.hit for entry in ended.values())
+        prompt = sum(entry.prompt for entry in ended.values())
+        outputs = {name: hashlib.sha256(str(entry.tokens).encode()).hexdigest()[:8] for name, entry in ended.items()}
+        result = {
+            "calls": len(ended),
+            "prompt_tokens": prompt,
+            "hit_tokens": hit,
+            "hit_rate": round(hit / max(prompt, 1), 5),
+            "ttft_ms": spread([entry.first - entry.sent for entry in ended.values() if entry.first is not None]),
+            "latency_ms": spread([entry.last - entry.sent for entry in ended.values()]),
+            "calls_per_s": round(len(ended) / took, 3),
+            "makespan_s": round(took, 3),
+            "steps": steps,
+            "overhead_us_per_step": 0.0,
+            "outputs": outputs,
+            "leaked_blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+            "order": sorted(ended, key=lambda name: ended[name].number),
+            "faults": {},
+        }
+        connector = self.connector
+        if connector is not None and connector.adapter is not None:
+            connector.adapter.close()
+            result["faults"] = dict(connector.guard.faults)
+            result["overhead_us_per_step"] = round(connector.guard.spent_s * 1e6 / max(steps, 1), 1)
+        return result
+
+
+@dataclasses.dataclass
+class _Live:
+    session: list[Call]
+    step: int
+    number: int
+    sent: float
+    first: float | None = None
+    last: float = 0.0
+    hit: int = 0
+    prompt: int = 0
+    tokens: tuple[int, ...] = ()
+    abort: bool = False
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean and percentiles in milliseconds."""
+    values = sorted(values)
+    p50, p99 = (values[min(int(len(values) * q), len(values) - 1)] for q in (0.5, 0.99))
+    return {name: round(v * 1e3, 2) for name, v in (("mean", sum(values) / len(values)), ("p50", p50), ("p99", p99))}
 
 
 def main() -> None:
@@ -200,11 +269,11 @@ def main() -> None:
     from agentrt.engines.vllm.plugin import register
 
     register()
-    llm = make_engine(options)
+    bench = Bench(options)
     answers.write("ready\n")
     answers.flush()
     for line in sys.stdin:
-        answers.write(json.dumps(run(llm, json.loads(line))) + "\n")
+        answers.write(json.dumps(bench.run(json.loads(line))) + "\n")
         answers.flush()
 
 

@@ -425,6 +425,7 @@ def replay(
     host: str | None = None,
     host_bandwidth: float | None = None,
     prefetch_bandwidth: float | None = None,
+    strip_identity: bool = False,
     threads: int = 0,
     progress: Callable[[int, int], object] | None = None,
 ) -> str:
@@ -435,6 +436,29 @@ def workloads() -> list[tuple[str, str, int]]: ...
 def models() -> list[tuple[str, float]]: ...
 def replay_flat(policy: str, keys: NDArray[np.uint32], capacity: int) -> NDArray[np.bool_]:
     """Replays a stream of single blocks under a policy; one flag per key, true where it was in the cache."""
+
+# Whose call it is
+
+@final
+class Identity:
+    """Sessions and agents of calls that do not name them, inferred from their prompts' blocks.
+
+    A call that walks on along the blocks of an earlier one is of its session; an agent is named by the system prompt
+    that many sessions start with, 0 without. An agent with a system prompt of its own becomes a session of its own.
+    Memory is bounded: so many blocks (an eighth of those of live conversations will do) and sessions.
+
+    Raises:
+        OutOfRangeError: Sizes.
+        BusyError: Another thread is inside; nothing has happened.
+    """
+
+    def __new__(cls, *, blocks: int = 65536, sessions: int = 4096) -> Identity: ...
+    def started(self, blocks: NDArray[np.uint64], /) -> tuple[int, int, int, bool]:
+        """A call with these prompt blocks starts: (session, agent, call, whether the session is new)."""
+    def ended(self, call: int, blocks: NDArray[np.uint64], /) -> None:
+        """The call has ended; these are the full blocks of its answer. Until then its session has a call in flight."""
+    def memory(self) -> int:
+        """Bytes in use; none of it grows."""
 
 # Transfer
 
@@ -454,7 +478,7 @@ class FreeQueue:
 
     Args:
         pool: vLLM's ``BlockPool``.
-        source: Who names victims: a :class:`Runtime`, a callable ``(n, now_us) -> keys``, or None for the queue's order.
+        source: Who names victims: a :class:`Runtime`, a callable ``(n, now_us) -> keys``, or None: the queue's order.
         batch: Blocks named at once beyond what is needed.
 
     Raises:

@@ -6,6 +6,7 @@
 mod convert;
 mod errors;
 mod flat;
+mod identity;
 mod live_policy;
 mod python_policy;
 mod replay;
@@ -35,6 +36,8 @@ mod _core {
     use super::{build_info, is_debug_build};
     #[pymodule_export]
     use crate::flat::replay_flat;
+    #[pymodule_export]
+    use crate::identity::Identity;
     #[pymodule_export]
     use crate::python_policy::ReplayCall;
     #[pymodule_export]

@@ -190,7 +190,7 @@ pub(crate) enum PolicyArgument {
 ///
 /// `progress(done, total)` is called some ten times a second. An exception in it, Ctrl-C included, stops the sweep.
 #[pyfunction]
-#[pyo3(signature = (traces, policies, *, order, sessions, seeds, capacities, model, host = None, host_bandwidth = None, prefetch_bandwidth = None, threads = 0, progress = None))]
+#[pyo3(signature = (traces, policies, *, order, sessions, seeds, capacities, model, host = None, host_bandwidth = None, prefetch_bandwidth = None, strip_identity = false, threads = 0, progress = None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub(crate) fn replay(
     py: Python<'_>,
@@ -204,6 +204,7 @@ pub(crate) fn replay(
     host: Option<&str>,
     host_bandwidth: Option<f64>,
     prefetch_bandwidth: Option<f64>,
+    strip_identity: bool,
     threads: usize,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<String> {
@@ -241,6 +242,7 @@ pub(crate) fn replay(
         policies: contenders,
         model: self::model(model)?,
         host: self::host(host, host_bandwidth, prefetch_bandwidth)?,
+        strip_identity,
         threads,
     };
     let traces: Vec<Arc<trace::Trace>> = traces.iter().map(|t| Arc::clone(&t.inner)).collect();

@@ -1,13 +1,16 @@
 //! The host tier: copies of blocks that left the pool, in the order in which they left.
 //!
-//! A block that is evicted from the pool enters the host tier; the block that has been there longest without use leaves
-//! it. A call that finds the first blocks of its prompt in the pool and the next ones in the host tier loads these
+//! A block that is evicted from the pool enters the host tier; where that is full, the policy may say what leaves it
+//! ([`CachePolicy::host_room`]), else it is what has been there longest without use. A call that finds the first blocks of its prompt in the pool and the next ones in the host tier loads these
 //! (demand loading). Between calls a policy may bring blocks back ahead of time ([`CachePolicy::prefetch`]), within a
-//! budget of bytes per second: a token bucket that holds one second's worth.
+//! budget of bytes per second: a token bucket that holds one second's worth, in whole numbers. In any t seconds at most
+//! (t + 1) times the budget is brought back, to the byte.
 //!
+//! [`CachePolicy::host_room`]: crate::policy::CachePolicy::host_room
 //! [`CachePolicy::prefetch`]: crate::policy::CachePolicy::prefetch
 
 use crate::policies::queue::Queue;
+use crate::pool::Pool;
 
 /// Size and speed of a host tier.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -22,13 +25,18 @@ pub struct HostOptions {
     pub block_bytes: f64,
 }
 
+const MICRO: u128 = 1_000_000;
+
 /// The host tier of one replay.
 pub struct HostTier {
     options: HostOptions,
     blocks: Queue,
+    /// Of these, those that the pool may hold too.
+    doubled: Queue,
     /// Prefetched and not used since: when the copy is complete, microseconds; 0 for other blocks.
     ready_us: Vec<u64>,
-    budget_bytes: f64,
+    /// Millionths of a byte, so that a microsecond adds a whole number.
+    budget: u128,
     filled_us: u64,
     link_free_us: u64,
 }
@@ -52,8 +60,9 @@ impl HostTier {
         Self {
             options,
             blocks: Queue::new(n_blocks),
+            doubled: Queue::new(n_blocks),
             ready_us: vec![0; n_blocks],
-            budget_bytes: options.prefetch_bytes_per_s,
+            budget: u128::from(options.prefetch_bytes_per_s as u64) * MICRO,
             filled_us: 0,
             link_free_us: 0,
         }
@@ -66,36 +75,72 @@ impl HostTier {
 
     /// The blocks that the prefetch budget allows now.
     pub fn budget_blocks(&mut self, now_us: u64) -> usize {
-        let elapsed_s = now_us.saturating_sub(self.filled_us) as f64 / 1e6;
+        let elapsed_us = u128::from(now_us.saturating_sub(self.filled_us)).min(MICRO);
         self.filled_us = self.filled_us.max(now_us);
-        let rate = self.options.prefetch_bytes_per_s;
-        self.budget_bytes = (self.budget_bytes + elapsed_s * rate).min(rate);
-        (self.budget_bytes / self.options.block_bytes) as usize
+        let rate = u128::from(self.options.prefetch_bytes_per_s as u64);
+        self.budget = (self.budget + elapsed_us * rate).min(rate * MICRO);
+        (self.budget / self.block_cost()) as usize
+    }
+
+    fn block_cost(&self) -> u128 {
+        u128::from((self.options.block_bytes.ceil() as u64).max(1)) * MICRO
     }
 
     /// The block has left the pool. Returns true where it had been prefetched in vain.
     pub(crate) fn evicted(&mut self, block: u32) -> bool {
-        if self.blocks.contains(block) {
-            self.blocks.remove(block);
-        }
+        self.drop_copy(block);
         if self.options.blocks > 0 {
             if self.blocks.len() == self.options.blocks {
-                self.blocks.pop_front();
+                let oldest = self.blocks.front().expect("a full queue has a front");
+                self.drop_copy(oldest);
             }
             self.blocks.push_back(block);
         }
         std::mem::take(&mut self.ready_us[block as usize]) != 0
     }
 
+    /// Blocks that fit without a victim.
+    pub fn free(&self) -> usize {
+        self.options.blocks - self.blocks.len()
+    }
+
+    /// Copies, in the order in which they came or were used last.
+    pub fn copies(&self) -> impl Iterator<Item = u32> + '_ {
+        std::iter::successors(self.blocks.front(), |&b| self.blocks.after(b))
+    }
+
+    /// Drops a copy; false where there is none.
+    pub fn drop_copy(&mut self, block: u32) -> bool {
+        self.doubled.remove(block);
+        self.blocks.remove(block)
+    }
+
+    /// Drops at most `most` copies of blocks that the pool holds too, least recently loaded first; returns how many.
+    pub fn drop_doubles(&mut self, pool: &Pool, most: usize) -> usize {
+        let mut done = 0;
+        while done < most {
+            let Some(block) = self.doubled.pop_front() else { break };
+            done += usize::from(pool.is_resident(block) && self.blocks.remove(block));
+        }
+        done
+    }
+
+    /// The block has left the pool and is not copied. Returns true where it had been prefetched in vain.
+    pub(crate) fn refused(&mut self, block: u32) -> bool {
+        std::mem::take(&mut self.ready_us[block as usize]) != 0
+    }
+
     /// A call loads the block.
     pub(crate) fn loaded(&mut self, block: u32) {
-        self.blocks.remove(block);
+        self.drop_copy(block);
         self.blocks.push_back(block);
+        self.doubled.push_back(block);
     }
 
     /// The block is copied to the pool ahead of its use.
     pub(crate) fn prefetched(&mut self, block: u32, now_us: u64) {
-        self.budget_bytes -= self.options.block_bytes;
+        self.budget =
+            self.budget.checked_sub(self.block_cost()).expect("no more than `budget_blocks` are brought back");
         let took_us = (self.options.block_bytes / self.options.bytes_per_s * 1e6).ceil() as u64;
         self.link_free_us = self.link_free_us.max(now_us) + took_us;
         self.ready_us[block as usize] = self.link_free_us.max(1);

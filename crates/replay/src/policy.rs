@@ -58,6 +58,16 @@ pub trait CachePolicy: Send {
     /// The session has made its last call. Only policies that are *given* this hint use it.
     fn session_end(&mut self, _session: u32, _now_us: u64) {}
 
+    /// Told once, before the first call: how many blocks the pool and the host tier hold.
+    fn host_tier(&mut self, _pool_blocks: usize, _host_blocks: usize) {}
+
+    /// With a host tier: `entering` has left the pool and is about to be copied to the host tier, which has too little
+    /// room. The policy may drop copies, and returns those of `entering` that shall not be copied; whatever room is still
+    /// missing then, the tier makes by itself, least recently used first.
+    fn host_room(&mut self, _entering: &[u32], _now_us: u64, _pool: &Pool, _host: &mut HostTier) -> Vec<u32> {
+        Vec::new()
+    }
+
     /// Between calls, with a host tier: names chains of blocks (root first, each the parent of the next) to bring back,
     /// most wanted first. Those that are not in the host tier, or whose parent is not in the pool, are left out.
     fn prefetch(&mut self, _now_us: u64, _budget_blocks: usize, _pool: &Pool, _host: &HostTier) -> Vec<Vec<u32>> {

@@ -1,5 +1,7 @@
 //! Runs one policy over one schedule.
 
+use rustc_hash::FxHashSet;
+
 use crate::host::{HostCounts, HostOptions, HostTier};
 use crate::latency::LatencyModel;
 use crate::policy::{CachePolicy, CallView};
@@ -71,7 +73,8 @@ pub fn run_with_host(
         host: host.map(|options| HostTier::new(options, trace.n_blocks as usize)),
         outcome: Outcome { call_hits: vec![u32::MAX; trace.calls.len()], ..Outcome::default() },
     };
-    if run.host.is_some() {
+    if let Some(options) = host {
+        run.policy.host_tier(schedule.options.capacity_blocks, options.blocks);
         run.pool.keep_evicted();
         run.outcome.host = Some(HostCounts::default());
         run.outcome.call_loads = vec![0; trace.calls.len()];
@@ -152,12 +155,11 @@ impl Run<'_> {
                 self.policy.call_finish(&view, output, released, &self.pool);
             }
         }
-        if event.kind != EventKind::Start {
-            if self.trace.sessions[call.session as usize].calls.last() == Some(&event.call) {
-                self.policy.session_end(call.session, event.time_us);
-            }
-            self.prefetch(event.time_us);
+        let last = || self.trace.sessions[call.session as usize].calls.last() == Some(&event.call);
+        if event.kind != EventKind::Start && last() {
+            self.policy.session_end(call.session, event.time_us);
         }
+        self.prefetch(event.time_us);
     }
 
     fn insert_pinned(&mut self, blocks: &[u32], now_us: u64) {
@@ -166,14 +168,21 @@ impl Run<'_> {
             self.pool.insert(b);
             self.pool.pin(b);
         }
-        self.write_back();
+        self.write_back(now_us);
     }
 
     /// What left the pool enters the host tier.
-    fn write_back(&mut self) {
+    fn write_back(&mut self, now_us: u64) {
         if let (Some(host), Some(counts)) = (&mut self.host, &mut self.outcome.host) {
-            for b in self.pool.take_evicted() {
-                counts.prefetch_wasted_blocks += u64::from(host.evicted(b));
+            let left = self.pool.take_evicted();
+            let entering: Vec<u32> = left.iter().copied().filter(|&b| !host.holds(b)).collect();
+            let mut refused = FxHashSet::default();
+            if entering.len() > host.free() {
+                refused.extend(self.policy.host_room(&entering, now_us, &self.pool, host));
+            }
+            for &b in &left {
+                let wasted = if refused.contains(&b) { host.refused(b) } else { host.evicted(b) };
+                counts.prefetch_wasted_blocks += u64::from(wasted);
             }
         }
     }
@@ -211,21 +220,19 @@ impl Run<'_> {
             if wanted.is_empty() {
                 continue;
             }
+            // First, because what goes to make room may push these copies out of the host tier: they have been read by then.
+            if let (Some(host), Some(counts)) = (&mut self.host, &mut self.outcome.host) {
+                for &b in wanted {
+                    host.prefetched(b, now_us);
+                }
+                counts.prefetched_blocks += wanted.len() as u64;
+            }
             chain[..resident].iter().for_each(|&b| self.pool.pin(b));
             self.insert_pinned(wanted, now_us);
             for &b in &chain[..resident + wanted.len()] {
                 self.pool.unpin(b);
             }
             budget -= wanted.len();
-            if let (Some(host), Some(counts)) = (&mut self.host, &mut self.outcome.host) {
-                for &b in wanted {
-                    // A block on its way back may have made room for itself.
-                    if host.holds(b) {
-                        host.prefetched(b, now_us);
-                        counts.prefetched_blocks += 1;
-                    }
-                }
-            }
             self.policy.prefetched(number, wanted, now_us, &self.pool);
         }
     }

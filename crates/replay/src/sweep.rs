@@ -156,6 +156,8 @@ pub struct SweepOptions {
     pub model: LatencyModel,
     /// The host tier; none without.
     pub host: Option<Host>,
+    /// Hides the trace's sessions and agents from policies: they infer them from prompts.
+    pub strip_identity: bool,
     /// Worker threads; 0 takes one per core.
     pub threads: usize,
 }
@@ -246,6 +248,7 @@ struct Setting<'a> {
     capacity: Capacity,
     options: ScheduleOptions,
     host: Option<HostOptions>,
+    strip_identity: bool,
     schedule: OnceLock<Result<Schedule>>,
 }
 
@@ -322,6 +325,13 @@ fn check(traces: &[Arc<Trace>], options: &SweepOptions) -> Result<()> {
                 return Err(Error::UnknownPolicy { name: name.clone(), known: policies::names().join(", ") });
             }
         }
+        if options.strip_identity && policies::needs_identity(contender.name()) {
+            return Err(Error::BadOption {
+                option: "--policy".into(),
+                problem: format!("`{}` needs the sessions and agents that --strip-identity hides", contender.name()),
+                remedy: "leave one of the two out".into(),
+            });
+        }
         if options.policies[..i].iter().any(|c| c.name() == contender.name()) {
             return Err(Error::BadOption {
                 option: "--policy".into(),
@@ -358,6 +368,7 @@ fn settings<'a>(traces: &'a [Arc<Trace>], options: &SweepOptions) -> Vec<Setting
                             model: options.model,
                         },
                         host: options.host.map(|host| host.options(capacity_blocks, trace.block_size, &options.model)),
+                        strip_identity: options.strip_identity,
                         schedule: OnceLock::new(),
                     });
                 }
@@ -376,7 +387,19 @@ fn replay(setting: &Setting<'_>, contender: &Contender, progress: &Progress) -> 
         return Schedule::new(setting.trace, setting.options).map(|_| None);
     };
     let mut policy = match contender {
-        Contender::Named(name) => policies::build(name, setting.trace, schedule)?,
+        Contender::Named(name) => {
+            let policy = policies::build(name, setting.trace, schedule)?;
+            // The others look at blocks alone.
+            let asks = setting.strip_identity && policies::agentrt::config(name).is_some();
+            if asks {
+                Box::new(policies::Inferred::new(policy))
+            } else {
+                policy
+            }
+        }
+        Contender::Custom(_, build) if setting.strip_identity => {
+            Box::new(policies::Inferred::new(build(&policies::Inferred::anonymous(setting.trace))?))
+        }
         Contender::Custom(_, build) => build(setting.trace)?,
     };
     let calls = setting.trace.calls.len() as u64;

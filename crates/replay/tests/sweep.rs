@@ -23,6 +23,7 @@ fn options(policies: &[&str]) -> SweepOptions {
         policies: policies.iter().map(|p| Contender::Named((*p).into())).collect(),
         model: LatencyModel::LLAMA_3_1_8B_H100,
         host: None,
+        strip_identity: false,
         threads: 2,
     }
 }
@@ -98,4 +99,28 @@ fn an_empty_or_doubled_list_is_an_error_that_names_the_option() {
 fn an_unknown_policy_is_an_error_and_no_result() {
     let result = run(&[trace()], &options(&["lru", "nosuch"]), &Progress::default());
     assert!(matches!(result, Err(Error::UnknownPolicy { name, .. }) if name == "nosuch"));
+}
+
+#[test]
+fn stripped_of_identity_the_policy_infers_it_and_gains_still() {
+    let stripped = SweepOptions { strip_identity: true, ..options(&["lru", "agentrt", "min"]) };
+    let results = sweep(&stripped);
+    for (one, two) in results.iter().zip(sweep(&stripped)) {
+        assert_eq!(one.cell, two.cell, "the same again");
+    }
+    for (inferred, given) in results.chunks(3).zip(sweep(&options(&["lru", "agentrt", "min"])).chunks(3)) {
+        assert_eq!(inferred[0].cell, given[0].cell, "lru looks at blocks alone");
+        assert_eq!(inferred[2].cell, given[2].cell, "so does the optimum");
+        assert!(inferred[1].cell.hit_blocks != given[1].cell.hit_blocks, "something was hidden");
+        assert!(inferred[1].cell.hit_rate > inferred[0].cell.hit_rate, "{:?}", inferred[1].cell);
+    }
+}
+
+#[test]
+fn policies_that_need_identity_are_refused_without_it() {
+    for name in ["kvflow", "continuum", "cachescout", "lru-session-end", "oracle-time"] {
+        let stripped = SweepOptions { strip_identity: true, ..options(&[name]) };
+        let error = run(&[trace()], &stripped, &Progress::default()).unwrap_err();
+        assert!(matches!(&error, Error::BadOption { problem, .. } if problem.contains(name)), "{error}");
+    }
 }

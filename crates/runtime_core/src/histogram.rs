@@ -8,6 +8,9 @@
 //! Counts are in units the caller chooses. A vote worth a fraction is a step in sixteenths:
 //! [`UNIT`] is one whole vote, [`MAX_STEP`] the largest step.
 //!
+//! A count that is large already need not see every vote: [`Counters::add_steps`] lets a caller count one in four,
+//! fourfold, and save the others.
+//!
 //! Invariants: nothing is lost, and no lane carries into its neighbour. A lane is at most
 //! `HALVE_AT` plus one step per thread inside `add`, because whoever sees the limit brings the lane
 //! below it before returning; with steps of at most 256 and a limit of at most 0x4000, 192 threads
@@ -16,19 +19,22 @@
 //! | operation | progress | allocates | worst case |
 //! |---|---|---|---|
 //! | `Counters::add` | wait-free but for halving (lock-free) | no | one `fetch_add`; halving: `WORDS` exchanges |
+//! | `Counters::add_steps` | as `add` | no | two loads and two `fetch_add`, one where both lanes share a word |
 //! | `Ratio::add` | wait-free but for halving (lock-free) | no | one `fetch_add`; halving: one exchange |
 //! | reads | wait-free | no | one load a word |
 //!
 //! A snapshot reads words one by one: it may hold one word from before a halving and the next from
 //! after, a factor of two for the moment.
 
-use crate::protocol::{lane, lane_add, lanes_halve, ratio_add, LANES};
+use crate::protocol::{lane, lanes_add, lanes_halve, ratio_add, LANES};
 use crate::sync::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 /// One whole vote when steps are sixteenths.
 pub const UNIT: u32 = 16;
 /// Largest step of one `add`; larger ones count as this.
 pub const MAX_STEP: u32 = 256;
+/// A count of so many steps of [`UNIT`] needs only every so many-th vote: see [`Counters::add_steps`].
+pub const OFTEN: u32 = 64 * UNIT;
 
 /// A histogram of `4 * WORDS` 16-bit counts (8 bytes a word) that halves as a whole when one count
 /// reaches `HALVE_AT`. For several independent rows use an array of these.
@@ -59,7 +65,49 @@ impl<const WORDS: usize, const HALVE_AT: u32> Counters<WORDS, HALVE_AT> {
     #[inline]
     pub fn add_step(&self, index: usize, step: u32) {
         let index = index.min(Self::LEN - 1);
-        lane_add(&self.words, index, step.min(MAX_STEP) as u64, HALVE_AT as u64);
+        let addend = (step.min(MAX_STEP) as u64) << (index % LANES * 16);
+        lanes_add(&self.words, index / LANES, addend, HALVE_AT as u64);
+    }
+
+    /// Count `steps[0]` at `index` and `steps[1]` at the lane after it, if there is one; where one of the two counts has
+    /// reached [`OFTEN`], `often` times that.
+    ///
+    /// A caller that draws `often` at random with mean one, and 0 mostly, saves most additions to large counts: their
+    /// expectation stays what it is and their variance grows, while small counts stay exact.
+    #[inline(always)]
+    pub fn add_steps(&self, index: usize, steps: [u32; 2], often: u32) {
+        let index = index.min(Self::LEN - 1);
+        let (word, shift) = (index / LANES, (index % LANES * 16) as u32);
+        let seen = self.words[word].load(Relaxed);
+        if often == 0 && lane(seen, shift) >= OFTEN as u64 {
+            return;
+        }
+        self.add_weighed(word, shift, steps, often);
+    }
+
+    fn add_weighed(&self, word: usize, shift: u32, steps: [u32; 2], often: u32) {
+        let seen = self.words[word].load(Relaxed);
+        let mut large = lane(seen, shift) >= OFTEN as u64;
+        // Two lanes of one word are one addition.
+        if shift < 48 {
+            large |= lane(seen, shift + 16) >= OFTEN as u64;
+            let weight = if large { often } else { 1 };
+            let [first, second] = steps.map(|step| (step * weight).min(MAX_STEP) as u64);
+            if first | second > 0 {
+                lanes_add(&self.words, word, (first | second << 16) << shift, HALVE_AT as u64);
+            }
+            return;
+        }
+        let next = self.words.get(word + 1);
+        large |= next.is_some_and(|next| lane(next.load(Relaxed), 0) >= OFTEN as u64);
+        let weight = if large { often } else { 1 };
+        let [first, second] = steps.map(|step| (step * weight).min(MAX_STEP) as u64);
+        if first > 0 {
+            lanes_add(&self.words, word, first << shift, HALVE_AT as u64);
+        }
+        if second > 0 && next.is_some() {
+            lanes_add(&self.words, word + 1, second, HALVE_AT as u64);
+        }
     }
 
     /// The count at `index`, 0 if out of range.
@@ -166,6 +214,35 @@ mod tests {
         let mut counts = [0; 8];
         counters.snapshot(&mut counts);
         assert_eq!(counts, [0, 0, 50, 128, 0, 0, 50, 0]);
+    }
+
+    #[test]
+    fn two_lanes_count_together_within_a_word_and_across_two() {
+        let counters = Counters::<2>::default();
+        for index in [0, 2, 3, 6, 7, 99] {
+            counters.add_steps(index, [5, 11], 0);
+        }
+        let mut counts = [0; 8];
+        counters.snapshot(&mut counts);
+        // What would lie beyond the last lane is not counted.
+        assert_eq!(counts, [5, 11, 5, 16, 11, 0, 5, 21]);
+    }
+
+    #[test]
+    fn small_counts_are_exact_and_large_ones_right_on_average() {
+        let counters = Counters::<2>::default();
+        for vote in 1..=64 {
+            counters.add_steps(1, [UNIT, 0], 0);
+            assert_eq!(u32::from(counters.get(1)), vote * UNIT);
+        }
+        counters.add_steps(1, [UNIT, UNIT], 0);
+        assert_eq!((counters.get(1), counters.get(2)), (64 * 16, 0), "a vote that is not drawn");
+        for vote in 0..800 {
+            let often = if crate::ids::mix(vote) % 4 == 0 { 4 } else { 0 };
+            counters.add_steps(1, [UNIT, 0], often);
+        }
+        let votes = counters.get(1) / UNIT as u16;
+        assert!((804..=924).contains(&votes), "{votes} of 864");
     }
 
     #[test]

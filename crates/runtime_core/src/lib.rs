@@ -9,6 +9,7 @@
 //! | [`kv`] | the `kv_cache` policy: pool, estimators, decision |
 //! | [`sessions`], [`successors`], [`histogram`] | bounded tables that any thread may change |
 //! | [`protocol`] | the steps they are made of, model-checked |
+//! | [`identity`] | sessions and agents of calls that do not name them, from their prompts |
 //! | [`merge`] | states of replicas, added up |
 //! | [`ids`], [`error`] | names and errors |
 //!
@@ -20,12 +21,13 @@
 //!
 //! | operation | progress | allocates | worst case |
 //! |---|---|---|---|
-//! | [`Runtime::observe`], events without blocks | lock-free; never refused | no | 5 exchanges, 18 additions and, every eighth gap, 9 histograms an event; up to 64 lanes and 4,096 calls in flight are passed when the pool is free |
+//! | [`Runtime::observe`], events without blocks | lock-free; never refused | no | a start 4 exchanges and, while counts are small, 14 additions (a quarter of that later), an end 1 exchange and 2 additions; every 32nd gap, 4 histograms; two hash probes |
 //! | [`Runtime::observe`], events with blocks; [`Runtime::call_started`], [`Runtime::stored`], [`Runtime::call_ended`] | one writer | no | two hash probes a block, one visit a segment of the agent's |
 //! | of these: a session's slot goes to another | | no | once a segment it had |
 //! | of these: `Removed` | | no | 16 n probes |
 //! | of these: `Reset` | | no | once the pool |
-//! | [`Runtime::evict`] | one writer | no | 64 sessions that changed + 1 + n / 128 (at most 16) that aged, each 5 s steps; n hash deletions |
+//! | of these, once anything was evicted | | no | 64 sessions that changed and 4 that aged scored, each 5 s steps; 16 segments above the next victims |
+//! | [`Runtime::evict`] | one writer | no | n hash deletions; one scoring for each segment that loses its last child and was not prepared for |
 //! | [`Runtime::expected`] | one writer | no | 64 sessions |
 //! | [`Runtime::restored`] | one writer | no | two hash probes a block |
 //! | [`Runtime::score_blocks`] | wait-free | no | one hash probe a block |
@@ -49,6 +51,8 @@
 
 pub mod error;
 pub mod histogram;
+
+pub mod identity;
 pub mod ids;
 pub mod kv;
 pub mod merge;

@@ -78,13 +78,14 @@ pub(crate) fn set_add_with<const REEXAMINE: bool, const ONCE: bool>(
             }
         }
         // Equally weak ways take turns, or the first would change hands for ever beside dead ones.
-        let turn = misses.load(Relaxed) as usize;
-        let (mut weakest, mut weakest_word) = (0, u64::MAX);
-        for step in 0..ways.len() {
-            let index = (turn + step) % ways.len();
-            let seen = ways[index].load(Relaxed);
-            if seen & COUNT_MASK < weakest_word & COUNT_MASK {
-                (weakest, weakest_word) = (index, seen);
+        let turn = misses.load(Relaxed) as usize % ways.len();
+        let (mut weakest, mut weakest_word, mut least) = (0, 0, u64::MAX);
+        for (index, way) in ways.iter().enumerate() {
+            let seen = way.load(Relaxed);
+            let order = if index < turn { index + ways.len() - turn } else { index - turn };
+            let weight = (seen & COUNT_MASK) << 32 | order as u64;
+            if weight < least {
+                (weakest, weakest_word, least) = (index, seen, weight);
             }
         }
         if weakest_word >> COUNT_BITS == key {
@@ -163,30 +164,38 @@ pub(crate) const fn lane(word: u64, shift: u32) -> u64 {
     word >> shift & 0xFFFF
 }
 
-/// Add `step` to a lane; a lane that reaches `limit` halves all `words`.
+/// Add `addend` (one step in each lane that counts) to a word; a lane that reaches `limit` halves all `words`.
 ///
-/// Whoever sees the limit brings the lane below it before returning, so a lane is at most `limit`
-/// plus one `step` per thread inside this call: no carry into the neighbour as long as
+/// Whoever sees the limit brings the word's lanes below it before returning, so a lane is at most `limit`
+/// plus one step per thread inside this call: no carry into the neighbour as long as
 /// `limit + threads * step <= 0xFFFF`.
 #[inline]
-pub(crate) fn lane_add(words: &[AtomicU64], index: usize, step: u64, limit: u64) {
-    lane_add_with::<true>(words, index, step, limit);
+pub(crate) fn lanes_add(words: &[AtomicU64], word: usize, addend: u64, limit: u64) {
+    lanes_add_with::<true>(words, word, addend, limit);
 }
 
-/// [`lane_add`]; without `ONCE` every thread that saw the limit halves, not the first.
+/// [`lanes_add`]; without `ONCE` every thread that saw the limit halves, not the first.
 #[inline]
-pub(crate) fn lane_add_with<const ONCE: bool>(words: &[AtomicU64], index: usize, step: u64, limit: u64) {
-    let (word, shift) = (index / LANES, (index % LANES * 16) as u32);
-    let before = words[word].fetch_add(step << shift, Relaxed);
-    if lane(before, shift) + step >= limit {
-        lanes_settle::<ONCE>(words, word, shift, limit);
+pub(crate) fn lanes_add_with<const ONCE: bool>(words: &[AtomicU64], word: usize, addend: u64, limit: u64) {
+    let after = words[word].fetch_add(addend, Relaxed) + addend;
+    if lanes_reach(after, limit) {
+        lanes_settle::<ONCE>(words, word, limit);
     }
 }
 
+/// Whether some lane of `word` is at `limit` (at most 0x4000) or above.
+#[inline]
+const fn lanes_reach(word: u64, limit: u64) -> bool {
+    const LOW: u64 = 0x7FFF_7FFF_7FFF_7FFF;
+    // Each lane's low 15 bits plus what `limit` lacks to 0x8000: the top bit tells, and nothing carries.
+    let lacking = (0x8000 - limit) * 0x0001_0001_0001_0001;
+    (((word & LOW) + lacking) | word) & !LOW != 0
+}
+
 #[cold]
-fn lanes_settle<const ONCE: bool>(words: &[AtomicU64], word: usize, shift: u32, limit: u64) {
+fn lanes_settle<const ONCE: bool>(words: &[AtomicU64], word: usize, limit: u64) {
     let mut seen = words[word].load(Relaxed);
-    while !ONCE || lane(seen, shift) >= limit {
+    while !ONCE || lanes_reach(seen, limit) {
         match words[word].compare_exchange(seen, lanes_halved(seen), Relaxed, Relaxed) {
             Ok(_) => {
                 for (other, word_) in words.iter().enumerate() {
@@ -344,13 +353,14 @@ fn name_slot<const EXCHANGE: bool>(identity: &AtomicU64, generation: u16, rest: 
 }
 
 /// Find the key `(tag, rest)` (24 + 48 bits) in a set without claiming.
+#[inline]
 pub(crate) fn session_find(heads: &[AtomicU64], identities: &[AtomicU64], tag: u64, rest: u64) -> Option<Tenancy> {
     for (way, head) in heads.iter().enumerate() {
         let seen = head.load(Relaxed);
-        let generation = head_generation(seen);
-        if generation != 0 && seen >> TAG_SHIFT == tag {
+        if seen >> TAG_SHIFT == tag {
+            let generation = head_generation(seen);
             let identity = identities[way].load(Relaxed);
-            if identity as u16 == generation && identity >> 16 == rest {
+            if generation != 0 && identity == rest << 16 | generation as u64 {
                 return Some(Tenancy { way, generation, fresh: false });
             }
         }
@@ -371,6 +381,14 @@ pub(crate) fn session_find(heads: &[AtomicU64], identities: &[AtomicU64], tag: u
 /// never finish cannot fill the table.
 #[inline]
 pub(crate) fn session_enter(heads: &[AtomicU64], identities: &[AtomicU64], tag: u64, rest: u64) -> Tenancy {
+    // Most are there: only who is not needs the hand.
+    if let Some(held) = session_find(heads, identities, tag, rest) {
+        let head = &heads[held.way];
+        if head.load(Relaxed) & USED == 0 {
+            head.fetch_or(USED, Relaxed);
+        }
+        return held;
+    }
     session_enter_with::<true, true>(heads, identities, tag, rest)
 }
 
@@ -497,6 +515,25 @@ pub(crate) fn stamped_update(
     next: impl FnMut(Option<u64>) -> u64,
 ) -> Result<Option<u64>, Recycled> {
     stamped_update_with::<true, true>(word, generation, next)
+}
+
+/// Write the payload of a stamped word that need not be exact; `false` if a later tenancy has written it.
+///
+/// A load and a store, no read-modify-write: of two writes at once one is lost, and a tenancy that ends meanwhile can
+/// wipe out its successor's word. Who reads sees words of their own or none, because the stamp is in the word.
+#[inline]
+pub(crate) fn stamped_put(word: &AtomicU64, generation: u16, payload: u64) -> bool {
+    stamped_put_with::<true>(word, generation, payload)
+}
+
+/// [`stamped_put`]; without `OWNED` an ended tenancy writes whenever it likes.
+#[inline]
+pub(crate) fn stamped_put_with<const OWNED: bool>(word: &AtomicU64, generation: u16, payload: u64) -> bool {
+    if OWNED && is_newer(word.load(Relaxed) as u16, generation) {
+        return false;
+    }
+    word.store(payload << 16 | generation as u64, Relaxed);
+    true
 }
 
 /// The slot belongs to a later tenancy.

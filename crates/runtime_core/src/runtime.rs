@@ -6,7 +6,7 @@
 //!
 //! | operation | progress | allocates | worst case |
 //! |---|---|---|---|
-//! | [`Runtime::observe`], events without blocks | lock-free | no | 5 exchanges and 8 additions an event, per retry |
+//! | [`Runtime::observe`], events without blocks | lock-free | no | 4 exchanges and at most 14 additions an event, per retry |
 //! | [`Runtime::observe`], events with blocks | one writer; a second one gets [`Error::Busy`], nothing applied | no | one hash probe a block, one visit a segment of the lane; from the first eviction on, one scoring per session that the batch changed (at most 64) and 4 for age |
 //! | [`Runtime::score_blocks`] | wait-free | no | one hash probe a block |
 //! | [`Runtime::score_agents`], [`Runtime::predict`] | wait-free | no | 64 rows of 8 |
@@ -272,13 +272,15 @@ impl Runtime {
 
     #[inline]
     fn key(workload: WorkloadId, session: u64) -> SessionKey {
-        SessionKey(session ^ mix(u64::from(workload.0)))
+        Salt::of(workload).session(session)
     }
 
-    /// Calls of two workloads may have the same name; 0 is no call.
+    /// The latest time is the clock of those who ask without one.
     #[inline]
-    fn call_key(workload: WorkloadId, call: u64) -> u64 {
-        (call ^ mix(u64::from(workload.0))).max(1)
+    fn heard_at(&self, time_us: u64) {
+        if time_us > self.now_us.load(Relaxed) {
+            self.now_us.fetch_max(time_us, Relaxed);
+        }
     }
 
     fn check(events: &Events<'_>) -> Result<bool> {
@@ -348,14 +350,19 @@ impl Runtime {
             // Identities are learned all the same; the pool hears of the calls that end.
             Err(_) => None,
         };
+        if let Some(&last) = events.times_us.iter().max() {
+            self.heard_at(last);
+        }
+        let salt = Salt::of(workload);
         let mut observed = Observed { events: events.kinds.len(), ..Observed::default() };
         for (i, &code) in events.kinds.iter().enumerate() {
             let Some(kind) = EventKind::from_code(code) else { continue };
             let blocks = Self::blocks_of(events, i);
             let one = One {
-                session: Self::key(workload, events.sessions[i]),
+                name: events.sessions[i],
+                session: salt.session(events.sessions[i]),
                 agent: events.agents[i],
-                call: Self::call_key(workload, events.calls[i]),
+                call: salt.call(events.calls[i]),
                 time_us: events.times_us[i],
                 blocks,
                 hints: &[],
@@ -380,7 +387,6 @@ impl Runtime {
         event: &One<'_>,
         pool: Option<&mut KvCache>,
     ) -> usize {
-        self.now_us.fetch_max(event.time_us, Relaxed);
         match kind {
             EventKind::CallStart => {
                 let mut pool = pool;
@@ -392,10 +398,10 @@ impl Runtime {
                     }
                 }
                 let queued = pool.as_deref_mut().and_then(|pool| pool.admitted(event.call, event.time_us));
-                let same = self.sessions.find(event.session);
+                let is_same = |handle| self.sessions.find(event.session) == Some(handle);
                 let handle = match queued {
                     // What identities teach was learned when the call arrived.
-                    Some((handle, agent)) if same == Some(handle) && agent == event.agent => {
+                    Some((handle, agent)) if agent == event.agent && is_same(handle) => {
                         Workload::call_admitted(&self.sessions, handle, event.time_us);
                         handle
                     }
@@ -407,7 +413,7 @@ impl Runtime {
                     }
                 };
                 if let Some(pool) = pool {
-                    let start = Self::call_start(id, event);
+                    let start = Self::call_start(event);
                     let (hit, let_go) = pool.call_started((id.0, learned), handle, &start);
                     if let Some(other) = let_go {
                         self.sessions.end(other);
@@ -473,7 +479,7 @@ impl Runtime {
                 if let Some(pool) = pool {
                     if pool.may_queue(event.call) {
                         let handle = learned.call_started(&self.sessions, event.session, event.agent, event.time_us);
-                        pool.call_queued(id.0, handle, &Self::call_start(id, event));
+                        pool.call_queued(id.0, handle, &Self::call_start(event));
                     }
                 }
             }
@@ -481,10 +487,10 @@ impl Runtime {
         0
     }
 
-    fn call_start<'a>(id: WorkloadId, event: &One<'a>) -> CallStart<'a> {
+    fn call_start<'a>(event: &One<'a>) -> CallStart<'a> {
         CallStart {
             call: event.call,
-            session: event.session.0 ^ mix(u64::from(id.0)),
+            session: event.name,
             agent: event.agent,
             now_us: event.time_us,
             keys: event.blocks,
@@ -504,8 +510,10 @@ impl Runtime {
     ) -> Result<()> {
         let learned = self.learned(workload)?;
         let mut pool = self.writer()?;
-        let (session, call) = (Self::key(workload, session), Self::call_key(workload, call));
-        let one = One { session, agent, call, time_us, blocks, hints: &[] };
+        self.heard_at(time_us);
+        let (name, salt) = (session, Salt::of(workload));
+        let (session, call) = (salt.session(name), salt.call(call));
+        let one = One { name, session, agent, call, time_us, blocks, hints: &[] };
         self.apply((workload, learned), EventKind::CallQueued, &one, Some(&mut pool));
         pool.settle(&self.workloads, &self.sessions);
         Ok(())
@@ -525,8 +533,10 @@ impl Runtime {
     ) -> Result<usize> {
         let learned = self.learned(workload)?;
         let mut pool = self.writer()?;
-        let (session, call) = (Self::key(workload, session), Self::call_key(workload, call));
-        let one = One { session, agent, call, time_us, blocks, hints };
+        self.heard_at(time_us);
+        let (name, salt) = (session, Salt::of(workload));
+        let (session, call) = (salt.session(name), salt.call(call));
+        let one = One { name, session, agent, call, time_us, blocks, hints };
         let hit = self.apply((workload, learned), EventKind::CallStart, &one, Some(&mut pool));
         pool.settle(&self.workloads, &self.sessions);
         Ok(hit)
@@ -534,7 +544,7 @@ impl Runtime {
 
     /// Further blocks of a call have entered the pool.
     pub fn stored(&self, workload: WorkloadId, call: u64, time_us: u64, blocks: &[u64], hints: &[Hint]) -> Result<()> {
-        let (learned, call) = (self.learned(workload)?, Self::call_key(workload, call));
+        let (learned, call) = (self.learned(workload)?, Salt::of(workload).call(call));
         self.writer()?.stored(learned, call, time_us, blocks, hints, false);
         Ok(())
     }
@@ -553,8 +563,10 @@ impl Runtime {
     ) -> Result<()> {
         let learned = self.learned(workload)?;
         let mut pool = self.writer()?;
-        let (session, call) = (Self::key(workload, session), Self::call_key(workload, call));
-        let one = One { session, agent: 0, call, time_us, blocks: output, hints };
+        self.heard_at(time_us);
+        let (name, salt) = (session, Salt::of(workload));
+        let (session, call) = (salt.session(name), salt.call(call));
+        let one = One { name, session, agent: 0, call, time_us, blocks: output, hints };
         self.apply((workload, learned), EventKind::CallEnd, &one, Some(&mut pool));
         if tool > 0 {
             let one = One { agent: tool, blocks: &[], hints: &[], ..one };
@@ -697,6 +709,11 @@ impl Runtime {
         self.sessions.occupied()
     }
 
+    /// Times that LRU has taken over because the learned order was losing against it; see `docs/cachesage.md`.
+    pub fn takeovers(&self) -> Result<u64> {
+        Ok(self.writer()?.guard.takeovers)
+    }
+
     /// Repairs made so far.
     pub fn repairs(&self) -> Result<Repairs> {
         Ok(self.writer()?.repairs)
@@ -737,9 +754,33 @@ impl Runtime {
     }
 }
 
+/// Sessions and calls of two workloads may have the same name: what tells them apart.
+#[derive(Clone, Copy)]
+struct Salt(u64);
+
+impl Salt {
+    #[inline]
+    fn of(workload: WorkloadId) -> Self {
+        Self(mix(u64::from(workload.0)))
+    }
+
+    #[inline]
+    fn session(self, name: u64) -> SessionKey {
+        SessionKey(name ^ self.0)
+    }
+
+    /// 0 is no call.
+    #[inline]
+    fn call(self, name: u64) -> u64 {
+        (name ^ self.0).max(1)
+    }
+}
+
 /// One event.
 #[derive(Clone, Copy)]
 struct One<'a> {
+    /// The caller's name of the session.
+    name: u64,
     session: SessionKey,
     agent: u16,
     call: u64,

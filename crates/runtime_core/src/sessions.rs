@@ -29,7 +29,8 @@
 //! | `new` | | the whole table, once | |
 //! | `enter`, `transition` | lock-free | no | 8 heads (one cache line); a claim moves the hand at most 25 times |
 //! | `find`, reads | wait-free | no | 8 heads |
-//! | `advance`, `begin`, `end`, `store`, `update` | lock-free | no | one exchange, per retry |
+//! | `advance`, `begin`, `end`, `update` | lock-free | no | one exchange, per retry |
+//! | `store` | wait-free | no | a load and a store: not exact under two writers |
 //!
 //! Everything is `Relaxed`: each word is a fact of its own (see [`crate::protocol`]). Reading two
 //! words of a session may pair a new one with an old one of the same session.
@@ -38,7 +39,7 @@ use crate::error::{Error, Result};
 use crate::ids::{mix, AgentId, SessionKey};
 use crate::protocol::{
     head_busy, head_generation, session_begin, session_end, session_enter, session_find, session_retire, stamped_load,
-    stamped_update, Tenancy,
+    stamped_put, stamped_update, Tenancy,
 };
 use crate::sync::{AtomicU64, Ordering::Relaxed};
 
@@ -296,9 +297,12 @@ impl<const EXTRA: usize> SessionTable<EXTRA> {
     }
 
     /// Write a word (48 bits; larger values are stored as [`PAYLOAD_MAX`]). `false` if recycled.
+    ///
+    /// Of two writes at once one may be lost, and one that comes while its slot is recycled may leave the next session's
+    /// word unset: use [`Self::update`] for what must be exact.
     #[inline]
     pub fn store(&self, handle: SessionHandle, word: Word, value: u64) -> bool {
-        self.update(handle, word, |_| value).is_some()
+        stamped_put(self.word(handle, word), handle.generation, value.min(PAYLOAD_MAX))
     }
 
     /// Replace a word by a function of itself (`None`: unset) in one step; the function may run

@@ -2,52 +2,17 @@
 //!
 //! One test, because the count is the process's and tests of a file run on threads of one process.
 
+#[path = "support/allocations.rs"]
+mod allocations;
+
+use allocations::allocations;
 use runtime_core::histogram::{Counters, Ratio};
+use runtime_core::identity::{Identity, Options};
 use runtime_core::ids::{AgentId, SessionKey};
 use runtime_core::protocol::{PublishedEntry, Seqlock, SingleWriter};
 use runtime_core::sessions::{SessionTable, Word};
 use runtime_core::successors::{context_of, context_of_two, SuccessorTable, NO_CONTEXT};
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::hint::black_box;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-
-struct Counting;
-
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-// SAFETY: everything is passed on to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Relaxed);
-        // SAFETY: the caller's promises are the system allocator's conditions.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: as above.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Relaxed);
-        // SAFETY: as above.
-        unsafe { System.realloc(pointer, layout, size) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-/// Allocations while `work` runs: the least of three runs, as the test harness may allocate too.
-fn allocations(mut work: impl FnMut()) -> u64 {
-    let mut run = || {
-        let before = ALLOCATIONS.load(Relaxed);
-        work();
-        ALLOCATIONS.load(Relaxed) - before
-    };
-    let (first, second, third) = (run(), run(), run());
-    first.min(second).min(third)
-}
 
 #[test]
 fn hot_operations_allocate_nothing() {
@@ -76,6 +41,7 @@ fn hot_operations_allocate_nothing() {
         for index in 0..1000 {
             counters.add(index % 24);
             counters.add_step(3, 16);
+            counters.add_steps(index % 24, [9, 7], 4 * u32::from(index % 4 == 0));
             ratio.vote(index % 8, 5, 2);
             black_box((counters.get(3), counters.total(), ratio.get(2)));
         }
@@ -109,4 +75,15 @@ fn hot_operations_allocate_nothing() {
         }
     });
     assert_eq!(published, 0);
+
+    let mut identity = Identity::new(Options { blocks: 4096, sessions: 64 }).unwrap();
+    let mut keys: Vec<u64> = (1..=300).collect();
+    let infer = allocations(|| {
+        for call in 0..1000 {
+            keys[30..].iter_mut().for_each(|key| *key = key.wrapping_add(call % 3));
+            let inferred = identity.started(black_box(&keys[..200]));
+            identity.ended(inferred.call, &keys[200..]);
+        }
+    });
+    assert_eq!(infer, 0, "identity");
 }

@@ -11,10 +11,7 @@
 //!
 //! `cargo test --release` in this directory runs them all.
 
-#[allow(
-    dead_code,
-    reason = "models use the steps one by one, some of them not at all"
-)]
+#[allow(dead_code, reason = "models use the steps one by one, some of them not at all")]
 #[path = "../../runtime_core/src/protocol.rs"]
 mod protocol;
 

@@ -1,10 +1,9 @@
 //! One model per step, each followed by its negative controls.
 
 use crate::protocol::{
-    head_generation, lane, lane_add_with, lanes_halve_with, ratio_add_with, session_begin,
-    session_end, session_enter, session_enter_with, session_find, set_add_with, stamped_load,
-    stamped_update, stamped_update_with, way_halve_with, PublishedEntry, Seqlock, SingleWriter,
-    COUNT_MASK,
+    head_generation, lane, lanes_add_with, lanes_halve_with, ratio_add_with, session_begin, session_end, session_enter,
+    session_enter_with, session_find, set_add_with, stamped_load, stamped_put_with, stamped_update,
+    stamped_update_with, way_halve_with, PublishedEntry, Seqlock, SingleWriter, COUNT_MASK,
 };
 use loom::cell::UnsafeCell;
 use loom::sync::atomic::{AtomicU32, AtomicU64, AtomicU8, Ordering::Relaxed};
@@ -129,12 +128,7 @@ fn take_over_of_a_full_set() {
     let other = set.clone();
     let thread = thread::spawn(move || u64::from(other.add::<true, true>(3, 100)));
     let counted = u64::from(set.add::<true, true>(3, 100)) + thread.join().unwrap();
-    let total: u64 = set
-        .counts()
-        .iter()
-        .filter(|(key, _)| *key == 3)
-        .map(|(_, n)| n)
-        .sum();
+    let total: u64 = set.counts().iter().filter(|(key, _)| *key == 3).map(|(_, n)| n).sum();
     assert_eq!((counted, total), (2, 2));
     assert_eq!(set.counts()[0], (1, 9), "the strong way stands");
 }
@@ -150,7 +144,7 @@ fn lanes_halving_against_adding<const EXCHANGE: bool>() {
     let words = Arc::new(zeros(1));
     words[0].store(5 << 16, Relaxed);
     let other = words.clone();
-    let thread = thread::spawn(move || lane_add_with::<true>(&other, 1, 1, 100));
+    let thread = thread::spawn(move || lanes_add_with::<true>(&other, 0, 1 << 16, 100));
     lanes_halve_with::<EXCHANGE>(&words[0]);
     thread.join().unwrap();
     // 5 / 2 + 1, or 6 / 2.
@@ -167,8 +161,8 @@ fn lanes_reach_the_limit<const ONCE: bool>() {
     words[0].store(7, Relaxed);
     words[1].store(6 << 48, Relaxed);
     let other = words.clone();
-    let thread = thread::spawn(move || lane_add_with::<ONCE>(&other, 0, 1, 8));
-    lane_add_with::<ONCE>(&words, 0, 1, 8);
+    let thread = thread::spawn(move || lanes_add_with::<ONCE>(&other, 0, 1, 8));
+    lanes_add_with::<ONCE>(&words, 0, 1, 8);
     thread.join().unwrap();
     let (hot, cold) = (words[0].load(Relaxed), lane(words[1].load(Relaxed), 48));
     // 8 / 2 + 1, or 9 / 2.
@@ -192,10 +186,7 @@ fn a_reader_of_a_ratio<const TOGETHER: bool>() {
     assert!(seen & 0xFFFF <= seen >> 16, "a ratio above one");
     thread.join().unwrap();
     let end = cell.load(Relaxed);
-    assert!(
-        end >> 16 < 8 && end & 0xFFFF <= end >> 16,
-        "a ratio above one"
-    );
+    assert!(end >> 16 < 8 && end & 0xFFFF <= end >> 16, "a ratio above one");
 }
 
 model! {
@@ -213,11 +204,7 @@ struct Slots {
 
 impl Slots {
     fn new(slots: usize) -> Arc<Self> {
-        Arc::new(Self {
-            heads: zeros(slots),
-            identities: zeros(slots),
-            word: zeros(slots),
-        })
+        Arc::new(Self { heads: zeros(slots), identities: zeros(slots), word: zeros(slots) })
     }
 
     fn enter(&self, tag: u64, rest: u64) -> (usize, u16) {
@@ -249,11 +236,7 @@ fn two_threads_enter_a_new_session<const IN_ORDER: bool>() {
         thread.join().unwrap();
     }
     let holds = |head: &&AtomicU64| head.load(Relaxed) >> 40 == 3;
-    assert_eq!(
-        slots.heads.iter().filter(holds).count(),
-        1,
-        "a session has two slots"
-    );
+    assert_eq!(slots.heads.iter().filter(holds).count(), 1, "a session has two slots");
 }
 
 model! {
@@ -295,11 +278,7 @@ fn an_ended_tenancy_writes<const OWNED: bool>() {
     let _ = stamped_update_with::<true, OWNED>(&slots.word[0], old.1, |_| 10);
     let new = thread.join().unwrap();
     assert!(slots.current(new) && !slots.current(old));
-    assert_eq!(
-        stamped_load(&slots.word[0], new.1),
-        Some(20),
-        "a tenant's word is lost"
-    );
+    assert_eq!(stamped_load(&slots.word[0], new.1), Some(20), "a tenant's word is lost");
     assert_eq!(stamped_load(&slots.word[0], old.1), None);
 }
 
@@ -308,14 +287,38 @@ model! {
     without_the_generation_check_words_are_lost: an_ended_tenancy_writes::<false> => "a tenant's word is lost";
 }
 
+/// A tenancy that ends puts a word that need not be exact while its successor puts its own.
+fn an_ended_tenancy_puts<const OWNED: bool>() {
+    let slots = Slots::new(1);
+    let old = slots.enter(1, 1);
+    let other = slots.clone();
+    let thread = thread::spawn(move || {
+        let new = other.enter(2, 2);
+        assert!(stamped_put_with::<OWNED>(&other.word[0], new.1, 20));
+        new
+    });
+    let put = stamped_put_with::<OWNED>(&slots.word[0], old.1, 10);
+    let new = thread.join().unwrap();
+    // Its own, or none where both wrote at once and the predecessor came last.
+    let seen = stamped_load(&slots.word[0], new.1);
+    assert!(seen == Some(20) || (seen.is_none() && put), "a tenant takes a word that is not its own");
+    // With the successor's word in place the predecessor's is refused.
+    assert!(stamped_put_with::<OWNED>(&slots.word[0], new.1, 30));
+    stamped_put_with::<OWNED>(&slots.word[0], old.1, 10);
+    assert_eq!(stamped_load(&slots.word[0], new.1), Some(30), "an ended tenancy wipes out a word");
+}
+
+model! {
+    a_word_that_was_put_is_the_tenants_own_or_unset: an_ended_tenancy_puts::<true>;
+    without_the_generation_check_an_ended_tenancy_wipes_it_out: an_ended_tenancy_puts::<false> => "an ended tenancy wipes out a word";
+}
+
 /// Steps of one session by two threads form a chain: each sees the agent of the one before.
 fn two_threads_advance<const EXCHANGE: bool>() {
     let word = Arc::new(zeros(1));
     let step = |word: &AtomicU64, agent: u64| {
         let next = |before: Option<u64>| agent << 16 | ((before.unwrap_or(0) & 0xFFFF) + 1);
-        stamped_update_with::<EXCHANGE, true>(word, 1, next)
-            .unwrap()
-            .map_or(0, |at| at >> 16)
+        stamped_update_with::<EXCHANGE, true>(word, 1, next).unwrap().map_or(0, |at| at >> 16)
     };
     let other = word.clone();
     let thread = thread::spawn(move || step(&other[0], 8));
@@ -324,10 +327,7 @@ fn two_threads_advance<const EXCHANGE: bool>() {
     let end = stamped_load(&word[0], 1).unwrap();
     let mine_first = (before_mine, before_theirs, end >> 16) == (0, 9, 8);
     let theirs_first = (before_theirs, before_mine, end >> 16) == (0, 8, 9);
-    assert!(
-        (mine_first || theirs_first) && end & 0xFFFF == 2,
-        "a step is lost"
-    );
+    assert!((mine_first || theirs_first) && end & 0xFFFF == 2, "a step is lost");
 }
 
 model! {
@@ -450,10 +450,7 @@ struct Guarded {
 unsafe impl Sync for Guarded {}
 
 fn hand_over<const ACQUIRE: bool>() {
-    let guarded = Arc::new(Guarded {
-        writer: SingleWriter::default(),
-        plain: UnsafeCell::new(0),
-    });
+    let guarded = Arc::new(Guarded { writer: SingleWriter::default(), plain: UnsafeCell::new(0) });
     let write = |guarded: &Guarded| {
         let guard = guarded.writer.try_enter_with::<ACQUIRE>();
         if guard.is_some() {

@@ -106,6 +106,11 @@ def _policies(text: str) -> list[engine.PolicyArgument]:
     metavar="GB/S",
     help="Share of the host link that prefetching may use; half by default, 0 switches it off.",
 )
+@click.option(
+    "--strip-identity",
+    is_flag=True,
+    help="Hide sessions and agents from policies, which infer them from prompts; those that cannot are refused.",
+)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the results as JSON.")
 @click.option(
     "--html",
@@ -131,6 +136,7 @@ def replay(
     host: str | None,
     host_bandwidth: float | None,
     prefetch_bandwidth: float | None,
+    strip_identity: bool,
     json_path: Path | None,
     html_path: Path | None,
     skip_bad: bool,
@@ -157,6 +163,8 @@ def replay(
     for path in (json_path, html_path):
         if path:
             check_writable(path)
+    if strip_identity and policy == ",".join(engine.DEFAULT_POLICIES):
+        policy = ",".join(engine.DEFAULT_STRIPPED_POLICIES)
     policies = _policies(policy)
     session_counts = _integers("--sessions", sessions, 1)
     seeds = _integers("--seed", seed, 0)
@@ -197,6 +205,7 @@ def replay(
             host=host,
             host_bandwidth=host_bandwidth,
             prefetch_bandwidth=prefetch_bandwidth,
+            strip_identity=strip_identity,
             progress=lambda done, total: bar.update(task, completed=done, total=total or None),
         )
 

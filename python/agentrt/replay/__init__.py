@@ -27,6 +27,7 @@ __all__ = [
     "DEFAULT_CAPACITIES",
     "DEFAULT_MODEL",
     "DEFAULT_POLICIES",
+    "DEFAULT_STRIPPED_POLICIES",
     "SCHEMA_VERSION",
     "Replay",
     "ReplayCall",
@@ -47,6 +48,8 @@ SCHEMA_VERSION = 1
 DEFAULT_CAPACITIES = ("5%", "10%", "25%")
 #: What runs when no policy is named; :func:`policy_names` has them all.
 DEFAULT_POLICIES = ("lru", "s3fifo", "arc", "lhd", "kvflow", "cachesage", "cachescout", "agentrt", "min")
+#: The same where sessions and agents are hidden: those that can do without.
+DEFAULT_STRIPPED_POLICIES = ("lru", "s3fifo", "arc", "lhd", "agentrt", "min")
 DEFAULT_MODEL = "llama-3.1-8b-h100"
 
 
@@ -241,6 +244,7 @@ def run(
     host: str | int | None = None,
     host_bandwidth: float | None = None,
     prefetch_bandwidth: float | None = None,
+    strip_identity: bool = False,
     skip_bad: bool = False,
     share_system_prefix: bool = True,
     threads: int = 0,
@@ -259,6 +263,8 @@ def run(
         host: Size of a host tier for evicted blocks: ``"4x"`` the pool, or blocks; none by default.
         host_bandwidth: Gigabytes per second between host and device; by default the latency model's.
         prefetch_bandwidth: Of these, what prefetching may use; half by default, 0 switches it off.
+        strip_identity: Hide sessions and agents from policies: ``agentrt`` and your own infer them from prompts,
+            baselines that need them are refused.
         skip_bad: Leave out unusable lines of trace files and count them, instead of raising.
         share_system_prefix: Let sessions with the same recorded system prefix share its blocks.
         threads: Worker threads; 0 takes one per core.
@@ -286,6 +292,7 @@ def run(
         host=None if host is None else str(host),
         host_bandwidth=None if host_bandwidth is None else host_bandwidth * 1e9,
         prefetch_bandwidth=None if prefetch_bandwidth is None else prefetch_bandwidth * 1e9,
+        strip_identity=strip_identity,
         threads=threads,
         progress=progress,
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from agentrt.engines.vllm import identity as module
-from agentrt.engines.vllm.identity import Identities, given
+from agentrt.engines.vllm.identity import Identities, Identity, given
 
 
 def request(session_id: Any = None, extra: Any = None, params: Any = None) -> SimpleNamespace:
@@ -35,43 +37,58 @@ def test_equal_names_are_the_same_session_and_agent() -> None:
     assert known.name(other.agent) == "coder"
 
 
+def ask(known: Identities, keys: list[int]) -> Identity:
+    """One request from start to end, without an answer."""
+    identity = known.resolve(NOBODY, keys)
+    known.ended(identity, np.empty(0, np.uint64))
+    return identity
+
+
 def test_a_prompt_that_extends_another_is_the_same_session() -> None:
     known = Identities()
-    first = known.resolve(NOBODY, [1, 2, 3])
-    second = known.resolve(NOBODY, [1, 2, 3, 4, 5])
-    stranger = known.resolve(NOBODY, [7, 8])
-    rewritten = known.resolve(NOBODY, [1, 2, 3, 9])
+    first = ask(known, [1, 2, 3])
+    second = ask(known, [1, 2, 3, 4, 5])
+    stranger = ask(known, [7, 8])
+    rewritten = ask(known, [1, 2, 3, 9])
     assert first.session == second.session == rewritten.session != stranger.session
     assert first.session_inferred
+
+
+def test_what_runs_at_once_is_not_one_session_and_an_answer_is_part_of_it() -> None:
+    known = Identities()
+    running = known.resolve(NOBODY, [1, 2, 3])
+    beside = known.resolve(NOBODY, [1, 2, 3])
+    assert running.session != beside.session
+    known.ended(running, np.array([4, 5], np.uint64))
+    assert ask(known, [1, 2, 3, 4, 5, 6]).session == running.session
 
 
 def test_sessions_that_share_an_anchor_are_told_apart_once_it_is_known() -> None:
     known = Identities()
     anchor = [1, 2, 3]
-    found = [known.resolve(NOBODY, [*anchor, 100 + i]) for i in range(20)]
+    found = [ask(known, [*anchor, 100 + i]) for i in range(20)]
     late = [i.session for i in found[10:]]
     assert len(set(late)) == len(late)
-    extended = known.resolve(NOBODY, [*anchor, 119, 500])
+    extended = ask(known, [*anchor, 119, 500])
     assert extended.session == found[19].session
 
 
 def test_agents_are_named_by_the_anchor_they_start_with() -> None:
     known = Identities()
-    for i in range(20):
-        known.resolve(NOBODY, [1, 2, 100 + i])
-        known.resolve(NOBODY, [1, 5, 6, 300 + i])
-    planner = {known.resolve(NOBODY, [1, 2, 1000 + i]).agent for i in range(5)}
-    coder = {known.resolve(NOBODY, [1, 5, 6, 2000 + i]).agent for i in range(5)}
+    for i in range(40):
+        ask(known, [1, 2, 100 + i])
+        ask(known, [3, 5, 6, 300 + i])
+    planner = {ask(known, [1, 2, 1000 + i]).agent for i in range(5)}
+    coder = {ask(known, [3, 5, 6, 2000 + i]).agent for i in range(5)}
     assert len(planner) == len(coder) == 1
     assert planner != coder
+    assert known.name(min(planner)).startswith("anchor-")
 
 
-def test_what_is_remembered_is_bounded(monkeypatch: Any) -> None:
-    monkeypatch.setattr(module, "NODES", 100)
+def test_agents_named_are_bounded(monkeypatch: Any) -> None:
     monkeypatch.setattr(module, "AGENTS", 10)
     known = Identities()
     for i in range(500):
         known.resolve(request(None, {"agent_id": f"agent {i}"}), [10 * i, 10 * i + 1])
-    assert len(known._nodes) <= 100
     assert len(known._names) == 10
     assert known.name(known.intern("one more")) == "other"

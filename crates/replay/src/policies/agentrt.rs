@@ -6,6 +6,7 @@ use runtime_core::runtime::Options;
 use runtime_core::Runtime;
 use rustc_hash::{FxHashMap, FxHashSet};
 
+use super::both_tiers::BothTiers;
 use crate::host::HostTier;
 use crate::policy::{CachePolicy, CallView};
 use crate::pool::Pool;
@@ -28,6 +29,11 @@ const VARIANTS: &[(&str, &str, fn(&mut Config))] = &[
     ("agentrt-no-sharing-classes", "ablation: private or shared, no finer", |c| c.sharing_classes = false),
     ("agentrt-no-anchors", "ablation: anchors are forgotten with their eviction", |c| c.anchors = false),
     ("agentrt-no-queue", "ablation: calls that wait are not heard of before they start", |c| c.queue = false),
+    ("agentrt-no-guard", "ablation: no shadow LRU that takes over", |c| c.guard = false),
+    ("agentrt-sabotaged", "agentrt with all scores upside down: what the guard saves", |c| c.sabotage = true),
+    ("agentrt-sabotaged-no-guard", "the same without the guard", |c| (c.sabotage, c.guard) = (true, false)),
+    (HOST_LRU, "ablation: the host tier drops what was used least recently", |_| {}),
+    (NO_PREFETCH, "ablation: nothing is brought back from the host tier ahead of its use", |_| {}),
     ("oracle-content", "agentrt that knows in how many calls of its session a block is used again", |c| {
         c.oracle.content = true;
     }),
@@ -51,10 +57,29 @@ pub fn config(name: &str) -> Option<Config> {
     Some(config)
 }
 
+/// What of the policy a host tier gets; everything unless an ablation is named.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostUse {
+    /// The learned order in the host tier too; off: least recently used.
+    pub order: bool,
+    /// Blocks are brought back ahead of their use.
+    pub prefetch: bool,
+}
+
+impl HostUse {
+    /// What a variant does with a host tier.
+    pub fn of(name: &str) -> Self {
+        Self { order: name != HOST_LRU, prefetch: name != NO_PREFETCH }
+    }
+}
+
+const HOST_LRU: &str = "agentrt-host-lru";
+const NO_PREFETCH: &str = "agentrt-no-prefetch";
+
 /// Blocks are brought back for calls at least this likely.
 const PREFETCH_PROBABILITY: f32 = 0.6;
 
-const ONE_THREAD: &str = "one thread uses the runtime";
+pub(super) const ONE_THREAD: &str = "one thread uses the runtime";
 
 /// Adapter from the replay's events to the core.
 pub struct AgentRt {
@@ -63,6 +88,11 @@ pub struct AgentRt {
     keys: Vec<u64>,
     victims: Vec<u32>,
     future: Option<Future>,
+    host: HostUse,
+    config: Config,
+    name: String,
+    /// Where there is a host tier.
+    both: Option<BothTiers>,
     /// The last prompt and answer of each (session, agent), for prefetching.
     last: FxHashMap<(u32, u16), Last>,
     expected: Vec<(u32, u16)>,
@@ -139,11 +169,15 @@ impl Future {
         let starts = trace.sessions.iter().map(|s| s.calls.iter().map(|&c| start_of[c as usize]).collect()).collect();
         Self { hints, prompt_at, output_at, starts }
     }
+
+    fn of_prompt(&self, call: &CallView<'_>) -> &[Hint] {
+        &self.hints[self.prompt_at[call.call as usize]..][..call.prompt.len()]
+    }
 }
 
 impl AgentRt {
     /// A fresh core for a pool of `capacity` blocks.
-    pub fn new(capacity: usize, config: Config, trace: &Trace, schedule: &Schedule) -> Self {
+    pub fn new(capacity: usize, config: Config, host: HostUse, trace: &Trace, schedule: &Schedule) -> Self {
         let future = (config.oracle != Oracle::default()).then(|| Future::new(trace, schedule));
         let options = Options { config, ..Options::for_pool(capacity) };
         let runtime = Runtime::new(options).expect("a schedule has a capacity of at least one block");
@@ -154,6 +188,10 @@ impl AgentRt {
             keys: Vec::new(),
             victims: Vec::new(),
             future,
+            host,
+            config,
+            name: trace.workload.clone(),
+            both: None,
             last: FxHashMap::default(),
             expected: Vec::new(),
             served: FxHashSet::default(),
@@ -168,6 +206,9 @@ impl AgentRt {
                 *to = *from;
             }
             self.runtime.foretell(self.workload, u64::from(call.session), next).expect(ONE_THREAD);
+            if let Some(both) = &self.both {
+                both.foretell(call.session, next);
+            }
         }
     }
 
@@ -183,10 +224,21 @@ impl AgentRt {
 }
 
 impl CachePolicy for AgentRt {
+    fn host_tier(&mut self, pool_blocks: usize, host_blocks: usize) {
+        self.both = self.host.order.then(|| BothTiers::new(pool_blocks + host_blocks, self.config, &self.name));
+    }
+
+    fn host_room(&mut self, entering: &[u32], now_us: u64, pool: &Pool, host: &mut HostTier) -> Vec<u32> {
+        self.both.as_mut().map_or(Vec::new(), |both| both.room(entering, now_us, pool, host))
+    }
+
     fn call_queued(&mut self, call: &CallView<'_>, _pool: &Pool) {
         self.foretell(call);
         self.keys.clear();
         self.keys.extend(call.prompt.iter().map(|&b| u64::from(b) + 1));
+        if let Some(both) = &mut self.both {
+            both.queued(call);
+        }
         let (session, id) = (u64::from(call.session), u64::from(call.call));
         self.runtime.call_queued(self.workload, session, id, call.agent, call.time_us, &self.keys).expect(ONE_THREAD);
     }
@@ -196,10 +248,10 @@ impl CachePolicy for AgentRt {
         self.foretell(call);
         self.keys.clear();
         self.keys.extend(call.prompt.iter().map(|&b| u64::from(b) + 1));
-        let hints = self.future.as_ref().map_or(&[][..], |f| {
-            let at = f.prompt_at[call.call as usize];
-            &f.hints[at..at + call.prompt.len()]
-        });
+        let hints = self.future.as_ref().map_or(&[][..], |f| f.of_prompt(call));
+        if let Some(both) = &mut self.both {
+            both.started(call, call.prompt, hints);
+        }
         let hit = self
             .runtime
             .call_started(
@@ -230,6 +282,9 @@ impl CachePolicy for AgentRt {
     }
 
     fn inserted(&mut self, call: &CallView<'_>, blocks: &[u32], _pool: &Pool) {
+        if let Some(both) = &mut self.both {
+            both.stored(call, self.future.as_ref().map_or(&[][..], |f| f.of_prompt(call)));
+        }
         if call.hit < call.prompt.len() && blocks.first() == Some(&call.prompt[call.hit]) {
             self.stored(call.call, call.time_us, blocks, call.hit);
         }
@@ -247,6 +302,9 @@ impl CachePolicy for AgentRt {
     }
 
     fn prefetch(&mut self, now_us: u64, budget_blocks: usize, pool: &Pool, _host: &HostTier) -> Vec<Vec<u32>> {
+        if !self.host.prefetch {
+            return Vec::new();
+        }
         let none = Expected { session: 0, workload: 0, agent: 0, probability: 0.0, score: 0.0 };
         let mut expected = [none; 8];
         let found = self.runtime.expected(now_us, PREFETCH_PROBABILITY, &mut expected).expect(ONE_THREAD);
@@ -280,6 +338,9 @@ impl CachePolicy for AgentRt {
 
     fn call_bypassed(&mut self, call: &CallView<'_>) {
         self.foretell(call);
+        if let Some(both) = &mut self.both {
+            both.started(call, &[], &[]);
+        }
         let (session, id) = (u64::from(call.session), u64::from(call.call));
         self.runtime.call_started(self.workload, session, id, call.agent, call.time_us, &[], &[]).expect(ONE_THREAD);
         self.ended(call, &[], 0);
@@ -294,6 +355,9 @@ impl AgentRt {
             let at = f.output_at[call.call as usize];
             &f.hints[at..at + output.len()]
         });
+        if let Some(both) = &mut self.both {
+            both.ended(call, output, tool, hints);
+        }
         let (session, id) = (u64::from(call.session), u64::from(call.call));
         self.runtime.call_ended(self.workload, session, id, tool, call.time_us, &self.keys, hints).expect(ONE_THREAD);
     }

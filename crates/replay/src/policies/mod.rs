@@ -11,7 +11,9 @@
 //! | `kvflow` | `kvflow`: steps to execution on the declared agent graph |
 //! | `continuum` | `continuum`: learned time to live by tool |
 //! | `cachesage`, `cachescout` | `cachesage`, `cachescout`, `cachescout-fixed`: learned agent transitions |
-//! | `min` | `min`: the offline optimum |
+//! | `min` | `min`: the offline optimum; `min-prefetch`: with a host tier, everything is brought back in time |
+//! | `both_tiers` | agentrt's order in the host tier |
+//! | `inferred` | wraps a policy that is to infer whose calls it sees |
 //! | `agents` | shared by the agent policies: last uses, transition counts |
 //! | `flat` | replays a stream of single keys, for comparison with other libraries |
 //! | `queue`, `leaves` | shared structures: a linked queue, evictable blocks by rank |
@@ -21,11 +23,13 @@
 pub mod agentrt;
 mod agents;
 mod arc;
+mod both_tiers;
 mod cachesage;
 mod cachescout;
 mod continuum;
 mod depth;
 mod flat;
+mod inferred;
 mod kvflow;
 mod leaves;
 mod lfu;
@@ -44,6 +48,7 @@ pub use cachescout::CacheScout;
 pub use continuum::Continuum;
 pub use depth::Depth;
 pub use flat::replay_flat;
+pub use inferred::Inferred;
 pub use kvflow::KvFlow;
 pub use lfu::Lfu;
 pub use lhd::Lhd;
@@ -75,6 +80,7 @@ const BASELINES: &[&str] = &[
     "cachescout",
     "cachescout-fixed",
     "min",
+    "min-prefetch",
 ];
 
 /// The names that [`build`] knows, in the order of reports.
@@ -85,6 +91,14 @@ pub fn names() -> &'static [&'static str] {
         names
     });
     &ALL
+}
+
+/// Whether a policy is nothing without the trace's own sessions, agents or future of them. All others either look at
+/// blocks alone or can do with inferred identities.
+pub fn needs_identity(name: &str) -> bool {
+    let oracle = agentrt::config(name).is_some_and(|config| config.oracle != runtime_core::kv::Oracle::default());
+    oracle
+        || matches!(name, "lru-session-end" | "kvflow" | "continuum" | "cachesage" | "cachescout" | "cachescout-fixed")
 }
 
 /// Makes the policy called `name` for one run of `trace` in the order of `schedule`.
@@ -104,10 +118,12 @@ pub fn build(name: &str, trace: &Trace, schedule: &Schedule) -> Result<Box<dyn C
         "cachescout" => Box::new(CacheScout::published(trace)),
         "cachescout-fixed" => Box::new(CacheScout::repaired(trace)),
         "min" => Box::new(Min::new(trace, schedule)),
+        "min-prefetch" => Box::new(Min::with_prefetch(trace, schedule)),
         // agentrt's own policy, its ablations, and the oracles that know one respect of the future.
         name if agentrt::config(name).is_some() => {
             let config = agentrt::config(name).expect("just found");
-            Box::new(AgentRt::new(schedule.options.capacity_blocks, config, trace, schedule))
+            let host = agentrt::HostUse::of(name);
+            Box::new(AgentRt::new(schedule.options.capacity_blocks, config, host, trace, schedule))
         }
         _ => return Err(Error::UnknownPolicy { name: name.into(), known: names().join(", ") }),
     })

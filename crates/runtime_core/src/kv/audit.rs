@@ -175,10 +175,18 @@ impl KvCache {
             assert!(x.session == NONE && x.head == NONE, "free lane {lane} has an owner or segments: {x:?}");
         }
         for (slot, tenant) in self.tenants.iter().enumerate() {
-            for lane in chain(tenant.lanes, self.lanes.len(), |l| self.lanes[l as usize].next, "lanes") {
-                assert_eq!(self.lanes[lane as usize].session, slot as u32, "session of lane {lane}");
+            let mut before = NONE;
+            let lanes = chain(tenant.lanes, self.lanes.len(), |l| self.lanes[l as usize].next, "lanes");
+            assert_eq!(lanes.len(), usize::from(tenant.n_lanes), "lanes of session {slot}");
+            for lane in lanes {
+                let x = self.lanes[lane as usize];
+                assert_eq!((x.session, x.before), (slot as u32, before), "session and links of lane {lane}");
+                let found = self.lane_table.find(super::lane_hash(x.session, x.agent), |other| other == lane);
+                assert_eq!(found, lane, "lane {lane} is not in the table");
+                before = lane;
                 assert!(known.insert(lane), "lane {lane} is in two lists");
             }
+            assert_eq!(tenant.last_lane, before, "last lane of session {slot}");
         }
         for (lane, x) in self.lanes.iter().enumerate() {
             assert_eq!(known.contains(&(lane as u32)), !self.is_nobodys(lane as u32), "lane {lane} is lost: {x:?}");

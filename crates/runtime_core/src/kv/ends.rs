@@ -28,10 +28,14 @@ pub(crate) struct Features {
 }
 
 fn step_class(steps: u16) -> usize {
+    let steps = u32::from(steps);
     if steps <= 8 {
         steps as usize
     } else {
-        (2.0 * (f32::from(steps) / 8.0).log2()) as usize + 9
+        // Half octaves above 8: the octave, and whether the square lies in the upper half of the octave of squares.
+        let octave = steps.ilog2();
+        let upper = (steps * steps) >> (2 * octave + 1);
+        (2 * (octave - 3) + upper) as usize + 9
     }
 }
 
@@ -47,6 +51,7 @@ impl Ends {
         &self.lanes
     }
 
+    #[inline]
     fn cells_of(features: Features) -> [Option<usize>; 5] {
         [
             Some(0),
@@ -57,22 +62,32 @@ impl Ends {
         ]
     }
 
-    /// The session called again. `doubted`: its end had been counted already.
-    pub(crate) fn went_on(&self, features: Features, doubted: bool) {
-        for cell in Self::cells_of(features).into_iter().flatten() {
-            // A doubted call was counted as a trial; only the success is missing.
-            if !doubted {
-                self.lanes.add_step(2 * cell, UNIT);
-            }
-            self.lanes.add_step(2 * cell + 1, UNIT);
-        }
+    /// The session called again. `doubted`: its end had been counted already. `often`: see [`Counters::add_steps`].
+    pub(crate) fn went_on(&self, features: Features, doubted: bool, often: u32) {
+        // A doubted call was counted as a trial; only the success is missing.
+        let trial = if doubted { 0 } else { UNIT };
+        self.add(features, [trial, UNIT], often);
     }
 
     /// The session has been silent for too long.
-    pub(crate) fn ended(&self, features: Features) {
-        for cell in Self::cells_of(features).into_iter().flatten() {
-            self.lanes.add_step(2 * cell, UNIT);
-        }
+    pub(crate) fn ended(&self, features: Features, often: u32) {
+        self.add(features, [UNIT, 0], often);
+    }
+
+    #[inline]
+    fn add(&self, features: Features, steps: [u32; 2], often: u32) {
+        let [all, agent, step, size, tool] = Self::cells_of(features);
+        let add = |cell: Option<usize>| {
+            if let Some(cell) = cell {
+                self.lanes.add_steps(2 * cell, steps, often);
+            }
+        };
+        // One by one: a loop over the array would build it first.
+        add(all);
+        add(agent);
+        add(step);
+        add(size);
+        add(tool);
     }
 
     fn rate(&self, cell: usize, prior: f32, weight: f32) -> f32 {
@@ -110,9 +125,9 @@ mod tests {
         let ends = Ends::default();
         for _ in 0..40 {
             for steps in 1..5 {
-                ends.went_on(Features { agent: 0, steps, size: 3, tool: 0 }, false);
+                ends.went_on(Features { agent: 0, steps, size: 3, tool: 0 }, false, 1);
             }
-            ends.ended(Features { agent: 0, steps: 5, size: 3, tool: 0 });
+            ends.ended(Features { agent: 0, steps: 5, size: 3, tool: 0 }, 1);
         }
         let config = Config::default();
         let at = |steps| ends.continues(Features { agent: 0, steps, size: 3, tool: 0 }, &config);
@@ -123,8 +138,8 @@ mod tests {
     fn a_session_whose_tool_runs_is_expected_to_go_on() {
         let ends = Ends::default();
         for _ in 0..40 {
-            ends.went_on(Features { agent: 0, steps: 9, size: 3, tool: 2 }, false);
-            ends.ended(Features { agent: 0, steps: 9, size: 3, tool: 0 });
+            ends.went_on(Features { agent: 0, steps: 9, size: 3, tool: 2 }, false, 1);
+            ends.ended(Features { agent: 0, steps: 9, size: 3, tool: 0 }, 1);
         }
         let at = |tool| ends.continues(Features { agent: 0, steps: 9, size: 3, tool }, &Config::default());
         assert!(at(2) > 0.9 && at(0) < 0.2, "{} {}", at(2), at(0));
@@ -135,8 +150,8 @@ mod tests {
         let ends = Ends::default();
         let features = Features { agent: 0, steps: 1, size: 0, tool: 0 };
         for _ in 0..100 {
-            ends.ended(features);
-            ends.went_on(features, true);
+            ends.ended(features, 1);
+            ends.went_on(features, true, 1);
         }
         assert!(ends.overall() > 0.95);
     }

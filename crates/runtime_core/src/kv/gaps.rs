@@ -25,7 +25,7 @@ const CHAINS: usize = 4;
 const KAPPA: f32 = 2.0;
 /// So many gaps are foreseen by every chain, then every `COMPARED`th.
 const ALL_COMPARED: u32 = 512;
-const COMPARED: u32 = 8;
+const COMPARED: u32 = 32;
 
 pub(super) type Histogram = Counters<{ BUCKETS / 4 }>;
 
@@ -39,9 +39,18 @@ pub(crate) struct Context {
     pub(crate) pace: u8,
 }
 
+/// Log2 of a gap in milliseconds, at least 0.
+pub(crate) fn log2_ms(seconds: f32) -> f32 {
+    (seconds * 1000.0).max(1.0).log2()
+}
+
 /// Position of a gap on the bucket axis, fractional.
 pub(crate) fn position(seconds: f32) -> f32 {
-    (2.0 * (seconds * 1000.0).max(1.0).log2()).min((BUCKETS - 1) as f32)
+    position_of(log2_ms(seconds))
+}
+
+fn position_of(log2_ms: f32) -> f32 {
+    (2.0 * log2_ms).min((BUCKETS - 1) as f32)
 }
 
 /// Seconds at a bucket's lower edge.
@@ -108,27 +117,35 @@ impl Gaps {
         self.chain_hazards(best, context)
     }
 
-    /// Counts a gap, and how well each chain foresaw it.
-    pub(crate) fn learn(&self, context: Context, seconds: f32) {
-        let at = (position(seconds) - 0.5).max(0.0);
-        let (bucket, reached) = ((at as usize).min(BUCKETS - 2), position(seconds) as usize);
+    /// Counts a gap of so many [`log2_ms`], and how well each chain foresaw it. `often`: see [`Counters::add_steps`].
+    pub(crate) fn learn(&self, context: Context, log2_ms: f32, often: u32) {
+        let position = position_of(log2_ms);
+        let at = (position - 0.5).max(0.0);
+        let (bucket, reached) = ((at as usize).min(BUCKETS - 2), position as usize);
         let seen = self.seen.load(Relaxed).wrapping_add(1);
         self.seen.store(seen, Relaxed);
         if seen < ALL_COMPARED || seen % COMPARED == 0 {
             let fade = if seen < ALL_COMPARED { 0.999 } else { 0.999f32.powi(COMPARED as i32) };
             self.compare(context, reached, fade);
         }
-        self.count(context, bucket, at - bucket as f32);
+        self.count(context, bucket, at - bucket as f32, often);
     }
 
-    /// Counts how well each chain foresaw a gap that ended in bucket `reached`.
+    /// Counts how well each chain (see [`Self::chain`]) foresaw a gap that ended in bucket `reached`.
+    #[cold]
     fn compare(&self, context: Context, reached: usize, fade: f32) {
-        let prior = Prefix::new(&self.all, reached).refine(&[0.0; BUCKETS], 1.0, 0.05);
-        for (which, skill) in self.skill.iter().enumerate() {
-            let mut hazards = prior;
-            for histogram in self.chain(which, context).into_iter().flatten() {
-                hazards = Prefix::new(histogram, reached).refine(&hazards, KAPPA, 0.0);
-            }
+        let prefix = |histogram: Option<&Histogram>| histogram.map(|histogram| Prefix::new(histogram, reached));
+        let (agent, pace) =
+            (prefix(self.agents.get(context.agent as usize)), prefix(self.paces.get(context.pace as usize)));
+        let tool = prefix(self.tools.get(context.tool as usize));
+        let after = |prior: &[f32; BUCKETS], part: &Option<Prefix>| match part {
+            Some(part) => part.refine(prior, KAPPA, 0.0),
+            None => *prior,
+        };
+        let all = Prefix::new(&self.all, reached).refine(&[0.0; BUCKETS], 1.0, 0.05);
+        let tools = after(&all, &tool);
+        let chains = [after(&all, &agent), after(&all, &pace), after(&tools, &agent), after(&tools, &pace)];
+        for (hazards, skill) in chains.iter().zip(&self.skill) {
             // The product is at least 0.02^44: f64 holds it.
             let survived: f64 = hazards[..reached].iter().map(|&h| 1.0 - f64::from(h)).product();
             let gained = hazards[reached].max(1e-6).ln() + survived.ln() as f32;
@@ -138,20 +155,18 @@ impl Gaps {
         }
     }
 
-    fn count(&self, context: Context, bucket: usize, above: f32) {
+    fn count(&self, context: Context, bucket: usize, above: f32, often: u32) {
         let high = (above.clamp(0.0, 1.0) * UNIT as f32) as u32;
-        let of = [
-            Some(&self.all),
-            self.agents.get(context.agent as usize),
-            self.paces.get(context.pace as usize),
-            self.tools.get(context.tool as usize),
-        ];
-        for histogram in of.into_iter().flatten() {
-            histogram.add_step(bucket, UNIT - high);
-            if high > 0 {
-                histogram.add_step(bucket + 1, high);
+        let add = |histogram: Option<&Histogram>| {
+            if let Some(histogram) = histogram {
+                histogram.add_steps(bucket, [UNIT - high, high], often);
             }
-        }
+        };
+        // One by one: a loop over an array would build it first.
+        add(Some(&self.all));
+        add(self.agents.get(context.agent as usize));
+        add(self.paces.get(context.pace as usize));
+        add(self.tools.get(context.tool as usize));
     }
 
     /// Seconds of silence that only 2 % of all gaps exceed; infinite before 32 gaps.
@@ -182,13 +197,12 @@ impl Services {
         &self.0
     }
 
-    /// A call took so long.
-    pub(crate) fn learn(&self, seconds: f32) {
+    /// A call took so long. `often`: see [`Counters::add_steps`].
+    pub(crate) fn learn(&self, seconds: f32, often: u32) {
         let at = (position(seconds) - 0.5).max(0.0);
         let bucket = (at as usize).min(BUCKETS - 2);
         let high = ((at - bucket as f32).clamp(0.0, 1.0) * UNIT as f32) as u32;
-        self.0.add_step(bucket, UNIT - high);
-        self.0.add_step(bucket + 1, high);
+        self.0.add_steps(bucket, [UNIT - high, high], often);
     }
 
     /// Hazard per bucket of the end of a call.
@@ -250,7 +264,7 @@ mod tests {
         let gaps = Gaps::default();
         let context = Context { agent: 1, tool: 0, pace: 5 };
         for i in 0..400 {
-            gaps.learn(context, if i % 4 == 0 { 8.0 } else { 0.5 });
+            gaps.learn(context, log2_ms(if i % 4 == 0 { 8.0 } else { 0.5 }), 1);
         }
         let hazards = gaps.hazards(context, &Config::default());
         let surviving: f32 = (0..position(2.0) as usize).map(|b| 1.0 - hazards[b]).product();
@@ -265,7 +279,7 @@ mod tests {
             // The pace tells, the agent does not.
             let pace = (i % 2) as u8 * 8 + 1;
             let context = Context { agent: 0, tool: 0, pace };
-            gaps.learn(context, if pace == 1 { 0.1 } else { 30.0 });
+            gaps.learn(context, log2_ms(if pace == 1 { 0.1 } else { 30.0 }), 1);
         }
         let quick = gaps.hazards(Context { agent: 0, tool: 0, pace: 1 }, &Config::default());
         let surviving: f32 = (0..position(5.0) as usize).map(|b| 1.0 - quick[b]).product();

@@ -122,7 +122,8 @@ pub(crate) struct Segment {
     pub(crate) lane: u32,
     pub(crate) lane_prev: u32,
     pub(crate) lane_next: u32,
-    /// Links of the victim queue or, on the free list, the next free segment.
+    /// Links of the victim queue. Out of the queue: the bits of [`Segment::own_score`]; on the free list, the next free
+    /// segment.
     pub(crate) queue_prev: u32,
     pub(crate) queue_next: u32,
     /// Links of the recency list.
@@ -140,15 +141,30 @@ pub(crate) struct Segment {
     pub(crate) touches: u8,
     /// Sessions that have used it, saturating.
     pub(crate) degree: u8,
-    /// Brought back from a lower tier and not used since.
-    pub(crate) restored: bool,
+    /// Brought back from a lower tier and not used since: the kind of offer, see `offers.rs`; else 0.
+    pub(crate) restored: u8,
     /// Tickets of the first and the last waiting call that will use it, 0 for none; see `queue.rs`.
     pub(crate) awaited: (u16, u16),
 }
 
 pub(crate) const NOT_QUEUED: u16 = u16::MAX;
 
+// `NONE` says in the place of a score that there is none.
+const _: () = assert!(f32::from_bits(NONE).is_nan());
+
 impl Segment {
+    /// The score that a segment which is no leaf would have as one, where that was worked out in advance.
+    pub(crate) fn own_score(&self) -> Option<f32> {
+        let score = f32::from_bits(self.queue_prev);
+        (self.bucket == NOT_QUEUED && !score.is_nan()).then_some(score)
+    }
+
+    /// Keeps or forgets it; of a segment that is no leaf.
+    pub(crate) fn set_own_score(&mut self, score: Option<f32>) {
+        debug_assert!(self.bucket == NOT_QUEUED);
+        self.queue_prev = score.map_or(NONE, f32::to_bits);
+    }
+
     const EMPTY: Self = Self {
         last_use_us: 0,
         top: NONE,
@@ -169,7 +185,7 @@ impl Segment {
         class: 0,
         touches: 0,
         degree: 0,
-        restored: false,
+        restored: 0,
         awaited: (0, 0),
     };
 }
@@ -556,7 +572,9 @@ impl Index {
                 self.heads[b] = queue_next;
             }
         }
-        self.seg_mut(s).bucket = NOT_QUEUED;
+        let seg = self.seg_mut(s);
+        seg.bucket = NOT_QUEUED;
+        seg.set_own_score(None);
     }
 
     /// The leaf to evict from next: the first of the lowest score class.
@@ -569,9 +587,9 @@ impl Index {
         NONE
     }
 
-    /// The score of the leaf that is reached after `blocks` blocks of leaves, lowest first; visits at most `most`.
-    pub(crate) fn score_at(&self, blocks: usize, most: usize) -> f32 {
-        let (mut seen, mut visits, mut score) = (0, 0, 0.0);
+    /// Fills `out` with leaves, lowest first, until they have `blocks` blocks; returns how many they are.
+    pub(crate) fn lowest_leaves(&self, blocks: usize, out: &mut [u32]) -> usize {
+        let (mut seen, mut n) = (0, 0);
         for (word, &bits) in self.bitmap.iter().enumerate() {
             let mut bits = bits;
             while bits != 0 {
@@ -579,12 +597,15 @@ impl Index {
                 bits &= bits - 1;
                 let mut s = head;
                 loop {
+                    if n == out.len() {
+                        return n;
+                    }
                     let x = self.seg(s);
-                    score = self.published_score(s);
+                    out[n] = s;
+                    n += 1;
                     seen += x.len as usize;
-                    visits += 1;
-                    if seen >= blocks || visits == most {
-                        return score;
+                    if seen >= blocks {
+                        return n;
                     }
                     s = x.queue_next;
                     if s == head {
@@ -593,7 +614,7 @@ impl Index {
                 }
             }
         }
-        score
+        n
     }
 
     // ---- recency list ----

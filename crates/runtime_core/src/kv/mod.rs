@@ -4,12 +4,15 @@
 //! |---|---|
 //! | `mod.rs` | the pool: what calls touch, and what goes |
 //! | `index.rs` | residency index, segments, victim queue |
+//! | `calls.rs`, `table.rs` | calls in flight; finding them, and lanes, by hash |
 //! | `workload.rs` | learned state of one workload, and how identities teach it |
 //! | `content.rs` | will the owner's next call use a segment again? |
 //! | `chain.rs` | which agent of a session calls when? |
 //! | `gaps.rs`, `ends.rs` | when does a session call again, if at all? |
 //! | `sharing.rs` | when does another session use a segment? |
+//! | `offers.rs` | does it pay to bring blocks back? |
 //! | `queue.rs` | calls that wait: whose prompts are known already |
+//! | `guard.rs`, `shadow.rs` | a shadow LRU that takes over when the learned order loses |
 //! | `state.rs` | learned state between processes |
 //! | `density.rs` | the decision: hit density |
 //!
@@ -18,26 +21,36 @@
 
 #[doc(hidden)]
 pub mod audit;
+mod calls;
 mod chain;
 mod content;
 mod density;
 mod ends;
 mod gaps;
+mod guard;
 pub(crate) mod index;
+mod offers;
 mod queue;
+mod shadow;
 mod sharing;
 mod state;
+mod table;
 #[cfg(test)]
 mod twins;
 pub(crate) mod workload;
 
+use crate::ids::mix;
 use crate::sessions::SessionHandle;
 
+use calls::Calls;
 use chain::{Chain, Weights, LANES, STEPS};
 use content::{CLASSES, MISSES};
 use density::{CallTimes, Foreign, Silence, GRID};
+use guard::Guard;
 use index::{Index, Segment, NONE, NOT_QUEUED};
+use offers::{Offers, NO_KIND};
 use queue::Queue;
+use table::Table;
 use workload::{standing, Sessions, Standing, MAX_WORKLOADS};
 
 pub(crate) use workload::Workloads;
@@ -47,18 +60,18 @@ pub use workload::{Workload, STATE_BUDGET_BYTES};
 const VISITS: usize = 64;
 /// Of these, scored again at most.
 const REFRESHES: usize = 4;
-/// Share of blocks brought back that must be used for prefetching to go on.
-const MIN_PRECISION: f32 = 0.6;
+/// Leaves and blocks that are next to go for which it is prepared, and scorings per event for that.
+const PREPARED_LEAVES: usize = 48;
+const PREPARED_BLOCKS: usize = 512;
+const PREPARED: usize = 16;
 /// Blocks whose hash-table entries are read together when a leaf is taken apart.
 const LOOK_AHEAD: usize = 16;
-/// One in so many opportunities is taken while it does not pay.
-const RETRY: u32 = 64;
-/// Leaves visited to find what a block must be worth to stay for a while.
+/// Leaves visited to find what a block must be worth to stay for a while; and how many times that blocks must promise
+/// to be brought back.
 const FLOOR_LEAVES: usize = 256;
+const ABOVE_FLOOR: f32 = 1.4;
 /// Sessions whose plans are remembered, direct-mapped.
 const PLANS: usize = 256;
-/// Calls in flight that are tracked; the oldest gives way.
-const MAX_RUNNING: usize = 4096;
 /// Lanes of one session; the least recent gives way.
 const MAX_LANES: usize = 64;
 /// Sessions scored per eviction because something happened to them.
@@ -91,6 +104,10 @@ pub struct Config {
     pub anchors: bool,
     /// Believe the engine's waiting queue.
     pub queue: bool,
+    /// Let LRU take over while the learned order loses against it.
+    pub guard: bool,
+    /// Turn all scores upside down; to try the guard.
+    pub sabotage: bool,
     /// Respects in which hints are believed; for offline studies.
     pub oracle: Oracle,
 }
@@ -108,6 +125,8 @@ impl Default for Config {
             sharing_classes: true,
             anchors: true,
             queue: true,
+            guard: true,
+            sabotage: false,
             oracle: Oracle::default(),
         }
     }
@@ -173,14 +192,21 @@ struct Lane {
     head: u32,
     /// Next lane of the session, most recent first; next free lane.
     next: u32,
+    /// The lane before in that list, [`NONE`] for the first.
+    before: u32,
 }
+
+const VACANT: Lane = Lane { session: NONE, agent: 0, calls: 0, head: NONE, next: NONE, before: NONE };
 
 #[derive(Clone, Copy, Debug)]
 struct Tenant {
     next_refresh_us: u64,
     /// The caller's name of the session.
     session: u64,
+    /// Its lanes: the most recent one, the least recent one, and how many there are.
     lanes: u32,
+    last_lane: u32,
+    n_lanes: u8,
     generation: u16,
     workload: u16,
     dirty: bool,
@@ -203,6 +229,8 @@ struct Running {
     prompt_len: u32,
     /// Blocks that could not be indexed: nothing may be hung below.
     cut: bool,
+    /// Where the guard's shadow holds it.
+    shadow: u32,
 }
 
 /// A call that starts.
@@ -226,8 +254,8 @@ enum Origin {
     Prompt(u32),
     /// A decoded answer.
     Output,
-    /// A lower tier: the session has used them before.
-    Restored,
+    /// A lower tier, on an offer of this kind: the session has used them before.
+    Restored(u8),
 }
 
 impl Origin {
@@ -235,7 +263,7 @@ impl Origin {
         match self {
             Self::Prompt(len) => content::first_class(len.saturating_sub(position + 1)),
             Self::Output => content::OUTPUT,
-            Self::Restored => content::used_class(2),
+            Self::Restored(_) => content::used_class(2),
         }
     }
 }
@@ -289,13 +317,16 @@ pub(crate) struct KvCache {
     pub(crate) index: Index,
     /// Lanes of sessions, then one for each workload that owns what no session owns any more.
     lanes: Vec<Lane>,
+    /// Lanes by session and agent.
+    lane_table: Table,
     free_lane: u32,
     lane_hand: u32,
     tenants: Vec<Tenant>,
     dirty: Vec<u32>,
     active: Vec<u32>,
-    running: Vec<Running>,
+    running: Calls,
     queue: Queue,
+    pub(crate) guard: Guard,
     /// Ticket of the call that is starting, 0 for none.
     ticket: u16,
     path: Vec<u32>,
@@ -310,10 +341,7 @@ pub(crate) struct KvCache {
     eviction_interval_s: f32,
     last_eviction_us: u64,
     pool_blocks: usize,
-    /// Blocks brought back that a call then used, and that went without; both fade.
-    restored_used: u64,
-    restored_wasted: u64,
-    asked: u32,
+    offers: Offers,
     pub(crate) repairs: Repairs,
     hints: Vec<Hint>,
     starts: Vec<FutureStarts>,
@@ -333,6 +361,8 @@ impl KvCache {
             next_refresh_us: u64::MAX,
             session: 0,
             lanes: NONE,
+            last_lane: NONE,
+            n_lanes: 0,
             generation: 0,
             workload: 0,
             dirty: false,
@@ -341,13 +371,15 @@ impl KvCache {
         Self {
             config,
             lanes: free_lanes(sessions * 3).collect(),
+            lane_table: Table::new(sessions * 3),
             free_lane: 0,
             lane_hand: 0,
             tenants: vec![vacant; sessions],
             dirty: Vec::with_capacity(sessions),
             active: Vec::with_capacity(sessions),
-            running: Vec::with_capacity(MAX_RUNNING),
+            running: Calls::new(),
             queue: Queue::new(),
+            guard: Guard::new(pool_blocks),
             ticket: 0,
             path: Vec::with_capacity(pool_blocks.min(MAX_PATH)),
             view: View {
@@ -378,9 +410,7 @@ impl KvCache {
             eviction_interval_s: 0.01,
             last_eviction_us: 0,
             pool_blocks,
-            restored_used: 0,
-            restored_wasted: 0,
-            asked: 0,
+            offers: Offers::new(pool_blocks),
             repairs: Repairs::default(),
             hints: if oracle { vec![Hint::NONE; index.n_segments()] } else { Vec::new() },
             starts: if oracle { vec![[u64::MAX; STEPS]; sessions] } else { Vec::new() },
@@ -392,8 +422,10 @@ impl KvCache {
     pub(crate) fn bytes(&self) -> (usize, usize) {
         let beside = self.tenants.len() * (size_of::<Tenant>() + 8)
             + self.lanes.len() * size_of::<Lane>()
-            + self.running.capacity() * size_of::<Running>()
+            + self.lane_table.bytes()
+            + self.running.bytes()
             + self.queue.bytes()
+            + self.guard.bytes()
             + self.path.capacity() * 4
             + self.hints.len() * size_of::<Hint>()
             + self.starts.len() * size_of::<FutureStarts>();
@@ -422,12 +454,14 @@ impl KvCache {
         while lane != NONE {
             let next = self.lanes[lane as usize].next;
             self.disown(lane);
-            self.lanes[lane as usize] = Lane { session: NONE, agent: 0, calls: 0, head: NONE, next: self.free_lane };
+            self.lane_forget(lane);
+            self.lanes[lane as usize] = Lane { next: self.free_lane, ..VACANT };
             self.free_lane = lane;
             lane = next;
         }
         let tenant = &mut self.tenants[slot];
-        (tenant.lanes, tenant.next_refresh_us, tenant.session) = (NONE, u64::MAX, session);
+        (tenant.lanes, tenant.last_lane, tenant.n_lanes) = (NONE, NONE, 0);
+        (tenant.next_refresh_us, tenant.session) = (u64::MAX, session);
         (tenant.generation, tenant.workload) = (handle.generation(), workload as u16);
         if let Some(starts) = self.starts.get_mut(slot) {
             *starts = [u64::MAX; STEPS];
@@ -467,55 +501,87 @@ impl KvCache {
     }
 
     /// The lane of `agent`, moved to the front of its session's list.
+    #[inline]
     fn lane(&mut self, slot: u32, agent: u16) -> u32 {
-        let (mut before, mut lane, mut n) = (NONE, self.tenants[slot as usize].lanes, 0);
-        while lane != NONE && self.lanes[lane as usize].agent != agent {
-            n += 1;
-            let next = self.lanes[lane as usize].next;
-            if next == NONE && (n == MAX_LANES || self.free_lane == NONE) {
-                // The session's least recent agent gives way.
-                self.disown(lane);
-                (self.lanes[lane as usize].agent, self.lanes[lane as usize].calls) = (agent, 0);
-                break;
-            }
-            (before, lane) = (lane, next);
-        }
+        let lanes = &self.lanes;
+        let of = |lane: u32| (lanes[lane as usize].session, lanes[lane as usize].agent) == (slot, agent);
+        let lane = self.lane_table.find(lane_hash(slot, agent), of);
         if lane == NONE {
-            lane = self.free_lane;
-            if lane == NONE {
-                lane = self.take_lane();
-            } else {
-                self.free_lane = self.lanes[lane as usize].next;
-            }
-            let next = self.tenants[slot as usize].lanes;
-            self.lanes[lane as usize] = Lane { session: slot, agent, calls: 0, head: NONE, next };
-        } else if before == NONE {
-            return lane;
-        } else {
-            self.lanes[before as usize].next = self.lanes[lane as usize].next;
-            self.lanes[lane as usize].next = self.tenants[slot as usize].lanes;
+            return self.new_lane(slot, agent);
         }
-        self.tenants[slot as usize].lanes = lane;
+        if self.lanes[lane as usize].before != NONE {
+            self.lane_detach(lane);
+            self.lane_attach(lane, slot);
+        }
         lane
     }
 
-    /// Takes a lane from some session: none is free, and whoever asks has none, so all belong to others.
-    fn take_lane(&mut self) -> u32 {
-        let lane = self.lane_hand;
-        self.lane_hand = (lane + 1) % self.first_nobodys();
-        self.disown(lane);
-        let session = self.lanes[lane as usize].session as usize;
-        let next = self.lanes[lane as usize].next;
-        if self.tenants[session].lanes == lane {
-            self.tenants[session].lanes = next;
+    /// A lane for an agent that has none.
+    fn new_lane(&mut self, slot: u32, agent: u16) -> u32 {
+        let Tenant { last_lane, n_lanes, .. } = self.tenants[slot as usize];
+        let lane = if usize::from(n_lanes) == MAX_LANES || (self.free_lane == NONE && last_lane != NONE) {
+            // The session's least recent agent gives way.
+            self.take_lane(last_lane);
+            last_lane
+        } else if self.free_lane == NONE {
+            // All belong to others, in turn.
+            let lane = self.lane_hand;
+            self.lane_hand = (lane + 1) % self.first_nobodys();
+            self.take_lane(lane);
+            lane
         } else {
-            let mut before = self.tenants[session].lanes;
-            while self.lanes[before as usize].next != lane {
-                before = self.lanes[before as usize].next;
-            }
+            let lane = self.free_lane;
+            self.free_lane = self.lanes[lane as usize].next;
+            lane
+        };
+        self.lanes[lane as usize] = Lane { session: slot, agent, ..VACANT };
+        self.lane_attach(lane, slot);
+        self.lane_table.insert(lane_hash(slot, agent), lane);
+        lane
+    }
+
+    /// Takes a lane from its session; its segments are nobody's.
+    fn take_lane(&mut self, lane: u32) {
+        self.disown(lane);
+        self.lane_detach(lane);
+        self.lane_forget(lane);
+    }
+
+    /// Makes a lane the first of a session's.
+    fn lane_attach(&mut self, lane: u32, slot: u32) {
+        let tenant = &mut self.tenants[slot as usize];
+        tenant.n_lanes += 1;
+        let next = std::mem::replace(&mut tenant.lanes, lane);
+        if next == NONE {
+            tenant.last_lane = lane;
+        } else {
+            self.lanes[next as usize].before = lane;
+        }
+        let x = &mut self.lanes[lane as usize];
+        (x.next, x.before) = (next, NONE);
+    }
+
+    /// Takes a lane out of its session's list.
+    fn lane_detach(&mut self, lane: u32) {
+        let Lane { session, next, before, .. } = self.lanes[lane as usize];
+        let tenant = &mut self.tenants[session as usize];
+        tenant.n_lanes -= 1;
+        if before == NONE {
+            tenant.lanes = next;
+        } else {
             self.lanes[before as usize].next = next;
         }
-        lane
+        if next == NONE {
+            tenant.last_lane = before;
+        } else {
+            self.lanes[next as usize].before = before;
+        }
+    }
+
+    /// Takes a lane out of the table.
+    fn lane_forget(&mut self, lane: u32) {
+        let hash = |lane: u32| lane_hash(self.lanes[lane as usize].session, self.lanes[lane as usize].agent);
+        self.lane_table.remove(hash(lane), lane, hash);
     }
 
     /// The lane that a call in flight stores for: nobody's, once its own has been given to somebody else.
@@ -585,6 +651,7 @@ impl KvCache {
         self.tenant(handle, workload.0, session);
         self.find_path(keys);
         let hit = self.path.len();
+        let shadow = if self.config.guard { self.guard.started(session, keys, hit) } else { NONE };
         let lane = self.lane(slot, agent);
         let whole = self.touch(workload.1, lane, slot, now_us, keys.len() as u32, hints);
         self.lanes[lane as usize].calls = self.lanes[lane as usize].calls.wrapping_add(1);
@@ -604,6 +671,7 @@ impl KvCache {
             len: hit as u32,
             prompt_len: keys.len() as u32,
             cut: !whole,
+            shadow,
         });
         self.mark(slot);
         (hit, let_go)
@@ -628,7 +696,7 @@ impl KvCache {
         if !self.config.queue {
             return false;
         }
-        let known = self.queue.holds(call) || self.running.iter().any(|run| run.call == call);
+        let known = self.queue.holds(call) || self.running.find(call).is_some();
         self.repairs.duplicate_calls += u64::from(known);
         self.repairs.untracked_calls += u64::from(!known && self.queue.is_full());
         !known && !self.queue.is_full()
@@ -674,17 +742,17 @@ impl KvCache {
 
     /// Lets a call go that is in flight under the id of a new one, or the oldest where there are too many.
     fn make_way(&mut self, call: u64) -> Option<SessionHandle> {
-        let same = self.running.iter().position(|run| run.call == call);
-        let at = same.or_else(|| {
-            let oldest = || (0..MAX_RUNNING).min_by_key(|&at| self.running[at].started_us);
-            (self.running.len() == MAX_RUNNING).then(oldest).flatten()
-        })?;
+        let at = match self.running.find(call) {
+            None if self.running.is_full() => self.running.oldest()?,
+            same => same?,
+        };
         self.repairs.untracked_calls += 1;
         Some(self.let_go(at))
     }
 
     fn let_go(&mut self, at: usize) -> SessionHandle {
-        let run = self.running.swap_remove(at);
+        let run = self.running.remove(at);
+        self.guard.ended(run.shadow);
         if run.tail != NONE {
             self.unpin(run.tail);
         }
@@ -694,7 +762,9 @@ impl KvCache {
     /// A session is over: so are its calls.
     pub(crate) fn session_over(&mut self, handle: SessionHandle) {
         self.queue.remove_session(handle);
-        for at in (0..self.running.len()).rev() {
+        let mut next = self.running.oldest();
+        while let Some(at) = next {
+            next = self.running.newer(at);
             if self.running[at].handle == handle {
                 self.let_go(at);
             }
@@ -785,11 +855,9 @@ impl KvCache {
                 self.lane_unlink(segment);
                 self.lane_link(segment, lane);
             }
-            if old.restored {
-                self.restored_used += n as u64;
-            }
+            self.offers.resolved(old.restored, n, true);
             let x = self.index.seg_mut(segment);
-            x.restored = false;
+            x.restored = NO_KIND;
             if self.ticket != 0 && x.awaited.0 == self.ticket {
                 x.awaited.0 = if x.awaited.1 == self.ticket { 0 } else { x.awaited.1 };
             }
@@ -880,8 +948,11 @@ impl KvCache {
         output: bool,
     ) {
         let now_us = self.clock(now_us);
-        let Some(at) = self.running.iter().position(|r| r.call == call) else {
-            self.repairs.unknown_calls += u64::from(!keys.is_empty());
+        if keys.is_empty() {
+            return;
+        }
+        let Some(at) = self.running.find(call) else {
+            self.repairs.unknown_calls += 1;
             return;
         };
         let lane = self.lane_of(&self.running[at]);
@@ -890,6 +961,9 @@ impl KvCache {
         if run.cut || (output && run.len < run.prompt_len) {
             self.repairs.untracked_blocks += keys.len() as u64;
             return;
+        }
+        if output {
+            self.guard.answered(keys, &mut self.running[at].shadow);
         }
         let (mut tail, mut len, mut skip) = (run.tail, run.len, 0);
         // Blocks that another call stored meanwhile.
@@ -976,8 +1050,10 @@ impl KvCache {
                 let touch_call = self.lanes[lane as usize].calls;
                 let x = self.index.seg_mut(fresh);
                 x.class = class;
-                x.touches = if origin == Origin::Restored { 2 } else { 1 };
-                x.restored = origin == Origin::Restored;
+                (x.touches, x.restored) = match origin {
+                    Origin::Restored(kind) => (2, kind),
+                    Origin::Prompt(_) | Origin::Output => (1, NO_KIND),
+                };
                 x.degree = if i < anchor_len { anchor_degree.saturating_add(1) } else { 1 };
                 x.depth = *len;
                 x.touch_call = touch_call;
@@ -1009,17 +1085,18 @@ impl KvCache {
     /// A call has ended: its blocks may go.
     pub(crate) fn call_finished(&mut self, workload: Option<&Workload>, call: u64, now_us: u64) {
         let now_us = self.clock(now_us);
-        let Some(at) = self.running.iter().position(|r| r.call == call) else {
+        let Some(at) = self.running.find(call) else {
             match self.queue.remove(call) {
                 Some(waiting) => self.session_changed(waiting.handle),
                 None => self.repairs.unknown_calls += 1,
             }
             return;
         };
-        let run = self.running.swap_remove(at);
+        let run = self.running.remove(at);
+        self.guard.ended(run.shadow);
         let took_s = now_us.saturating_sub(run.started_us) as f32 / 1e6;
         if let Some(workload) = workload {
-            workload.services.learn(took_s);
+            workload.services.learn(took_s, workload::often(run.handle, run.started_us));
         }
         if run.tail != NONE {
             let mut segment = self.index.segment_of(run.tail);
@@ -1068,7 +1145,8 @@ impl KvCache {
             self.pin(tail);
         }
         let (above, from) = (tail, len as usize);
-        self.append(workload, lane, now_us, &keys[from..], &[], Origin::Restored, &mut tail, &mut len);
+        let origin = Origin::Restored(self.offers.kind(handle.slot() as u32, agent));
+        self.append(workload, lane, now_us, &keys[from..], &[], origin, &mut tail, &mut len);
         if above != NONE {
             self.unpin(above);
         }
@@ -1089,19 +1167,14 @@ impl KvCache {
         out: &mut [Expected],
     ) -> usize {
         self.clock(now_us);
-        // Bringing blocks back has to pay: while too few are used, only every so often a try is made.
-        self.asked = self.asked.wrapping_add(1);
-        let seen = self.restored_used + self.restored_wasted;
-        if seen > 4096 {
-            self.restored_used /= 2;
-            self.restored_wasted /= 2;
-        }
-        let pays = self.restored_used as f32 >= MIN_PRECISION * seen as f32;
-        if seen > 256 && !pays && self.asked % RETRY != 0 {
+        if !self.guard.trusts() {
             return 0;
         }
+        self.offers.ask();
         // Not only more than the next victims: enough to still be there when the call comes.
-        let floor = self.index.score_at(self.pool_blocks / 4, FLOOR_LEAVES);
+        let mut leaves = [NONE; FLOOR_LEAVES];
+        let n = self.index.lowest_leaves(self.pool_blocks / 4, &mut leaves);
+        let floor = leaves[..n].last().map_or(0.0, |&leaf| self.index.published_score(leaf));
         let mut filled = 0;
         for _ in 0..VISITS.min(self.active.len()) {
             self.expected_hand = if self.expected_hand + 1 < self.active.len() { self.expected_hand + 1 } else { 0 };
@@ -1119,7 +1192,8 @@ impl KvCache {
                 let rate = workload.content.rates(agent, 0, content::used_class(2), &self.config)[0];
                 let private = Foreign::At(f32::INFINITY);
                 let score = density::score(&self.view.times, &first.map(|p| p * rate), &private, None);
-                if score > 2.0 * floor {
+                if score > ABOVE_FLOOR * floor && self.offers.pays(probability) {
+                    self.offers.made(slot, agent, probability);
                     let workload = u32::from(tenant.workload);
                     out[filled] = Expected { session: tenant.session, workload, agent, probability, score };
                     filled += 1;
@@ -1130,12 +1204,10 @@ impl KvCache {
         filled
     }
 
-    /// The session of a call in flight. Not looked for where no further call can be tracked.
+    /// The session of a call in flight.
+    #[inline]
     pub(crate) fn running(&self, call: u64) -> Option<SessionHandle> {
-        if self.running.len() == MAX_RUNNING {
-            return None;
-        }
-        self.running.iter().find(|r| r.call == call).map(|r| r.handle)
+        self.running.find(call).map(|at| self.running[at].handle)
     }
 
     /// Something about the session has changed.
@@ -1180,18 +1252,20 @@ impl KvCache {
     /// Forgets all blocks (the engine has reset its cache); what was learned stays.
     pub(crate) fn clear(&mut self) {
         self.index.clear();
+        self.guard.clear();
         let n = self.lanes.len() - MAX_WORKLOADS;
         for (lane, free) in self.lanes.iter_mut().zip(free_lanes(n)) {
             *lane = free;
         }
         (self.free_lane, self.lane_hand) = (0, 0);
         for tenant in &mut self.tenants {
-            (tenant.lanes, tenant.generation) = (NONE, 0);
+            (tenant.lanes, tenant.last_lane, tenant.n_lanes, tenant.generation) = (NONE, NONE, 0, 0);
             (tenant.dirty, tenant.active) = (false, false);
         }
         self.dirty.clear();
         self.active.clear();
         self.running.clear();
+        self.lane_table.clear();
         self.view.slot = NONE;
         for plan in &mut self.plans {
             plan.identity = (NONE, 0, 0);
@@ -1254,10 +1328,14 @@ impl KvCache {
 
     /// Scores a leaf whose session's view is loaded, or that is nobody's, and queues it accordingly.
     fn score_leaf(&mut self, segment: u32, workload: &Workload) {
-        let x = *self.index.seg(segment);
-        let score = self.score(segment, &x, workload);
+        let score = self.score(segment, self.index.seg(segment), workload);
+        self.queue_scored(segment, score);
+    }
+
+    /// Queues a leaf by its score.
+    fn queue_scored(&mut self, segment: u32, score: f32) {
         let bucket = density::bucket(score);
-        if x.bucket != bucket {
+        if self.index.seg(segment).bucket != bucket {
             self.index.dequeue(segment);
             self.index.enqueue(segment, bucket);
         }
@@ -1293,6 +1371,7 @@ impl KvCache {
         }
         let horizon_s = (!self.config.density).then_some(self.eviction_interval_s * self.pool_blocks as f32);
         let score = density::score(&self.view.times, &first_use, &foreign, horizon_s);
+        let score = if self.config.sabotage { (1e3 * score).recip() } else { score };
         // What is awaited is worth one hit after that time, whatever else may happen.
         let awaited = |wait_s: f32| match horizon_s {
             None => wait_s.recip(),
@@ -1352,6 +1431,7 @@ impl KvCache {
                 let next = x.lane_next;
                 if x.bucket == NOT_QUEUED {
                     self.index.publish_score(segment, 0.0);
+                    self.index.seg_mut(segment).set_own_score(None);
                 }
                 segment = next;
             }
@@ -1386,6 +1466,9 @@ impl KvCache {
         now_us: u64,
         mut victim: impl FnMut(u64),
     ) -> usize {
+        if !self.guard.trusts() {
+            return self.evict_oldest(workloads, sessions, n, now_us, victim);
+        }
         self.clock(now_us);
         self.view.slot = NONE;
         if !self.pressed {
@@ -1425,6 +1508,43 @@ impl KvCache {
             self.refresh(workloads, sessions, slot);
         }
         self.age(workloads, sessions, REFRESHES);
+        self.prepare(workloads, sessions);
+    }
+
+    /// Scores what the next victims hang from, as far as they will leave it without children and it will go soon itself:
+    /// an eviction then finds it scored.
+    fn prepare(&mut self, workloads: &Workloads, sessions: &Sessions) {
+        let mut leaves = [NONE; PREPARED_LEAVES];
+        let n = self.index.lowest_leaves(PREPARED_BLOCKS, &mut leaves);
+        let Some(&last) = leaves[..n].last() else { return };
+        let (soon, mut scored) = (self.index.published_score(last), 0);
+        for &leaf in &leaves[..n] {
+            let mut segment = self.index.parent_segment(leaf);
+            while segment != NONE {
+                let x = self.index.seg(segment);
+                let lane = x.lane;
+                if x.children > 1 || x.pins > 0 || self.is_nobodys(lane) {
+                    break;
+                }
+                let own_score = if let Some(score) = x.own_score() {
+                    score
+                } else {
+                    let Some(workload) = workloads.get(self.workload_of(lane) as usize) else { break };
+                    if scored == PREPARED {
+                        return;
+                    }
+                    scored += 1;
+                    self.look(workload, sessions, self.lanes[lane as usize].session);
+                    let score = self.score(segment, self.index.seg(segment), workload);
+                    self.index.seg_mut(segment).set_own_score(Some(score));
+                    score
+                };
+                if own_score > soon {
+                    break;
+                }
+                segment = self.index.parent_segment(segment);
+            }
+        }
     }
 
     /// As [`Self::evict`], in the order of last use: what an engine without prediction does.
@@ -1485,9 +1605,7 @@ impl KvCache {
             }
         }
         let take = most.min(x.len as usize);
-        if x.restored {
-            self.restored_wasted += take as u64;
-        }
+        self.offers.resolved(x.restored, take, false);
         let exposed = self.take_from(segment, take, victim);
         if exposed != NONE {
             self.score_exposed(workloads, sessions, exposed);
@@ -1529,7 +1647,12 @@ impl KvCache {
     }
 
     fn score_exposed(&mut self, workloads: &Workloads, sessions: &Sessions, segment: u32) {
-        let lane = self.index.seg(segment).lane;
+        let x = self.index.seg(segment);
+        let (lane, own_score) = (x.lane, x.own_score());
+        if let Some(score) = own_score.filter(|_| !self.is_nobodys(lane)) {
+            self.mark(self.lanes[lane as usize].session);
+            return self.queue_scored(segment, score);
+        }
         self.queue_unscored(segment);
         if let Some(workload) = workloads.get(self.workload_of(lane) as usize) {
             if !self.is_nobodys(lane) {
@@ -1576,15 +1699,13 @@ impl KvCache {
     }
 }
 
+fn lane_hash(slot: u32, agent: u16) -> u64 {
+    mix(u64::from(slot) << 16 | u64::from(agent))
+}
+
 /// `n` lanes on the free list, then nobody's.
 fn free_lanes(n: usize) -> impl Iterator<Item = Lane> {
-    (0..n + MAX_WORKLOADS).map(move |i| Lane {
-        session: NONE,
-        agent: 0,
-        calls: 0,
-        head: NONE,
-        next: if i + 1 < n { i as u32 + 1 } else { NONE },
-    })
+    (0..n + MAX_WORKLOADS).map(move |i| Lane { next: if i + 1 < n { i as u32 + 1 } else { NONE }, ..VACANT })
 }
 
 /// One guess about a session's future.
@@ -1611,14 +1732,15 @@ fn candidates(workload: &Workload, recent: workload::Recent, at: &Standing) -> (
             n += 1;
         }
     };
-    recent.0[..3].iter().for_each(|&agent| add(agent));
+    let recent = recent.agents();
+    recent[..3].iter().for_each(|&agent| add(agent));
     for context in [context_of_two(AgentId(at.prev), AgentId(at.last)), context_of(AgentId(at.last))] {
         let mut row = [(0u16, 0u32); 8];
         let found = workload.transitions.row(context, &mut row);
         row[..found].sort_unstable_by_key(|&(_, count)| std::cmp::Reverse(count));
         row[..found].iter().for_each(|&(agent, _)| add(agent));
     }
-    recent.0[3..].iter().for_each(|&agent| add(agent));
+    recent[3..].iter().for_each(|&agent| add(agent));
     (agents, n)
 }
 

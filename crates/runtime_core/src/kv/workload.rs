@@ -18,7 +18,7 @@
 use std::sync::OnceLock;
 
 use crate::histogram::Counters;
-use crate::ids::{AgentId, SessionKey};
+use crate::ids::{mix, AgentId, SessionKey};
 use crate::sessions::{SessionHandle, SessionTable, Word};
 use crate::successors::{context_of, context_of_two, SuccessorTable};
 
@@ -134,46 +134,65 @@ impl Status {
         }
     }
 
-    fn with_gap(mut self, seconds: f32) -> Self {
-        let log = (seconds * 1000.0).max(1.0).log2();
+    fn with_gap(mut self, log: f32) -> Self {
         let mean = if self.pace == 0 { log } else { 0.7 * f32::from(self.pace - 1) / 256.0 + 0.3 * log };
         self.pace = 1 + (mean * 256.0).min(60_000.0) as u16;
         self
     }
 }
 
-/// The agents that a session called last, most recent first.
+/// The agents that a session called last, most recent first: 16 bits each from the lowest, three in each of two words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Recent(pub(crate) [u16; RANKS]);
+pub(crate) struct Recent([u64; 2]);
+
+/// Agents in one word of [`Recent`], and that word without any.
+const IN_WORD: usize = 3;
+const NOBODY: u64 = (1 << (16 * IN_WORD)) - 1;
 
 impl Recent {
+    #[inline]
     pub(crate) fn load(sessions: &Sessions, handle: SessionHandle) -> Self {
-        let mut agents = [AgentId::UNKNOWN.0; RANKS];
-        for (word, start, n) in [(RECENT, 0, 3), (RECENT_MORE, 3, 3)] {
-            if let Some(packed) = sessions.load(handle, word) {
-                for i in 0..n {
-                    agents[start + i] = (packed >> (16 * i)) as u16;
-                }
+        Self([RECENT, RECENT_MORE].map(|word| sessions.load(handle, word).unwrap_or(NOBODY)))
+    }
+
+    #[inline]
+    fn store(self, before: Self, sessions: &Sessions, handle: SessionHandle) {
+        for (at, word) in [RECENT, RECENT_MORE].into_iter().enumerate() {
+            if self.0[at] != before.0[at] {
+                sessions.store(handle, word, self.0[at]);
             }
         }
-        Self(agents)
     }
 
-    fn store(self, sessions: &Sessions, handle: SessionHandle) {
-        let pack = |part: &[u16]| part.iter().rev().fold(0u64, |word, &agent| word << 16 | u64::from(agent));
-        sessions.store(handle, RECENT, pack(&self.0[..3]));
-        sessions.store(handle, RECENT_MORE, pack(&self.0[3..6]));
+    /// The agents, most recent first.
+    pub(crate) fn agents(self) -> [u16; RANKS] {
+        let mut agents = [AgentId::UNKNOWN.0; RANKS];
+        for (i, agent) in agents[..2 * IN_WORD].iter_mut().enumerate() {
+            *agent = (self.0[i / IN_WORD] >> (16 * (i % IN_WORD))) as u16;
+        }
+        agents
     }
 
-    fn rank(&self, agent: u16) -> usize {
-        self.0.iter().position(|&a| a == agent).unwrap_or(NEW)
+    #[inline]
+    fn rank(self, agent: u16) -> usize {
+        self.agents().iter().position(|&a| a == agent).unwrap_or(NEW)
     }
 
-    fn front(mut self, agent: u16) -> Self {
-        let rank = self.rank(agent).min(RANKS - 1);
-        self.0.copy_within(0..rank, 1);
-        self.0[0] = agent;
-        self
+    /// The agents after `agent`, which was at `rank`, has spoken.
+    #[inline]
+    fn front(self, agent: u16, rank: usize) -> Self {
+        // The lanes below the rank move up by one and leave the lowest to the agent.
+        let moved = |word: u64, lanes: usize, lowest: u64| {
+            let kept = if lanes < IN_WORD { !0 << (16 * lanes) << 16 } else { 0 };
+            (word & kept | (word << 16 | lowest) & !kept) & NOBODY
+        };
+        let [low, high] = self.0;
+        let first = moved(low, rank, u64::from(agent));
+        if rank < IN_WORD {
+            Self([first, high])
+        } else {
+            Self([first, moved(high, rank - IN_WORD, low >> (16 * (IN_WORD - 1)))])
+        }
     }
 }
 
@@ -209,32 +228,44 @@ pub(crate) fn standing(sessions: &Sessions, handle: SessionHandle) -> Option<Sta
     })
 }
 
+/// What a step of a session weighs where counts are large (see [`Counters::add_steps`]): four times in one case of four,
+/// else nothing. Drawn from the step's time, so that a replay repeats itself.
+#[inline]
+pub(crate) fn often(handle: SessionHandle, time_us: u64) -> u32 {
+    if mix(time_us ^ (handle.slot() as u64) << 40) % 4 == 0 {
+        4
+    } else {
+        0
+    }
+}
+
 impl Workload {
     /// A session calls `agent`. Lock-free, from any thread; every transition is counted exactly once.
     pub(crate) fn call_started(&self, sessions: &Sessions, key: SessionKey, agent: u16, now_us: u64) -> SessionHandle {
         let (handle, before) = sessions.transition(key, AgentId(agent));
+        let recent = Recent::load(sessions, handle);
+        let rank = recent.rank(agent);
         if before.last.is_known() {
+            let finish_us = sessions.load(handle, Word::LastFinish);
+            let often = often(handle, finish_us.unwrap_or(now_us));
             let status = Status::unpack(sessions.load(handle, STATUS));
             let features = Features { agent: before.last.0, steps: before.steps, size: status.size, tool: status.tool };
-            self.ends.went_on(features, status.doubted);
+            self.ends.went_on(features, status.doubted, often);
             let mut after = Status { tool: 0, doubted: false, ..status };
-            if sessions.in_flight(handle) == 0 {
-                if let Some(finish_us) = sessions.load(handle, Word::LastFinish) {
-                    let gap_s = now_us.saturating_sub(finish_us) as f32 / 1e6;
+            if let Some(finish_us) = finish_us {
+                if sessions.in_flight(handle) == 0 {
+                    let gap = gaps::log2_ms(now_us.saturating_sub(finish_us) as f32 / 1e6);
                     let context = Context { agent: before.last.0, tool: status.tool, pace: status.pace_class() };
-                    self.gaps.learn(context, gap_s);
-                    after = after.with_gap(gap_s);
+                    self.gaps.learn(context, gap, often);
+                    after = after.with_gap(gap);
                 }
             }
             sessions.store(handle, STATUS, after.pack());
             self.transitions.add(context_of_two(before.prev, before.last), agent);
             self.transitions.add(context_of(before.last), agent);
+            self.ranks.add_steps(rank, [1, 0], often);
         }
-        let recent = Recent::load(sessions, handle);
-        if before.last.is_known() {
-            self.ranks.add(recent.rank(agent));
-        }
-        recent.front(agent).store(sessions, handle);
+        recent.front(agent, rank).store(recent, sessions, handle);
         sessions.store(handle, Word::LastStart, now_us);
         sessions.begin(handle);
         handle
@@ -250,7 +281,8 @@ impl Workload {
         sessions.end(handle);
         sessions.store(handle, Word::LastFinish, now_us);
         let size = (32 - output_blocks.leading_zeros()) as u8;
-        sessions.update(handle, STATUS, |word| Status { tool, size, ..Status::unpack(word) }.pack());
+        let status = Status::unpack(sessions.load(handle, STATUS));
+        sessions.store(handle, STATUS, Status { tool, size, ..status }.pack());
     }
 
     /// A tool of the session has started: what follows is its gap.
@@ -267,7 +299,7 @@ impl Workload {
             Status { doubted: true, ..status }.pack()
         });
         if !was_doubted {
-            self.ends.ended(standing.features);
+            self.ends.ended(standing.features, often(handle, standing.last_finish_us));
         }
     }
 }

@@ -13,7 +13,8 @@
 | ``guard`` | faults: counted, logged once a kind, and enough of them pause the adapter |
 | ``record`` | live traffic as an agentrt trace |
 
-Nothing here imports vLLM but ``plugin.register``, ``connector`` and ``offload``. One thread, vLLM's scheduler, calls all of it.
+Nothing here imports vLLM but ``plugin.register``, ``connector`` and ``offload``.
+One thread, vLLM's scheduler, calls everything.
 
 Words: a *key* is the low 64 bits of a block hash (the integer that vLLM publishes in its KV events); *pending* blocks
 have been named as victims, stand at the head of the free queue and have not been allocated yet.

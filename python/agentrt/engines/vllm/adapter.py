@@ -194,7 +194,7 @@ class Adapter:
             self._arrive(request)
 
     def _arrive(self, request: Any) -> _Call:
-        keys: Any = block_keys(request.block_hashes, 0, request.num_prompt_tokens // self.block_size)
+        keys = block_keys(request.block_hashes, 0, request.num_prompt_tokens // self.block_size)
         identity = self.identities.resolve(request, keys)
         self._numbers += 1
         call = _Call(self._numbers, identity, keys, self.now_us())
@@ -388,6 +388,7 @@ class Adapter:
                 self._register(keys, low, block_ids if isinstance(block_ids, list) else list(block_ids))
             if computed > n_prompt:
                 output = keys[n_prompt - low :]
+        self.identities.ended(call.identity, output)
         self._untold.pop(call.number, None)
         if core is not None and call.told:
             core.call_ended(call.identity.session, call.number, now_us, output)
@@ -428,10 +429,10 @@ class Adapter:
 
     def restart(self) -> None:
         """Starts over after a time without hooks: what was in flight may be gone."""
-        if self.core is not None:
-            for call in self.calls.values():
-                if call.told:
-                    self.core.call_ended(call.identity.session, call.number, self.now_us(), _NO_KEYS)
+        for call in self.calls.values():
+            self.identities.ended(call.identity, _NO_KEYS)
+            if call.told and self.core is not None:
+                self.core.call_ended(call.identity.session, call.number, self.now_us(), _NO_KEYS)
         self.calls.clear()
         self._untold.clear()
         if self.gate is not None:

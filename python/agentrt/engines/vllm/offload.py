@@ -131,7 +131,12 @@ class AgentRTCachePolicy(CachePolicy):  # type: ignore[misc, unused-ignore]
 
     def _call(self, keys: list[Any], req_context: Any) -> None:
         array: Any = np.array([block_key(key) for key in keys], np.uint64)
-        identity = CALLERS.find(req_context.req_id) or self.identities.resolve(req_context, array)
+        identity = CALLERS.find(req_context.req_id)
+        if identity is None:
+            identity = self.identities.resolve(req_context, array)
+        else:
+            # The scheduler's side tells its own inference of the end.
+            identity = identity._replace(call=None)
         self._calls += 1
         now_us = _now_us()
         hit = self.core.call_started(identity.session, identity.agent, self._calls, now_us, array)
@@ -140,6 +145,7 @@ class AgentRTCachePolicy(CachePolicy):  # type: ignore[misc, unused-ignore]
         if hit < held:
             self.core.stored(self._calls, now_us, array[hit:held])
         self.core.call_ended(identity.session, self._calls, now_us, array[:0])
+        self.identities.ended(identity, array[:0])
         if identity.session_ends:
             self.core.session_ended(identity.session, now_us)
         for key in keys[:held]:

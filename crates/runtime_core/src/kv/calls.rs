@@ -1,0 +1,188 @@
+//! Calls in flight: found by their id; the oldest is known, for where there are too many.
+//!
+//! A bounded slab, a hash table over it, and a list from the oldest call to the newest: every step takes as long with
+//! thousands of calls in flight as with one. One writer.
+
+use std::ops::{Index, IndexMut};
+
+use crate::ids::mix;
+
+use super::table::{Table, EMPTY};
+use super::Running;
+
+/// Calls in flight that are tracked; the oldest gives way.
+pub(super) const MAX_CALLS: usize = 4096;
+const NONE: u16 = u16::MAX;
+
+#[derive(Clone, Copy, Debug)]
+struct Link {
+    older: u16,
+    /// Of a slot that is free, the next one.
+    newer: u16,
+}
+
+/// See the module's page.
+#[derive(Debug)]
+pub(super) struct Calls {
+    /// Slots that were in use at some time; the first of them are in the cache.
+    slots: Vec<Running>,
+    links: Vec<Link>,
+    table: Table,
+    len: usize,
+    free: u16,
+    oldest: u16,
+    newest: u16,
+}
+
+impl Calls {
+    pub(super) fn new() -> Self {
+        Self {
+            slots: Vec::with_capacity(MAX_CALLS),
+            links: Vec::with_capacity(MAX_CALLS),
+            table: Table::new(MAX_CALLS),
+            len: 0,
+            free: NONE,
+            oldest: NONE,
+            newest: NONE,
+        }
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.slots.capacity() * size_of::<Running>() + self.links.capacity() * size_of::<Link>() + self.table.bytes()
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.len == MAX_CALLS
+    }
+
+    /// The slot of a call.
+    #[inline]
+    pub(super) fn find(&self, call: u64) -> Option<usize> {
+        if self.len == 0 {
+            return None;
+        }
+        let slot = self.table.find(mix(call), |slot| self.slots[slot as usize].call == call);
+        (slot != EMPTY).then_some(slot as usize)
+    }
+
+    /// The slot of the call that started first.
+    pub(super) fn oldest(&self) -> Option<usize> {
+        (self.oldest != NONE).then_some(usize::from(self.oldest))
+    }
+
+    /// The slot of the call that started next.
+    pub(super) fn newer(&self, slot: usize) -> Option<usize> {
+        let newer = self.links[slot].newer;
+        (newer != NONE).then_some(usize::from(newer))
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Running> {
+        std::iter::successors(self.oldest(), |&slot| self.newer(slot)).map(|slot| &self.slots[slot])
+    }
+
+    /// Adds a call that is not there; there must be room.
+    #[inline]
+    pub(super) fn push(&mut self, run: Running) {
+        debug_assert!(!self.is_full() && self.find(run.call).is_none());
+        let link = Link { older: self.newest, newer: NONE };
+        let slot = if self.free == NONE {
+            self.slots.push(run);
+            self.links.push(link);
+            self.slots.len() as u16 - 1
+        } else {
+            let slot = self.free;
+            self.free = self.links[usize::from(slot)].newer;
+            self.slots[usize::from(slot)] = run;
+            self.links[usize::from(slot)] = link;
+            slot
+        };
+        if self.newest == NONE {
+            self.oldest = slot;
+        } else {
+            self.links[usize::from(self.newest)].newer = slot;
+        }
+        self.newest = slot;
+        self.table.insert(mix(run.call), u32::from(slot));
+        self.len += 1;
+    }
+
+    /// Takes out the call in `slot`.
+    #[inline]
+    pub(super) fn remove(&mut self, slot: usize) -> Running {
+        let run = self.slots[slot];
+        let Link { older, newer } = self.links[slot];
+        match older {
+            NONE => self.oldest = newer,
+            older => self.links[usize::from(older)].newer = newer,
+        }
+        match newer {
+            NONE => self.newest = older,
+            newer => self.links[usize::from(newer)].older = older,
+        }
+        self.links[slot].newer = self.free;
+        self.free = slot as u16;
+        self.len -= 1;
+        let slots = &self.slots;
+        self.table.remove(mix(run.call), slot as u32, |slot| mix(slots[slot as usize].call));
+        run
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.slots.clear();
+        self.links.clear();
+        self.table.clear();
+        self.len = 0;
+        (self.free, self.oldest, self.newest) = (NONE, NONE, NONE);
+    }
+}
+
+impl Index<usize> for Calls {
+    type Output = Running;
+
+    #[inline]
+    fn index(&self, slot: usize) -> &Running {
+        &self.slots[slot]
+    }
+}
+
+impl IndexMut<usize> for Calls {
+    #[inline]
+    fn index_mut(&mut self, slot: usize) -> &mut Running {
+        &mut self.slots[slot]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kv::workload::Sessions;
+
+    fn run(call: u64) -> Running {
+        let handle = Sessions::new(8).unwrap().enter(crate::ids::SessionKey(1)).0;
+        let (tail, len, prompt_len) = (super::super::NONE, 0, 0);
+        Running { call, started_us: 0, handle, workload: 0, lane: 0, agent: 0, tail, len, prompt_len, cut: false }
+    }
+
+    #[test]
+    fn calls_are_found_and_kept_in_order_whatever_comes_and_goes() {
+        let (mut calls, mut expected) = (Calls::new(), Vec::new());
+        for step in 0..40_000 {
+            let random = mix(step);
+            if expected.len() == MAX_CALLS || (random % 5 < 2 && !expected.is_empty()) {
+                let gone = expected.remove((random >> 32) as usize % expected.len().min(97));
+                let slot = calls.find(gone).unwrap();
+                assert_eq!(calls.remove(slot).call, gone);
+                assert_eq!(calls.find(gone), None);
+            } else {
+                calls.push(run(step));
+                expected.push(step);
+            }
+        }
+        assert!(expected.len() > MAX_CALLS / 2);
+        assert_eq!(calls.iter().map(|run| run.call).collect::<Vec<_>>(), expected);
+        for &call in &expected {
+            assert_eq!(calls[calls.find(call).unwrap()].call, call);
+        }
+        assert_eq!(calls[calls.oldest().unwrap()].call, expected[0]);
+    }
+}

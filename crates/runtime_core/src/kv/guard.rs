@@ -1,0 +1,195 @@
+//! Never worse than LRU for long: a shadow LRU beside the pool, and the rule by which it takes over.
+//!
+//! The shadow holds keys only. It serves a sample of the sessions with as much of the capacity as they are of all
+//! sessions (Waldspurger 2015). For each sampled call the guard compares what the pool really held with what the shadow
+//! would have.
+//!
+//! # Rule and bound
+//!
+//! D sums the pool's hits minus the shadow's, in units of a mean prompt, and is cut off above at +[`CREDIT`] (a CUSUM,
+//! Page 1954). Below -[`MARGIN`] the pool evicts least recently used first for T sampled calls; then the learned order
+//! gets another chance, with D = 0. T starts at [`PENALTY`] and doubles with every relapse.
+//!
+//! Hence the loss to the shadow is at most `MARGIN + CREDIT` prompts (plus one) per phase of trust, whatever the learned
+//! order does, and among n sampled calls there are at most log2(1 + n / PENALTY) + 1 such phases: O(log n) prompts in all.
+//! A loss that goes on is always found, however small it is per call, since D does not fade. T is forgotten once a phase
+//! of trust has lasted eight times as long.
+
+use super::index::NONE;
+use super::shadow::Shadow;
+use crate::ids::mix;
+
+/// Prompts lost before LRU takes over.
+const MARGIN: f32 = 20.0;
+/// Prompts won that count against later losses.
+const CREDIT: f32 = 20.0;
+/// Sampled calls that LRU serves the first time.
+const PENALTY: u32 = 256;
+/// Blocks that the shadow holds at most.
+const MOST_BLOCKS: usize = 1 << 16;
+/// The shadow, and who is in charge.
+#[derive(Debug)]
+pub(crate) struct Guard {
+    shadow: Shadow,
+    /// Sessions whose hash is at most this are sampled.
+    sampled: u64,
+    /// Mean blocks of a prompt.
+    prompt: f32,
+    /// Prompts won since D was last zero, as above.
+    won: f32,
+    /// Sampled calls left under LRU, 0 while the learned order is trusted.
+    left: u32,
+    penalty: u32,
+    /// Sampled calls of this phase of trust.
+    trusted: u32,
+    /// Times that LRU has taken over.
+    pub(crate) takeovers: u64,
+}
+
+impl Guard {
+    pub(crate) fn new(pool_blocks: usize) -> Self {
+        let blocks = pool_blocks.min(MOST_BLOCKS);
+        let share = blocks as f64 / pool_blocks as f64;
+        Self {
+            shadow: Shadow::new(blocks),
+            sampled: (share * u64::MAX as f64) as u64,
+            prompt: 0.0,
+            won: 0.0,
+            left: 0,
+            penalty: PENALTY,
+            trusted: 0,
+            takeovers: 0,
+        }
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.shadow.bytes()
+    }
+
+    /// Whether the learned order is in charge.
+    pub(crate) fn trusts(&self) -> bool {
+        self.left == 0
+    }
+
+    /// Forgets the blocks, not the verdict.
+    pub(crate) fn clear(&mut self) {
+        self.shadow.clear();
+    }
+
+    fn samples(&self, session: u64) -> bool {
+        mix(session ^ 0x5A3D) <= self.sampled
+    }
+
+    /// A call starts of which the pool held `hit` leading blocks. Returns where the shadow holds it until
+    /// [`Guard::ended`].
+    pub(crate) fn started(&mut self, session: u64, keys: &[u64], hit: usize) -> u32 {
+        let mut tail = NONE;
+        if !keys.is_empty() && self.samples(session) {
+            let found = self.shadow.hold(keys, &mut tail);
+            self.prompt += (keys.len() as f32 - self.prompt) / if self.prompt == 0.0 { 1.0 } else { 64.0 };
+            self.judge((hit as f32 - found as f32) / self.prompt);
+        }
+        tail
+    }
+
+    /// The answer of a call.
+    pub(crate) fn answered(&mut self, keys: &[u64], tail: &mut u32) {
+        if *tail != NONE {
+            self.shadow.hold(keys, tail);
+        }
+    }
+
+    /// A call has ended.
+    pub(crate) fn ended(&mut self, tail: u32) {
+        self.shadow.release(tail);
+    }
+
+    fn judge(&mut self, won: f32) {
+        if self.left > 0 {
+            self.left -= 1;
+            return;
+        }
+        self.trusted = self.trusted.saturating_add(1);
+        if self.trusted >= self.penalty.saturating_mul(8) {
+            self.penalty = PENALTY;
+        }
+        self.won = (self.won + won).min(CREDIT);
+        if self.won < -MARGIN {
+            self.takeovers += 1;
+            (self.left, self.won, self.trusted) = (self.penalty, 0.0, 0);
+            self.penalty = self.penalty.saturating_mul(2);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn keys(prompt: u64) -> Vec<u64> {
+        (0..10).map(|i| 1 + prompt * 10 + i).collect()
+    }
+
+    fn call(guard: &mut Guard, prompt: u64, hit: usize) {
+        let tail = guard.started(prompt, &keys(prompt), hit);
+        guard.ended(tail);
+    }
+
+    #[test]
+    fn the_shadow_is_an_lru() {
+        let mut guard = Guard::new(1000);
+        // Eighty prompts of ten blocks fit; a hundred and thirty do not.
+        for (prompts, expected) in [(80, 0.95..1.01), (130, -0.01..0.05)] {
+            guard.clear();
+            let mut won = 0.0;
+            for round in 0..4 {
+                for prompt in 0..prompts {
+                    guard.won = 0.0;
+                    call(&mut guard, prompt, 0);
+                    won += if round > 0 { -guard.won } else { 0.0 };
+                    (guard.left, guard.penalty) = (0, PENALTY);
+                }
+            }
+            let rate = won / (3 * prompts) as f32;
+            assert!(expected.contains(&rate), "{prompts} prompts: {rate}");
+        }
+    }
+
+    #[test]
+    fn a_pool_that_never_hits_is_overruled_soon_and_tried_again_ever_more_rarely() {
+        let mut guard = Guard::new(1000);
+        let mut trusted = 0;
+        for number in 0..100_000u64 {
+            trusted += u64::from(guard.trusts());
+            call(&mut guard, number % 20, 0);
+        }
+        // log2(1 + 100,000 / 256) + 1 phases, each of at most 41 prompts lost, and the first round.
+        assert!((20..=430).contains(&trusted), "{trusted} calls were entrusted to a policy that loses them all");
+        assert!((7..=10).contains(&guard.takeovers), "{} takeovers", guard.takeovers);
+    }
+
+    #[test]
+    fn a_small_loss_that_goes_on_is_found_and_a_winner_is_left_alone() {
+        let (mut loser, mut winner) = (Guard::new(1000), Guard::new(1000));
+        for number in 0..10_000u64 {
+            // One block of a prompt in ten calls less, or more, than the shadow.
+            let differs = usize::from(number % 10 == 0);
+            call(&mut loser, number % 20, 10 - differs);
+            call(&mut winner, number % 200, differs);
+        }
+        assert!(loser.takeovers >= 1);
+        assert_eq!(winner.takeovers, 0);
+    }
+
+    #[test]
+    fn a_large_pool_is_sampled() {
+        let mut guard = Guard::new(1 << 20);
+        assert!(guard.bytes() <= 33 * 64 * 1024);
+        let sampled = (0..10_000).filter(|&session| guard.samples(session)).count();
+        assert!((500..750).contains(&sampled), "{sampled}");
+        for number in 0..200_000u64 {
+            call(&mut guard, number % 2_000, 10);
+        }
+        assert!(guard.trusts());
+    }
+}
