@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,10 +48,6 @@ class Scripted:
 
     def reset(self, now_us: int) -> None:
         self._note("reset", [])
-
-    @property
-    def source(self) -> Callable[[int, int], Sequence[int]]:
-        return self.evict
 
     def evict(self, n: int, now_us: int) -> Sequence[int]:
         named, self.victims = self.victims[:n], self.victims[n:]

@@ -27,7 +27,7 @@ import numpy as np
 
 from agentrt._core import FreeQueue, block_keys
 from agentrt.engines.vllm.callers import CALLERS
-from agentrt.engines.vllm.core import Core, make_core, make_scheduling, names_of
+from agentrt.engines.vllm.core import Core, RuntimeCore, make_core, make_scheduling, names_of
 from agentrt.engines.vllm.gate import Gate, Load, Service, Waiting
 from agentrt.engines.vllm.identity import Identities, Identity
 from agentrt.engines.vllm.record import Recorder
@@ -178,13 +178,22 @@ class Adapter:
 
     def _queue(self, pool: Any) -> FreeQueue | None:
         batch = min(MAX_BATCH, pool.num_gpu_blocks // 128)
-        source: Any = None if self.core is None else self.core.source
+        source: Any = None
+        if isinstance(self.core, RuntimeCore):
+            source = self.core.runtime
+        elif self.core is not None:
+            source = self._evict
         try:
             return FreeQueue(pool, source, batch)
         except Exception:
             self.acting = False
             logger.warning("agentrt: observing only, this block pool is built otherwise than expected", exc_info=True)
             return None
+
+    def _evict(self, n: int, now_us: int) -> Sequence[int]:
+        core: Any = self.core
+        victims: Sequence[int] = core.evict(n, now_us)
+        return victims
 
     # ---- hooks, in the order of a request's life ----
 
@@ -214,11 +223,12 @@ class Adapter:
 
     def _tell_queued(self) -> None:
         """What has arrived since and could not start at once is certain to be needed."""
-        if self.core is not None:
+        tell: Callable[..., None] | None = getattr(self.core, "call_queued", None)
+        if tell is not None:
             for call in self._untold.values():
                 call.told = True
                 session, agent, *_ = call.identity
-                self.core.call_queued(session, agent, call.number, call.arrived_us, call.keys)
+                tell(session, agent, call.number, call.arrived_us, call.keys)
         self._untold.clear()
 
     def _start(self, call: _Call) -> None:

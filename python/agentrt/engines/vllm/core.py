@@ -23,10 +23,10 @@ POLICIES = ("agentrt", "lru", "observe")
 
 
 class Core(Protocol):
-    """What the adapter reports and asks. Keys are numpy ``uint64``; times are microseconds of one monotone clock."""
+    """What the adapter reports and asks. Keys are numpy ``uint64``; times are microseconds of one monotone clock.
 
-    def call_queued(self, session: int, agent: int, call: int, now_us: int, keys: NDArray[np.uint64]) -> None:
-        """A call waits for room; not told of calls that start at once."""
+    A core with ``call_queued`` (arguments as ``call_started``) is also told of calls that cannot start at once.
+    """
 
     def call_started(self, session: int, agent: int, call: int, now_us: int, keys: NDArray[np.uint64]) -> int:
         """A call starts; returns how many leading blocks the core holds to be resident."""
@@ -46,12 +46,8 @@ class Core(Protocol):
     def reset(self, now_us: int) -> None:
         """The engine has no block any more."""
 
-    @property
-    def source(self) -> object:
-        """Who names victims: an ``agentrt.Runtime``, or a callable.
-
-        ``evict(n, now_us)`` returns keys of up to ``n`` blocks, lowest first, and counts them as gone.
-        """
+    def evict(self, n: int, now_us: int) -> Sequence[int]:
+        """Names up to ``n`` blocks to go, lowest first, and counts them as gone."""
 
 
 CALL_START, STORED, CALL_END, REMOVED, SESSION_END, RESET, CALL_QUEUED = 0, 1, 2, 5, 6, 7, 8
@@ -102,10 +98,11 @@ class RuntimeCore:
         """The engine has dropped all blocks."""
         self._observe(RESET, 0, 0, 0, now_us)
 
-    @property
-    def source(self) -> object:
-        """The runtime itself: asked without a detour through Python."""
-        return self.runtime
+    def evict(self, n: int, now_us: int) -> Sequence[int]:
+        """Names victims. The adapter asks the runtime itself, without this detour."""
+        victims: NDArray[np.uint64] = self.runtime.act("evict", n, None, now_us / 1e6)
+        keys: list[int] = victims.tolist()
+        return keys
 
 
 def _named(what: str, where: str, known: Sequence[str]) -> Any:

@@ -131,12 +131,9 @@ class AgentRTCachePolicy(CachePolicy):  # type: ignore[misc, unused-ignore]
 
     def _call(self, keys: list[Any], req_context: Any) -> None:
         array: Any = np.array([block_key(key) for key in keys], np.uint64)
-        identity = CALLERS.find(req_context.req_id)
-        if identity is None:
-            identity = self.identities.resolve(req_context, array)
-        else:
-            # The scheduler's side tells its own inference of the end.
-            identity = identity._replace(call=None)
+        found = CALLERS.find(req_context.req_id)
+        # Of what the scheduler's side has inferred, it tells the end itself.
+        identity = found._replace(call=None) if found else self.identities.resolve(req_context, array)
         self._calls += 1
         now_us = _now_us()
         hit = self.core.call_started(identity.session, identity.agent, self._calls, now_us, array)
