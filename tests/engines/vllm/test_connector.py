@@ -51,7 +51,20 @@ def test_a_request_aborted_while_it_waits_leaves_nothing() -> None:
     assert made.connector is not None
     made.step({})
     made.connector.request_finished_all_groups(request, ([],))
-    assert [kind for kind, _ in core.events] == ["queued", "end"]
+    assert [kind for kind, _ in core.events] == ["start", "end"]
+    quiet(made)
+
+
+def test_beyond_some_waiting_requests_the_core_weighs_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentrt.engines.vllm.adapter.MAX_EARLY", 1)
+    made, core = engine(16)
+    requests = [made.request(Call(f"s{n}", "a", [10 * n, 10 * n + 1], [])) for n in range(3)]
+    made.step({})
+    assert [kind for kind, _ in core.events] == ["start", "queued", "queued"]
+    for request in requests:
+        assert made.admit(request)
+        made.finish(request)
+    assert [kind for kind, _ in core.events].count("start") == 3
     quiet(made)
 
 

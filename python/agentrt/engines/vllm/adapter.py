@@ -2,10 +2,10 @@
 
 | vLLM calls | the adapter |
 |---|---|
-| ``on_new_request`` | finds session and agent |
-| ``get_num_new_matched_tokens`` | the call starts and pins its resident prefix; victims are put in place for it |
+| ``on_new_request`` | finds session and agent; the call starts, which pins its resident prefix while it waits |
+| ``get_num_new_matched_tokens`` | right before the allocation: victims are put in place for it |
 | ``update_state_after_alloc`` | the prompt's new blocks are stored |
-| ``build_connector_meta`` | end of the step: calls that wait are told; prepares what running requests will take next |
+| ``build_connector_meta`` | end of the step: prepares what running requests will take in the next one |
 | ``request_finished`` | the call ends: the answer's blocks are stored, the prefix is unpinned |
 
 vLLM does not tell when it reuses a block by itself (an allocation nothing was prepared for). The core then believes the
@@ -43,6 +43,8 @@ _NO_KEYS: NDArray[np.uint64] = np.zeros(0, np.uint64)
 STARTS = (0, False)
 ASK_AGAIN = (None, False)
 MAX_TENANTS = 4_096
+# Waiting calls whose hits are pinned; later ones are told to the core as waiting, which weighs what they will need.
+MAX_EARLY = 64
 FREES = (False, None)
 MAX_BATCH = 64
 
@@ -163,6 +165,8 @@ class Adapter:
             else None
         )
         self.calls: dict[str, _Call] = {}
+        # Calls that were started when they arrived, so that what they hit is pinned while they wait.
+        self._early: set[int] = set()
         # Calls that the core does not know of yet, by number.
         self._untold: dict[int, _Call] = {}
         # Blocks that admitted prompts will still take in later chunks.
@@ -214,7 +218,11 @@ class Adapter:
         counters.requests += 1
         counters.sessions_inferred += identity.session_inferred
         counters.agents_inferred += identity.agent_inferred
-        self._untold[call.number] = call
+        if len(self._early) < MAX_EARLY:
+            self._early.add(call.number)
+            self._start(call)
+        else:
+            self._untold[call.number] = call
         if self.gate is not None:
             session, agent, *_ = identity
             tokens, tenant = request.num_prompt_tokens, self._tenant(request)
@@ -321,6 +329,7 @@ class Adapter:
                 self._register(call.keys[core_hit : call.hit], 0, hit_ids)
         if not call.allocated:
             call.allocated = True
+            self._early.discard(call.number)
             counters = self.counters
             counters.prompt_tokens += request.num_prompt_tokens
             counters.hit_tokens += call.hit * self.block_size
@@ -400,6 +409,7 @@ class Adapter:
                 output = keys[n_prompt - low :]
         self.identities.ended(call.identity, output)
         self._untold.pop(call.number, None)
+        self._early.discard(call.number)
         if core is not None and call.told:
             core.call_ended(call.identity.session, call.number, now_us, output)
             if computed < n_prompt:
@@ -445,6 +455,7 @@ class Adapter:
                 self.core.call_ended(call.identity.session, call.number, self.now_us(), _NO_KEYS)
         self.calls.clear()
         self._untold.clear()
+        self._early.clear()
         if self.gate is not None:
             self.gate.clear()
         self.reset()
