@@ -6,7 +6,17 @@ import importlib as _importlib
 import warnings as _warnings
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from agentrt._core import Prediction, Prefetch, Runtime, Session, Workload, block_key, build_info, is_debug_build
+from agentrt._core import (
+    Prediction,
+    Prefetch,
+    Runtime,
+    Scheduler,
+    Session,
+    Workload,
+    block_key,
+    build_info,
+    is_debug_build,
+)
 from agentrt.api import EventKind, act, configure, default_runtime, observe, predict, score, workload
 from agentrt.errors import AgentRTError
 from agentrt.policy import Policy, PolicyCall
@@ -23,6 +33,7 @@ __all__ = [
     "Prediction",
     "Prefetch",
     "Runtime",
+    "Scheduler",
     "Session",
     "Workload",
     "act",

@@ -71,9 +71,9 @@ class Runtime:
     Args:
         pool_blocks: KV blocks of the engine's pool, 1 to 2^31.
         sessions: Sessions remembered, 8 to 2^24; the least recently used is forgotten first.
-        policies: Who decides, in order: ``"kv_cache"`` (learned), ``"lru"``, or objects that follow
-            :class:`agentrt.Policy`. The first that answers decides; the next one names what is missing. By default
-            ``("kv_cache",)``.
+        policies: Who decides, in order: ``"kv_cache"`` (learned), ``"lru"``, ``"fairness"``, ``"agent_fairness"``,
+            ``"batch_shaping"`` (see :class:`Scheduler`), or objects that follow :class:`agentrt.Policy`. The first that
+            answers decides; the next one names what is missing. By default ``("kv_cache",)``.
 
     Raises:
         OutOfRangeError: A size cannot be had.
@@ -149,6 +149,123 @@ class Runtime:
     @property
     def policies(self) -> tuple[str, ...]:
         """Names of the active policies, in the order in which they are asked."""
+
+@final
+class Scheduler:
+    """Orders and holds the calls that wait in an engine, by the policies of a runtime.
+
+    The engine tells what its scheduler does, beside the events of its sessions, and asks :meth:`order` whenever it is
+    about to admit calls. Call numbers are those of the sessions' events, unique among all calls in flight. Without a
+    policy that orders (``"batch_shaping"``, ``"fairness"``, ``"agent_fairness"``) the order is that of arrival.
+
+    Args:
+        runtime: Whose policies decide.
+        block_tokens: Tokens in a block of the pool.
+        without: What the engine cannot report, by the names in :attr:`needs`.
+
+    Raises:
+        AgentRTError: A policy needs what the engine cannot report; the message names both.
+        OutOfRangeError, BadOptionError: An argument is not usable.
+    """
+
+    def __new__(cls, runtime: Runtime, block_tokens: int = 16, without: Sequence[str] = ()) -> Scheduler: ...
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the policies need the engine to report; the rest may be left out."""
+
+    def arrived(
+        self,
+        session: Session,
+        agent: str | int,
+        call: int,
+        prompt_tokens: int,
+        tenant: int | None = None,
+        time: float | None = None,
+    ) -> None:
+        """A call begins to wait.
+
+        Raises:
+            OutOfRangeError, ArrayTypeError, BadTimeError: An argument is not usable.
+        """
+
+    def admitted(
+        self,
+        call: int,
+        resident_tokens: int | None = None,
+        host_tokens: int | None = None,
+        again: bool = False,
+        time: float | None = None,
+    ) -> None:
+        """A call that waited runs from now on; ``again`` after a preemption. Told after ``Session.call_start``."""
+
+    def served(
+        self,
+        calls: NDArray[np.uint64] | Sequence[int],
+        prefill_tokens: NDArray[np.uint32] | Sequence[int],
+        decoded_tokens: NDArray[np.uint32] | Sequence[int],
+        kv_token_us: NDArray[np.uint64] | Sequence[int] | None = None,
+        repeated_tokens: NDArray[np.uint32] | Sequence[int] | None = None,
+        time: float | None = None,
+    ) -> None:
+        """What running calls got since they were last told of; at the latest before they end.
+
+        Args:
+            calls: The calls.
+            prefill_tokens: Prompt tokens computed for the first time.
+            decoded_tokens: Tokens generated.
+            kv_token_us: Tokens held in the pool, integrated over time, in token-microseconds.
+            repeated_tokens: Tokens computed again after a preemption.
+            time: Now, seconds.
+        """
+
+    def preempted(self, call: int, time: float | None = None) -> None:
+        """A running call has lost its memory and waits again."""
+
+    def withdrawn(self, call: int, time: float | None = None) -> None:
+        """A waiting call is withdrawn and never runs."""
+
+    def ended(self, call: int, time: float | None = None) -> None:
+        """A call has ended and holds nothing any more. Told after ``Session.call_end``."""
+
+    def order(
+        self,
+        calls: NDArray[np.uint64] | Sequence[int],
+        resident_tokens: NDArray[np.uint32] | Sequence[int] | None = None,
+        groups: NDArray[np.uint64] | Sequence[int] | None = None,
+        *,
+        host_tokens: NDArray[np.uint32] | Sequence[int] | None = None,
+        running_calls: int,
+        pinned_blocks: int,
+        free_blocks: int,
+        budget_tokens: int | None = None,
+        prompt_blocks: int | None = None,
+        hit_blocks: int | None = None,
+        host_bytes_per_s: int | None = None,
+        time: float | None = None,
+    ) -> tuple[NDArray[np.uint32], NDArray[np.float64]]:
+        """In which order to admit waiting calls, and which to pass over.
+
+        Args:
+            calls: The calls that wait, each told of by :meth:`arrived`.
+            resident_tokens: Leading prompt tokens of each whose KV is on the device.
+            groups: Key of the deepest resident block of each prompt, 0 if there is none.
+            host_tokens: The tokens after the resident ones whose KV is in the host tier.
+            running_calls: Calls that hold memory.
+            pinned_blocks: Blocks that they use.
+            free_blocks: Blocks that hold nothing.
+            budget_tokens: Tokens that this step can still compute.
+            prompt_blocks: Full prompt blocks of all calls admitted so far.
+            hit_blocks: Of these, those that were resident.
+            host_bytes_per_s: Speed of the link to the host tier.
+            time: Now, seconds.
+
+        Returns:
+            Positions in ``calls``, first to admit first; and for each of ``calls`` the time until which it is passed
+            over, 0 where it is not. Admit in this order and stop at the first that does not fit.
+
+        Raises:
+            OutOfRangeError, BadTimeError, ArrayTypeError, ArrayValueError: An argument is not usable.
+        """
 
 @final
 class Workload:
@@ -388,6 +505,10 @@ class Trace:
     @property
     def blocks(self) -> int: ...
     @property
+    def predictability(self) -> float:
+        """R = 1 - H(next agent | last agent) / H(next agent) within sessions; 0 with one agent."""
+
+    @property
     def skipped_lines(self) -> int: ...
 
 @final
@@ -431,11 +552,32 @@ def replay(
 ) -> str:
     """Replays traces under policies and returns the results as JSON; see ``agentrt.replay.run``."""
 
+def explain(trace: Trace, *, order: str, sessions: int, seed: int, capacity: str, model: str) -> str:
+    """Replays one trace under agentrt, LRU and MIN; see ``agentrt.replay.explain``."""
+
 def policies() -> list[tuple[str, str]]: ...
 def workloads() -> list[tuple[str, str, int]]: ...
 def models() -> list[tuple[str, float]]: ...
 def replay_flat(policy: str, keys: NDArray[np.uint32], capacity: int) -> NDArray[np.bool_]:
     """Replays a stream of single blocks under a policy; one flag per key, true where it was in the cache."""
+
+# Simulator
+
+def simulate(
+    policy: str,
+    *,
+    seed: int = 0,
+    runs: int = 5,
+    cache: str = "lru",
+    only: str = "",
+    traces: os.PathLike[str] | None = None,
+    threads: int = 0,
+    progress: Callable[[int, int], object] | None = None,
+) -> str:
+    """Runs a policy and its baselines in all scenarios of the policy and returns the figures as JSON."""
+
+def scenarios(policy: str, *, traces: os.PathLike[str] | None = None) -> list[tuple[str, str, list[str]]]:
+    """Scenarios of a policy: (name, one line, baselines)."""
 
 # Whose call it is
 

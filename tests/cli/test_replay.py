@@ -131,7 +131,7 @@ def test_a_policy_of_ones_own_is_a_file_and_a_class(agentrt_cli: Run, tiny_trace
 
 def test_help_of_every_command_shows_an_example(agentrt_cli: Run) -> None:
     assert "agentrt replay" in agentrt_cli("--help").stdout
-    for command in (["replay"], ["profile"], ["generate"], ["convert"], ["policies"], ["policy", "check"]):
+    for command in (["replay"], ["explain"], ["profile"], ["generate"], ["convert"], ["policies"], ["policy", "check"]):
         done = agentrt_cli(*command, "--help")
         assert done.returncode == 0, done.stderr
         assert re.search(rf"^\W*agentrt {' '.join(command)}", done.stdout.split("Example")[1], re.MULTILINE), command

@@ -5,6 +5,7 @@
 
 mod convert;
 mod errors;
+mod explain;
 mod flat;
 mod identity;
 mod live_policy;
@@ -12,6 +13,8 @@ mod python_policy;
 mod replay;
 mod runtime;
 mod safety;
+mod scheduling;
+mod simulate;
 mod transfer;
 mod vllm;
 
@@ -35,6 +38,8 @@ mod _core {
     #[pymodule_export]
     use super::{build_info, is_debug_build};
     #[pymodule_export]
+    use crate::explain::explain;
+    #[pymodule_export]
     use crate::flat::replay_flat;
     #[pymodule_export]
     use crate::identity::Identity;
@@ -46,6 +51,10 @@ mod _core {
     use crate::runtime::{block_key, Prediction, Prefetch, Runtime, Session, Workload};
     #[pymodule_export]
     use crate::safety::{check_policy, ToolRules};
+    #[pymodule_export]
+    use crate::scheduling::Scheduler;
+    #[pymodule_export]
+    use crate::simulate::{scenarios, simulate};
     #[pymodule_export]
     use crate::transfer::copy_host_blocks;
     #[pymodule_export]

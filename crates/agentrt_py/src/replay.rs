@@ -24,6 +24,13 @@ pub(crate) struct Trace {
     inner: Arc<trace::Trace>,
 }
 
+impl Trace {
+    /// The trace itself.
+    pub(crate) fn shared(&self) -> Arc<trace::Trace> {
+        Arc::clone(&self.inner)
+    }
+}
+
 #[pymethods]
 impl Trace {
     /// Reads a trace file, gzip or plain, in the agentrt, Mooncake or Dynamo format.
@@ -105,6 +112,12 @@ impl Trace {
         self.inner.n_blocks
     }
 
+    /// R = 1 - H(next agent | last agent) / H(next agent) within sessions; 0 with one agent.
+    #[getter]
+    fn predictability(&self, py: Python<'_>) -> f64 {
+        py.detach(|| trace::profile::predictability(&self.inner).r)
+    }
+
     /// Lines that `skip_bad` left out.
     #[getter]
     fn skipped_lines(&self) -> u64 {
@@ -123,11 +136,11 @@ impl Trace {
     }
 }
 
-fn to_json(value: &impl serde::Serialize) -> PyResult<String> {
+pub(crate) fn to_json(value: &impl serde::Serialize) -> PyResult<String> {
     serde_json::to_string(value).map_err(|e| pyo3::exceptions::PyRuntimeError::new_err(e.to_string()))
 }
 
-fn order(name: &str) -> PyResult<Order> {
+pub(crate) fn order(name: &str) -> PyResult<Order> {
     Ok(match name {
         "closed" => Order::Closed,
         "open" => Order::Open,
@@ -142,7 +155,7 @@ fn order(name: &str) -> PyResult<Order> {
     })
 }
 
-fn model(name: &str) -> PyResult<LatencyModel> {
+pub(crate) fn model(name: &str) -> PyResult<LatencyModel> {
     LatencyModel::ALL.into_iter().find(|m| m.name == name).ok_or_else(|| {
         let known: Vec<&str> = LatencyModel::ALL.iter().map(|m| m.name).collect();
         from_replay(Error::BadOption {
@@ -184,6 +197,45 @@ fn host(size: Option<&str>, bandwidth: Option<f64>, prefetch: Option<f64>) -> Py
 pub(crate) enum PolicyArgument {
     Name(String),
     Factory(String, Py<PyAny>),
+}
+
+/// Works in a thread of its own while Python shows progress some ten times a second; an exception there stops it.
+pub(crate) fn watched<T: Send + 'static>(
+    py: Python<'_>,
+    shared: &Arc<Progress>,
+    progress: Option<&Py<PyAny>>,
+    work: impl FnOnce(&Progress) -> T + Send + 'static,
+) -> PyResult<T> {
+    let (send, receive) = mpsc::channel();
+    let worker_progress = Arc::clone(shared);
+    std::thread::spawn(move || {
+        // The receiver is gone after Ctrl-C: nobody wants the answer then.
+        let _ = send.send(work(&worker_progress));
+    });
+    let receive = Mutex::new(receive);
+    loop {
+        let answer = py.detach(|| {
+            let receive = receive.lock().unwrap_or_else(PoisonError::into_inner);
+            receive.recv_timeout(Duration::from_millis(80))
+        });
+        let shown = py.check_signals().and_then(|()| {
+            let (done, total) = (shared.done.load(Ordering::Relaxed), shared.total.load(Ordering::Relaxed));
+            progress.map_or(Ok(()), |p| p.call1(py, (done, total)).map(drop))
+        });
+        if let Err(stop) = shown {
+            shared.cancelled.store(true, Ordering::Relaxed);
+            return Err(stop);
+        }
+        match answer {
+            Ok(results) => return Ok(results),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(pyo3::exceptions::PyRuntimeError::new_err(
+                    "the thread that did the work panicked; please report this",
+                ));
+            }
+        }
+    }
 }
 
 /// Replays traces under policies and returns the results as JSON; see `agentrt.replay.run`.
@@ -247,37 +299,8 @@ pub(crate) fn replay(
     };
     let traces: Vec<Arc<trace::Trace>> = traces.iter().map(|t| Arc::clone(&t.inner)).collect();
 
-    let (send, receive) = mpsc::channel();
-    let worker_progress = Arc::clone(&shared_progress);
-    std::thread::spawn(move || {
-        // The receiver is gone after Ctrl-C: nobody wants the answer then.
-        let _ = send.send(sweep::run(&traces, &options, &worker_progress));
-    });
-    let receive = Mutex::new(receive);
-    let results = loop {
-        let answer = py.detach(|| {
-            let receive = receive.lock().unwrap_or_else(PoisonError::into_inner);
-            receive.recv_timeout(Duration::from_millis(80))
-        });
-        let shown = py.check_signals().and_then(|()| {
-            let (done, total) =
-                (shared_progress.done.load(Ordering::Relaxed), shared_progress.total.load(Ordering::Relaxed));
-            progress.as_ref().map_or(Ok(()), |p| p.call1(py, (done, total)).map(drop))
-        });
-        if let Err(stop) = shown {
-            shared_progress.cancelled.store(true, Ordering::Relaxed);
-            return Err(stop);
-        }
-        match answer {
-            Ok(results) => break results,
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => {
-                return Err(pyo3::exceptions::PyRuntimeError::new_err(
-                    "the replay thread panicked; please report this",
-                ));
-            }
-        }
-    };
+    let results =
+        watched(py, &shared_progress, progress.as_ref(), move |progress| sweep::run(&traces, &options, progress))?;
     for shared in &custom {
         if let Some(error) = shared.failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
             return Err(error);

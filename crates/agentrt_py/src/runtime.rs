@@ -106,9 +106,9 @@ struct Counts {
     missing_victims: AtomicU64,
 }
 
-struct Shared {
-    core: runtime_core::Runtime,
-    policies: Policies,
+pub(crate) struct Shared {
+    pub(crate) core: runtime_core::Runtime,
+    pub(crate) policies: Policies,
     names: Arc<NameTable>,
     trouble: Arc<Trouble>,
     counts: Counts,
@@ -118,7 +118,7 @@ struct Shared {
 }
 
 impl Shared {
-    fn time_us(&self, time: Option<f64>) -> PyResult<u64> {
+    pub(crate) fn time_us(&self, time: Option<f64>) -> PyResult<u64> {
         match time {
             Some(seconds) => microseconds(seconds),
             None => Ok(self.monotonic_us + self.started.elapsed().as_micros() as u64),
@@ -284,7 +284,7 @@ impl Prefetch {
 /// Learned state, sessions and residency index of one engine's block pool.
 #[pyclass(frozen, module = "agentrt._core")]
 pub(crate) struct Runtime {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
 }
 
 fn policies(
@@ -771,14 +771,14 @@ fn predict(
 /// One workflow run.
 #[pyclass(frozen, module = "agentrt._core")]
 pub(crate) struct Session {
-    shared: Arc<Shared>,
-    workload: WorkloadId,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) workload: WorkloadId,
     names: Arc<Names>,
-    key: u64,
+    pub(crate) key: u64,
 }
 
 impl Session {
-    fn agent_id(&self, agent: &Bound<'_, PyAny>) -> PyResult<u16> {
+    pub(crate) fn agent_id(&self, agent: &Bound<'_, PyAny>) -> PyResult<u16> {
         match agent.cast::<PyString>() {
             Ok(name) => intern(&self.names.agents, &name.to_cow()?, "agent"),
             Err(_) => Ok(integer("agent", 0, u64::from(u16::MAX), agent)? as u16),

@@ -87,7 +87,7 @@ impl HostTier {
     }
 
     /// The block has left the pool. Returns true where it had been prefetched in vain.
-    pub(crate) fn evicted(&mut self, block: u32) -> bool {
+    pub fn evicted(&mut self, block: u32) -> bool {
         self.drop_copy(block);
         if self.options.blocks > 0 {
             if self.blocks.len() == self.options.blocks {
@@ -131,14 +131,14 @@ impl HostTier {
     }
 
     /// A call loads the block.
-    pub(crate) fn loaded(&mut self, block: u32) {
+    pub fn loaded(&mut self, block: u32) {
         self.drop_copy(block);
         self.blocks.push_back(block);
         self.doubled.push_back(block);
     }
 
     /// The block is copied to the pool ahead of its use.
-    pub(crate) fn prefetched(&mut self, block: u32, now_us: u64) {
+    pub fn prefetched(&mut self, block: u32, now_us: u64) {
         self.budget =
             self.budget.checked_sub(self.block_cost()).expect("no more than `budget_blocks` are brought back");
         let took_us = (self.options.block_bytes / self.options.bytes_per_s * 1e6).ceil() as u64;
@@ -148,7 +148,7 @@ impl HostTier {
     }
 
     /// A call uses a block of the pool. `None`: it had not been prefetched; else whether its copy is complete.
-    pub(crate) fn used(&mut self, block: u32, now_us: u64) -> Option<bool> {
+    pub fn used(&mut self, block: u32, now_us: u64) -> Option<bool> {
         match std::mem::take(&mut self.ready_us[block as usize]) {
             0 => None,
             ready_us => Some(ready_us <= now_us),

@@ -11,9 +11,13 @@
 //! | [`policies`] | baselines, the optimum, the oracles and the adapter to agentrt's own policy |
 //! | [`sim`] | runs one policy over one schedule and counts hits |
 //! | [`latency`] | turns hits into time to first token and makespan |
+//! | [`explain`] | what agentrt sees in a workload, and what it does with it |
+//! | [`calibration`] | predicted survival against what happened |
 //! | [`sweep`] | runs many replays in parallel and collects the result file |
 
+pub mod calibration;
 pub mod error;
+pub mod explain;
 pub mod generate;
 pub mod host;
 pub mod latency;

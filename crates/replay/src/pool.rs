@@ -130,16 +130,18 @@ impl Pool {
         true
     }
 
-    pub(crate) fn keep_evicted(&mut self) {
+    /// Keeps the blocks evicted from now on for [`Self::take_evicted`].
+    pub fn keep_evicted(&mut self) {
         self.left = Some(Vec::new());
     }
 
     /// The blocks evicted since the last call, in order.
-    pub(crate) fn take_evicted(&mut self) -> Vec<u32> {
+    pub fn take_evicted(&mut self) -> Vec<u32> {
         self.left.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
-    pub(crate) fn insert(&mut self, block: u32) {
+    /// Puts a block that is not there into a pool with room for it, below its resident parent.
+    pub fn insert(&mut self, block: u32) {
         debug_assert!(!self.is_resident(block) && self.resident < self.capacity);
         let parent = self.parents[block as usize];
         debug_assert!(parent == NO_BLOCK || self.is_resident(parent));
@@ -150,7 +152,8 @@ impl Pool {
         self.resident += 1;
     }
 
-    pub(crate) fn pin(&mut self, block: u32) {
+    /// A call uses the block; pins are counted.
+    pub fn pin(&mut self, block: u32) {
         self.pinned += usize::from(!self.is_pinned(block));
         self.state[block as usize] += 1;
     }
@@ -161,7 +164,7 @@ impl Pool {
     }
 
     /// Returns true when no call uses the block any more.
-    pub(crate) fn unpin(&mut self, block: u32) -> bool {
+    pub fn unpin(&mut self, block: u32) -> bool {
         self.state[block as usize] -= 1;
         let free = !self.is_pinned(block);
         self.pinned -= usize::from(free);

@@ -61,7 +61,7 @@ pub enum EventKind {
 }
 
 /// One step of the schedule.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Event {
     /// Microseconds since the start.
     pub time_us: u64,

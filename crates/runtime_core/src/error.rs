@@ -25,6 +25,14 @@ pub enum Error {
         /// The operation or structure.
         what: &'static str,
     },
+    /// An engine cannot supply what a policy needs.
+    #[error("policy {policy} needs what this engine does not report: {what}; leave the policy out or report it")]
+    Unsupplied {
+        /// The policy.
+        policy: &'static str,
+        /// What is missing.
+        what: &'static str,
+    },
     /// Encoded bytes end before the value they announce.
     #[error("encoded state ends after {length} bytes, {needed} were announced")]
     Truncated {

@@ -4,7 +4,7 @@
 //! Any bit pattern is valid; an id nobody registered is data (it gets the prior), never an error.
 
 /// A registered workload: one application on one model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct WorkloadId(pub u32);
 
 /// An agent (a role) inside one workload, numbered densely from 0 as names are interned.

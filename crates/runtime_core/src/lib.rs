@@ -9,6 +9,7 @@
 //! | [`kv`] | the `kv_cache` policy: pool, estimators, decision |
 //! | [`sessions`], [`successors`], [`histogram`] | bounded tables that any thread may change |
 //! | [`protocol`] | the steps they are made of, model-checked |
+//! | [`policy`], [`scheduling`] | policies as plug-ins, and what an engine's scheduler asks them |
 //! | [`identity`] | sessions and agents of calls that do not name them, from their prompts |
 //! | [`merge`] | states of replicas, added up |
 //! | [`ids`], [`error`] | names and errors |
@@ -59,6 +60,7 @@ pub mod merge;
 pub mod policy;
 pub mod protocol;
 pub mod runtime;
+pub mod scheduling;
 pub mod sessions;
 pub mod successors;
 mod sync;

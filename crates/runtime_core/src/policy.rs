@@ -14,6 +14,9 @@ use crate::error::Result;
 use crate::ids::WorkloadId;
 use crate::kv::Expected;
 use crate::runtime::{EventKind, Runtime};
+use crate::scheduling::batch_shaping::BatchShapingPolicy;
+use crate::scheduling::fairness::{FairnessPolicy, Per};
+use crate::scheduling::{Decision, Gap, GapDecision, Happening, Load, Needs, Precedence, Prefill, Waiting};
 
 /// One event, after the core has applied it.
 #[derive(Clone, Copy, Debug)]
@@ -107,7 +110,37 @@ pub trait Policy: Send + Sync {
     }
 
     /// Decides, or returns false: the next policy is asked then.
-    fn act(&self, runtime: &Runtime, request: &Request, decide: &mut dyn FnMut(Action)) -> Result<bool>;
+    fn act(&self, _runtime: &Runtime, _request: &Request, _decide: &mut dyn FnMut(Action)) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// A block has been evicted, whoever named it. Must not ask the runtime anything: it is busy.
+    fn evicted(&self, _key: u64) {}
+
+    /// What it needs of an engine; see [`Policies::wire`].
+    fn needs(&self) -> Needs {
+        Needs::NONE
+    }
+
+    /// Over whom it has the last word.
+    fn precedence(&self) -> Precedence {
+        Precedence::Rest
+    }
+
+    /// Hears what the engine's scheduler did.
+    fn hear(&self, _runtime: &Runtime, _now_us: u64, _happening: &Happening) {}
+
+    /// Changes the order and the holds that weaker policies gave, see [`Policies::schedule`]. Both slices have one entry
+    /// per call; ranks are 0, 1, 2, ... before and after.
+    fn schedule(&self, _runtime: &Runtime, _load: &Load, _waiting: &[Waiting], _decisions: &mut [Decision]) {}
+
+    /// Decides about sessions whose tool runs, see [`Policies::gaps`].
+    fn gaps(&self, _runtime: &Runtime, _load: &Load, _gaps: &[Gap], _decisions: &mut [GapDecision]) {}
+
+    /// Fills in prefills for idle capacity, see [`Policies::idle`]; returns how many.
+    fn idle(&self, _runtime: &Runtime, _load: &Load, _prefills: &mut [Prefill]) -> usize {
+        0
+    }
 }
 
 /// The learned policy: lowest hit density goes first, blocks of expected calls come back.
@@ -174,13 +207,16 @@ impl Policy for LruPolicy {
 }
 
 /// Names of the built-in policies.
-pub const BUILT_IN: [&str; 2] = ["kv_cache", "lru"];
+pub const BUILT_IN: [&str; 5] = ["kv_cache", "lru", "fairness", "agent_fairness", "batch_shaping"];
 
 /// A built-in policy by name.
 pub fn built_in(name: &str) -> Option<Box<dyn Policy>> {
     match name {
         "kv_cache" => Some(Box::new(KvCachePolicy)),
         "lru" => Some(Box::new(LruPolicy)),
+        "batch_shaping" => Some(Box::new(BatchShapingPolicy::default())),
+        "fairness" => Some(Box::new(FairnessPolicy::new(Per::Tenant))),
+        "agent_fairness" => Some(Box::new(FairnessPolicy::new(Per::Agent))),
         _ => None,
     }
 }
@@ -200,14 +236,19 @@ impl std::fmt::Debug for Policies {
 }
 
 impl Policies {
-    /// Policies that are asked in this order.
-    pub fn new(list: Vec<Box<dyn Policy>>) -> Self {
+    /// Policies that are asked in this order; those that have the last word over others come first in any case.
+    pub fn new(mut list: Vec<Box<dyn Policy>>) -> Self {
+        list.sort_by_key(|policy| std::cmp::Reverse(policy.precedence()));
         Self { listens: list.iter().any(|policy| policy.listens()), list, refused: AtomicU64::new(0) }
     }
 
     /// What each says of itself.
     pub fn about(&self) -> impl Iterator<Item = About> + '_ {
         self.list.iter().map(|policy| policy.about())
+    }
+
+    pub(crate) fn iter(&self) -> impl DoubleEndedIterator<Item = &dyn Policy> {
+        self.list.iter().map(Box::as_ref)
     }
 
     /// Whether any policy wants to hear of events.
@@ -231,6 +272,12 @@ impl Policies {
     pub fn act(&self, runtime: &Runtime, request: &Request, decide: &mut dyn FnMut(Action)) -> Result<usize> {
         let mut done = 0;
         let mut proposed = Vec::new();
+        let decide = &mut |action| {
+            if let Action::Evicted(victim) = action {
+                self.list.iter().filter(|policy| policy.listens()).for_each(|policy| policy.evicted(victim.key()));
+            }
+            decide(action);
+        };
         for policy in &self.list {
             let rest = Request { n: request.n - done, ..*request };
             let answered = policy.act(runtime, &rest, &mut |action| match action {

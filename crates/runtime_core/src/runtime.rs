@@ -736,11 +736,23 @@ impl Runtime {
         Ok(Self { published: Arc::clone(&pool.index.published), pool: Mutex::new(pool), ..runtime })
     }
 
-    /// How many calls were counted that followed one of `last`; for tests.
+    /// How many calls were counted that followed another one of their session (exact up to 16,383 of a rank); for tests.
     #[doc(hidden)]
-    pub fn transitions(&self, workload: WorkloadId, last: u16) -> Result<u32> {
-        let context = crate::successors::context_of(crate::ids::AgentId(last));
-        Ok(self.learned(workload)?.transitions.total(context))
+    pub fn transitions(&self, workload: WorkloadId) -> Result<u32> {
+        let mut counts = [0; 8];
+        self.learned(workload)?.ranks.snapshot(&mut counts);
+        Ok(counts.iter().map(|&count| u32::from(count)).sum())
+    }
+
+    /// What a workload has taught, for reports.
+    pub fn what_was_learned(&self, workload: WorkloadId) -> Result<&Workload> {
+        self.learned(workload)
+    }
+
+    /// P(a resident block is used within the pool's residence time), and that time in seconds; `None` where the block is
+    /// not resident or nothing has been evicted yet. For the measurement of calibration.
+    pub fn survival(&self, block: u64, now_us: u64) -> Result<Option<(f32, f32)>> {
+        Ok(self.writer()?.survival(&self.workloads, &self.sessions, block, now_us))
     }
 
     /// Latest time seen, microseconds.

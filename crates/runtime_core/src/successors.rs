@@ -18,13 +18,14 @@
 //! | operation | progress | allocates | worst case |
 //! |---|---|---|---|
 //! | `add` | lock-free | no | `WAYS` loads and one exchange, per retry; every 32nd miss `WAYS` exchanges |
-//! | `row`, `count`, `total` | wait-free | no | `WAYS` loads |
+//! | `row`, `count`, `total`, `likeliest` | wait-free | no | `WAYS` loads |
+//! | `discount` | lock-free | no | three exchanges a way |
 //!
 //! Counts are single words, `Relaxed`; a row read during an `add` or a halving mixes before and
 //! after, which moves a probability by at most the change itself.
 
 use crate::ids::{mix, AgentId};
-use crate::protocol::{set_add, COUNT_BITS, COUNT_MASK};
+use crate::protocol::{set_add, way_halve, COUNT_BITS, COUNT_MASK};
 use crate::sync::{AtomicU64, AtomicU8, Ordering::Relaxed};
 
 /// Hash of the empty context (unigram).
@@ -100,6 +101,30 @@ impl<const SETS: usize, const WAYS: usize, const HALVE_AT: u32> SuccessorTable<S
             }
         });
         length
+    }
+
+    /// The most frequent successor of `context`; of equally frequent ones the first that was claimed.
+    #[inline]
+    pub fn likeliest(&self, context: u64) -> Option<u16> {
+        let (mut best, mut most) = (None, 0);
+        self.visit(context, |successor, count| {
+            if count > most {
+                (best, most) = (Some(successor), count);
+            }
+        });
+        best
+    }
+
+    /// Brings all counts down to an eighth (at least 1), because what they count is over.
+    #[cold]
+    pub fn discount(&self) {
+        for way in self.ways.iter().flatten() {
+            for _ in 0..3 {
+                if way.load(Relaxed) & COUNT_MASK > 1 {
+                    way_halve(way);
+                }
+            }
+        }
     }
 
     /// How often `successor` was counted after `context`.

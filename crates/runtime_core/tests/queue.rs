@@ -85,7 +85,7 @@ fn the_gap_ends_when_the_call_arrives_and_its_transition_counts_once() {
             call(&started.0, started.1, session, id, arrival + 30 * SECOND);
         }
     }
-    assert_eq!(waited.0.transitions(waited.1, 0).unwrap(), started.0.transitions(started.1, 0).unwrap());
+    assert_eq!(waited.0.transitions(waited.1).unwrap(), started.0.transitions(started.1).unwrap());
     let soon = |(runtime, workload): &(Runtime, WorkloadId)| {
         let mut score = [0.0];
         runtime.score_agents(*workload, 0, 60 * 40 * SECOND, 15.0, &[0], &mut score).unwrap();

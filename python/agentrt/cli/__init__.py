@@ -24,9 +24,11 @@ click.rich_click.STYLE_HELPTEXT = ""
 
 _COMMANDS = {
     "replay": ("agentrt.cli.replay", "Replay workloads under cache policies: hit rate, time to first token, optimum."),
+    "explain": ("agentrt.cli.explain", "Show what agentrt learns of a workload, what it regrets, and if it is right."),
     "profile": ("agentrt.cli.traces", "Tell what a workload looks like and whether agentrt is worth it for it."),
     "generate": ("agentrt.cli.traces", "Write one of the built-in multi-agent workloads to a file."),
     "convert": ("agentrt.cli.traces", "Read a trace in any supported format, write it in the agentrt format."),
+    "simulate": ("agentrt.cli.simulate", "Run a scheduling policy and its baselines in a simulated serving engine."),
     "policies": ("agentrt.cli.policies", "List the cache policies of the replay."),
     "policy": ("agentrt.cli.policies", "Work with safety policy files."),
     "serve": ("agentrt.cli.engines", "Start vLLM's server with agentrt inside."),

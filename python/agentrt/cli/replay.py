@@ -210,7 +210,7 @@ def replay(
         )
 
     out = Console(width=None if sys.stdout.isatty() else 140)
-    for part in replay_tables(result, out.width):
+    for part in replay_tables(result, out.width, engine.predictability(loaded)):
         out.print(part)
     command = shlex.join(["agentrt", *sys.argv[1:]])
     if json_path:

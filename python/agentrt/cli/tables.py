@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agentrt.replay import Replay
-from agentrt.replay.summary import HEADROOM_POINTS, MeanResult, average_seeds, summarise
+from agentrt.replay.summary import HEADROOM_POINTS, MeanResult, Prediction, average_seeds, parts, prediction, summarise
 
 __all__ = ["replay_tables"]
 
@@ -117,8 +117,53 @@ def _summary(replay: Replay) -> Table:
     return table
 
 
-def replay_tables(replay: Replay, width: int) -> Iterator[RenderableType]:
-    """The tables of a replay for a terminal of ``width`` columns, then what needs saying beside them."""
+def _parts(replay: Replay) -> Table:
+    table = Table(title="What each part is worth", title_justify="left", header_style="bold", pad_edge=False)
+    table.add_column("policy", no_wrap=True)
+    for name in ("sessions", "gap closed", "by seed", "worst cell\nvs LRU", "gain lost\nvs agentrt"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for part in parts(replay):
+        table.add_row(
+            part.policy,
+            str(part.sessions),
+            f"{part.gap_closed:.3f}",
+            ", ".join(f"{gap:.3f}" for gap in part.by_seed),
+            f"{part.worst_points:+.1f}",
+            f"{part.lost * 100:.0f} %" if part.policy != "agentrt" else "",
+            style=_style(part.policy),
+        )
+    return table
+
+
+def _prediction(rows: list[Prediction]) -> Table:
+    table = Table(
+        title="What foreseeing the next agent is worth, by how predictable it is: R = 1 - H(next | last) / H(next)",
+        title_justify="left",
+        header_style="bold",
+        pad_edge=False,
+    )
+    table.add_column("workload", no_wrap=True)
+    for name in ("sessions", "R", "cells", "gap closed", "without", "gain lost"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.name,
+            str(row.sessions),
+            "" if row.r is None else f"{row.r:.2f}",
+            str(row.cells),
+            f"{row.with_it:.3f}",
+            f"{row.without:.3f}",
+            f"{row.lost * 100:.0f} %",
+            style="bold" if row.r is None else "",
+        )
+    return table
+
+
+def replay_tables(replay: Replay, width: int, predictability: dict[str, float]) -> Iterator[RenderableType]:
+    """The tables of a replay for a terminal of ``width`` columns, then what needs saying beside them.
+
+    ``predictability`` is R: how predictable the next agent of each workload is.
+    """
     means = average_seeds(replay)
     for sessions in dict.fromkeys(m.sessions for m in means):
         cells = [m for m in means if m.sessions == sessions]
@@ -131,6 +176,10 @@ def replay_tables(replay: Replay, width: int) -> Iterator[RenderableType]:
         wide = names + len(capacities) * _COLUMNS_OF_A_CAPACITY <= width
         yield _wide(cells, capacities, title) if wide else _long(cells, title)
     yield _summary(replay)
+    if parts(replay):
+        yield _parts(replay)
+    if rows := prediction(replay, predictability):
+        yield _prediction(rows)
     yield Text(
         "hit %: leading prompt blocks found in the pool. gap: share of the way from LRU to the optimum MIN. "
         f"TTFT: modelled for {replay.model}.",

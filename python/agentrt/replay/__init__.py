@@ -40,6 +40,7 @@ __all__ = [
     "models",
     "policies",
     "policy_names",
+    "predictability",
     "run",
     "workloads",
 ]
@@ -220,6 +221,17 @@ def model_names() -> list[str]:
 def five_workloads() -> list[Trace]:
     """The five built-in multi-agent workloads in their default size."""
     return [Trace.generate(name) for name, _, _ in workloads()[:5]]
+
+
+def predictability(traces: Iterable[Trace]) -> dict[str, float]:
+    """How predictable the next agent is in each workload, by the name that it has in the results of a :func:`run`."""
+    found: dict[str, float] = {}
+    seen: dict[str, int] = {}
+    for trace in traces:
+        seen[trace.workload] = seen.get(trace.workload, 0) + 1
+        name = trace.workload if seen[trace.workload] == 1 else f"{trace.workload}#{seen[trace.workload]}"
+        found[name] = trace.predictability
+    return found
 
 
 def _load(trace: TraceArgument, *, skip_bad: bool, share_system_prefix: bool) -> Trace:

@@ -18,13 +18,31 @@ from agentrt.replay import Replay
 from agentrt.replay.summary import HEADROOM_POINTS, PolicySummary, average_seeds, summarise
 from agentrt.report import charts
 
-__all__ = ["check_available", "render_html"]
+__all__ = ["check_available", "render_html", "render_page"]
 
 
 def check_available() -> None:
     """Raises where the extra is not installed."""
     if any(importlib.util.find_spec(name) is None for name in ("jinja2", "vl_convert")):
         raise MissingExtraError("the HTML report", "report")
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A page from one of the templates beside this file, with the scripts that draw its charts."""
+    import jinja2
+    import vl_convert
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    beside = files("agentrt.report")
+    return environment.from_string(beside.joinpath(template).read_text(encoding="utf-8")).render(
+        **values,
+        style=beside.joinpath("style.css").read_text(encoding="utf-8"),
+        # A script element ends at the first `</script`, even inside a string.
+        script=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script"),
+        versions=f"{build_info()}, Python {platform.python_version()}, {sys.platform} {platform.machine()}",
+    )
 
 
 def _headline(replay: Replay, summaries: list[PolicySummary]) -> list[str]:
@@ -66,9 +84,6 @@ def render_html(replay: Replay, *, command: str) -> str:
         MissingExtraError: The extra ``report`` is not installed.
     """
     check_available()
-    import jinja2
-    import vl_convert
-
     summaries = summarise(replay)
     means = average_seeds(replay)
     specs: dict[str, Any] = {}
@@ -77,11 +92,8 @@ def render_html(replay: Replay, *, command: str) -> str:
         specs[f"gap-{sessions}"] = charts.gap_closed([s for s in summaries if s.sessions == sessions])
         specs[f"hits-{sessions}"] = charts.by_capacity(cells, charts.HIT_RATE)
         specs[f"ttft-{sessions}"] = charts.by_capacity(cells, charts.TTFT)
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string(files("agentrt.report").joinpath("report.html.j2").read_text(encoding="utf-8"))
-    return template.render(
+    return render_page(
+        "report.html.j2",
         replay=replay,
         headline=_headline(replay, summaries),
         summaries=summaries,
@@ -90,8 +102,5 @@ def render_html(replay: Replay, *, command: str) -> str:
         specs=specs,
         headroom=HEADROOM_POINTS,
         bypassed=[r for r in replay.results if r.bypassed_calls and r.policy == replay.results[0].policy],
-        # A script element ends at the first `</script`, even inside a string.
-        script=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script"),
         command=command,
-        versions=f"{build_info()}, Python {platform.python_version()}, {sys.platform} {platform.machine()}",
     )

@@ -8,13 +8,13 @@ from typing import Any
 
 from agentrt.replay.summary import MeanResult, PolicySummary
 
-__all__ = ["HIT_RATE", "TTFT", "by_capacity", "gap_closed"]
+__all__ = ["CONFIG", "HIT_RATE", "MUTED", "OWN", "TTFT", "by_capacity", "gap_closed"]
 
 # The three that matter have colours of their own; the others share a muted palette in the order of their appearance.
-_OWN = {"agentrt": "#0a8f5b", "lru": "#e07a1f", "min": "#222222"}
-_MUTED = ("#7aa6d6", "#c98bc0", "#b0a160", "#8f8fd9", "#6fbcb8", "#d98c8c", "#9aa5b1", "#a9c47f", "#c7a17a", "#7f9f9f")
+OWN = {"agentrt": "#0a8f5b", "lru": "#e07a1f", "min": "#222222"}
+MUTED = ("#7aa6d6", "#c98bc0", "#b0a160", "#8f8fd9", "#6fbcb8", "#d98c8c", "#9aa5b1", "#a9c47f", "#c7a17a", "#7f9f9f")
 
-_CONFIG = {
+CONFIG = {
     "font": "system-ui, sans-serif",
     "view": {"stroke": None},
     "axis": {
@@ -44,8 +44,8 @@ TTFT = Metric("ttft_change", "mean TTFT against LRU, %", 100.0)
 
 
 def _colours(policies: list[str]) -> dict[str, Any]:
-    muted = iter(_MUTED * (len(policies) // len(_MUTED) + 1))
-    return {"domain": policies, "range": [_OWN.get(p) or next(muted) for p in policies]}
+    muted = iter(MUTED * (len(policies) // len(MUTED) + 1))
+    return {"domain": policies, "range": [OWN.get(p) or next(muted) for p in policies]}
 
 
 def gap_closed(summaries: list[PolicySummary]) -> dict[str, Any]:
@@ -55,10 +55,10 @@ def gap_closed(summaries: list[PolicySummary]) -> dict[str, Any]:
         if s.gap_closed is not None and s.policy not in ("lru", "min"):
             gaps.setdefault(s.policy, []).append(s.gap_closed * 100)
     means = {policy: round(fmean(values), 2) for policy, values in gaps.items()}
-    colours = {"condition": {"test": "datum.policy == 'agentrt'", "value": _OWN["agentrt"]}, "value": "#90a4ae"}
+    colours = {"condition": {"test": "datum.policy == 'agentrt'", "value": OWN["agentrt"]}, "value": "#90a4ae"}
     y = {"field": "policy", "type": "nominal", "sort": {"field": "gap", "order": "descending"}, "title": None}
     return {
-        "config": _CONFIG,
+        "config": CONFIG,
         "data": {"values": [{"policy": p, "gap": gap} for p, gap in means.items()]},
         "width": 640,
         "height": {"step": 26},
@@ -143,7 +143,7 @@ def by_capacity(cells: list[MeanResult], metric: Metric) -> dict[str, Any]:
         ],
     }
     return {
-        "config": _CONFIG,
+        "config": CONFIG,
         "data": {"values": rows},
         "columns": 3,
         "align": "all",

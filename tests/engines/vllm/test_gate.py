@@ -218,12 +218,8 @@ class TestInTheScheduler:
         server.run()
         assert set(server.connector.guard.faults) == {"before_allocation: RuntimeError"}
 
-    @pytest.mark.parametrize("policies", ["batch_shaping", "agent_fairness", "batch_shaping,agent_fairness"])
+    @pytest.mark.parametrize("policies", ["batch_shaping", "fairness", "batch_shaping,agent_fairness"])
     def test_the_cores_policies_serve_everything(self, tmp_path: Path, policies: str) -> None:
-        import agentrt
-
-        if not hasattr(agentrt, "Scheduler"):
-            pytest.skip("this build has no scheduling policies")
         flag = transfer("agentrt", scheduling=policies, hold_s=5.0)
         server = Server(tmp_path, 40, flag, max_num_batched_tokens=160, max_num_seqs=4)
         now = [1_000_000]

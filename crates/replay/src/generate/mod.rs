@@ -15,6 +15,7 @@
 
 mod coding_team;
 mod debate;
+mod drift;
 mod many_agents;
 mod pipeline;
 mod prompt;
@@ -53,8 +54,8 @@ pub struct Workload {
     play: fn(&mut Stage, usize),
 }
 
-/// The built-in workloads: five multi-agent applications, then the capacity test.
-pub const WORKLOADS: [Workload; 6] = [
+/// The built-in workloads: five multi-agent applications, then the capacity and the drift test.
+pub const WORKLOADS: [Workload; 7] = [
     Workload {
         name: "pipeline",
         about: "six roles in fixed order, each reading what the one before wrote",
@@ -108,6 +109,15 @@ pub const WORKLOADS: [Workload; 6] = [
         block_size: 16,
         fewest_agents: 2,
         play: many_agents::play,
+    },
+    Workload {
+        name: "drift",
+        about: "drift test: selector_chat whose order of speakers changes every 60 sessions; for --order open (not among the five)",
+        default_sessions: 120,
+        default_agents: 6,
+        block_size: 16,
+        fewest_agents: 2,
+        play: drift::play,
     },
 ];
 

@@ -23,6 +23,11 @@ const BUFFERED: [bool; 6] = [false, false, false, true, false, true];
 const BUFFER_MESSAGES: usize = 6;
 
 pub(super) fn play(stage: &mut Stage, agents: usize) {
+    chat(stage, agents, weight);
+}
+
+/// A chat in which `weight(speaker, next)` says who speaks next.
+pub(super) fn chat(stage: &mut Stage, agents: usize, weight: impl Fn(usize, usize) -> f64) {
     let task = stage.fresh(TASK);
     let mut thread: Vec<Text> = Vec::new();
     let mut speaker = 0;
@@ -46,7 +51,7 @@ pub(super) fn play(stage: &mut Stage, agents: usize) {
 }
 
 /// Larger teams repeat the table in groups of six and rarely leave their group.
-fn weight(speaker: usize, next: usize) -> f64 {
+pub(super) fn weight(speaker: usize, next: usize) -> f64 {
     let group = ROLES.len();
     let base = NEXT[speaker % group][next % group] + f64::from(u8::from(speaker != next)) * 1e-3;
     if speaker / group == next / group {

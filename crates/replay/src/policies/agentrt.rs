@@ -1,7 +1,7 @@
 //! agentrt's own policy, driven through the core's events exactly as an engine adapter drives it.
 
 use runtime_core::ids::WorkloadId;
-use runtime_core::kv::{Config, Expected, FutureStarts, Hint, Oracle};
+use runtime_core::kv::{Config, Expected, FutureStarts, Hint, Oracle, Prediction, Workload};
 use runtime_core::runtime::Options;
 use runtime_core::Runtime;
 use rustc_hash::{FxHashMap, FxHashSet};
@@ -360,6 +360,23 @@ impl AgentRt {
         }
         let (session, id) = (u64::from(call.session), u64::from(call.call));
         self.runtime.call_ended(self.workload, session, id, tool, call.time_us, &self.keys, hints).expect(ONE_THREAD);
+    }
+
+    /// What the workload has taught so far.
+    pub(crate) fn learned(&self) -> &Workload {
+        self.runtime.what_was_learned(self.workload).expect("registered when the policy was made")
+    }
+
+    /// P(a resident block is used within the residence time), and that time in seconds.
+    pub(crate) fn survival(&self, block: u32, now_us: u64) -> Option<(f32, f32)> {
+        self.runtime.survival(u64::from(block) + 1, now_us).expect(ONE_THREAD)
+    }
+
+    /// The agent that a session is likeliest to call next.
+    pub(crate) fn foreseen(&self, session: u32) -> Option<u16> {
+        let mut out = [Prediction { agent: 0, step: 0, probability: 0.0, median_s: 0.0 }; 8];
+        let found = self.runtime.predict(self.workload, u64::from(session), 1, &mut out);
+        (found.expect("registered when the policy was made") > 0).then_some(out[0].agent)
     }
 
     /// The core behind the policy, for reports.

@@ -243,7 +243,8 @@ fn entropy_bits(counts: impl Iterator<Item = u64> + Clone) -> f64 {
         .sum()
 }
 
-fn predictability(trace: &Trace) -> Predictability {
+/// How predictable the next agent of a session is.
+pub fn predictability(trace: &Trace) -> Predictability {
     let mut unigram = Counts::default();
     let mut order_1: FxHashMap<u16, Counts> = FxHashMap::default();
     let mut order_2: FxHashMap<(u16, u16), Counts> = FxHashMap::default();

@@ -159,8 +159,20 @@ mod tests {
 
     fn run(call: u64) -> Running {
         let handle = Sessions::new(8).unwrap().enter(crate::ids::SessionKey(1)).0;
-        let (tail, len, prompt_len) = (super::super::NONE, 0, 0);
-        Running { call, started_us: 0, handle, workload: 0, lane: 0, agent: 0, tail, len, prompt_len, cut: false }
+        let (tail, len, prompt_len, shadow) = (super::super::NONE, 0, 0, super::super::NONE);
+        Running {
+            call,
+            started_us: 0,
+            handle,
+            workload: 0,
+            lane: 0,
+            agent: 0,
+            tail,
+            len,
+            prompt_len,
+            cut: false,
+            shadow,
+        }
     }
 
     #[test]

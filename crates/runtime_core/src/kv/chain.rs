@@ -8,7 +8,7 @@
 use crate::ids::AgentId;
 use crate::successors::{context_of, context_of_two};
 
-use super::workload::{Workload, NEW, RANKS};
+use super::workload::{Workload, NEW, RANKS, SUCCESSORS};
 use super::Config;
 
 /// Calls looked ahead.
@@ -111,7 +111,7 @@ impl<'a> Chain<'a> {
 
     /// Successors of a context by lane, and their sum.
     fn counts(&self, context: u64) -> (Row, f32) {
-        let mut successors = [(0u16, 0u32); 8];
+        let mut successors = [(0u16, 0u32); SUCCESSORS];
         let found = self.workload.transitions.row(context, &mut successors);
         let mut counts = [0.0; WIDTH];
         let mut total = 0.0;

@@ -17,7 +17,7 @@ pub(crate) const MISSES: usize = 8;
 /// Content classes.
 pub(crate) const CLASSES: usize = 16;
 /// Agents with counts of their own.
-pub(crate) const ROWS: usize = 11;
+pub(crate) const ROWS: usize = if cfg!(feature = "unbounded") { 10_240 } else { 11 };
 
 /// A decoded answer that no prompt has repeated yet.
 pub(crate) const OUTPUT: u8 = 1;
@@ -44,12 +44,31 @@ pub(crate) fn used_class(touches: u8) -> u8 {
     }
 }
 
+/// One for each agent with counts of its own.
+#[derive(Debug)]
+#[repr(transparent)]
+pub(crate) struct PerAgent<T>([T; ROWS]);
+
+impl<T: Default> Default for PerAgent<T> {
+    fn default() -> Self {
+        Self(std::array::from_fn(|_| T::default()))
+    }
+}
+
+impl<T> std::ops::Deref for PerAgent<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        &self.0
+    }
+}
+
 /// Kept promises by agent, misses and class.
 #[derive(Debug, Default)]
 #[repr(C)]
 pub(crate) struct Content {
     pooled: Ratio<{ MISSES * CLASSES }>,
-    rows: [Ratio<{ MISSES * CLASSES }>; ROWS],
+    rows: PerAgent<Ratio<{ MISSES * CLASSES }>>,
 }
 
 impl Content {
@@ -63,7 +82,7 @@ impl Content {
     }
 
     pub(super) fn rows(&self) -> impl Iterator<Item = &Ratio<{ MISSES * CLASSES }>> {
-        std::iter::once(&self.pooled).chain(&self.rows)
+        std::iter::once(&self.pooled).chain(self.rows.iter())
     }
 
     fn sums(row: &Ratio<{ MISSES * CLASSES }>, misses: usize) -> (f32, f32) {
@@ -71,6 +90,11 @@ impl Content {
             let (expected, hit) = cell(row, misses, class);
             (e + expected, h + hit)
         })
+    }
+
+    /// Votes expected and kept at `misses`, of an agent with counts of its own or of all agents.
+    pub(crate) fn totals(&self, agent: Option<u16>, misses: usize) -> (f32, f32) {
+        Self::sums(agent.and_then(|agent| self.rows.get(agent as usize)).unwrap_or(&self.pooled), misses)
     }
 
     /// Rates of `agent` for `class` at `misses` and the two calls after, a miss assumed each time.

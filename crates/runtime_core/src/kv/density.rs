@@ -235,6 +235,12 @@ pub(crate) fn score(times: &CallTimes, first_use: &[f32; STEPS], foreign: &Forei
     best
 }
 
+/// The longest time of the grid that is no longer than `seconds`: what a horizon of [`score`] comes to.
+pub(crate) fn on_grid(seconds: f32) -> f32 {
+    let t = &GRID_TABLE.t;
+    t.iter().copied().rev().find(|&t| t <= seconds).unwrap_or(t[0])
+}
+
 /// Score class: 6.4 to the octave over 40 octaves, monotone in the score.
 pub(crate) fn bucket(score: f32) -> u16 {
     ((score.max(1e-12).log2() + 32.0) * 6.4).clamp(0.0, 255.0) as u16

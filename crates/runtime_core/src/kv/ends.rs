@@ -102,6 +102,12 @@ impl Ends {
         self.rate(0, 0.9, 10.0)
     }
 
+    /// P(next call) after a call of an agent, whatever else is known.
+    pub(crate) fn of_agent(&self, agent: u16) -> f32 {
+        let cell = Self::cells_of(Features { agent, ..Features::default() })[1];
+        cell.map_or_else(|| self.overall(), |cell| self.rate(cell, self.overall(), 4.0))
+    }
+
     /// P(next call) of a session.
     pub(crate) fn continues(&self, features: Features, config: &Config) -> f32 {
         if !config.session_end {

@@ -12,7 +12,7 @@
 use crate::histogram::{Counters, UNIT};
 use crate::sync::{AtomicU32, Ordering::Relaxed};
 
-use super::content::ROWS;
+use super::content::PerAgent;
 use super::Config;
 
 /// Buckets of a gap histogram.
@@ -68,7 +68,7 @@ pub(crate) fn pace_class(mean_log2_ms: f32) -> u8 {
 #[repr(C)]
 pub(crate) struct Gaps {
     all: Histogram,
-    agents: [Histogram; ROWS],
+    agents: PerAgent<Histogram>,
     paces: [Histogram; PACES],
     tools: [Histogram; TOOLS],
     /// Decayed log-likelihood of each chain, `f32` bits.
@@ -79,7 +79,7 @@ pub(crate) struct Gaps {
 
 impl Gaps {
     pub(super) fn rows(&self) -> impl Iterator<Item = &Histogram> {
-        std::iter::once(&self.all).chain(&self.agents).chain(&self.paces).chain(&self.tools)
+        std::iter::once(&self.all).chain(self.agents.iter()).chain(&self.paces).chain(&self.tools)
     }
 
     fn chain(&self, which: usize, context: Context) -> [Option<&Histogram>; 2] {
@@ -104,6 +104,11 @@ impl Gaps {
             refine(&mut hazards, &counts, KAPPA, 0.0);
         }
         hazards
+    }
+
+    /// Hazard per bucket after a call of an agent, whatever else is known.
+    pub(crate) fn agent_hazards(&self, agent: u16) -> [f32; BUCKETS] {
+        self.chain_hazards(0, Context { agent, ..Context::default() })
     }
 
     /// Hazard per bucket, by the chain that has predicted best.

@@ -8,6 +8,7 @@
 //! | `workload.rs` | learned state of one workload, and how identities teach it |
 //! | `content.rs` | will the owner's next call use a segment again? |
 //! | `chain.rs` | which agent of a session calls when? |
+//! | `drift.rs` | has the order of agents changed? |
 //! | `gaps.rs`, `ends.rs` | when does a session call again, if at all? |
 //! | `sharing.rs` | when does another session use a segment? |
 //! | `offers.rs` | does it pay to bring blocks back? |
@@ -15,6 +16,7 @@
 //! | `guard.rs`, `shadow.rs` | a shadow LRU that takes over when the learned order loses |
 //! | `state.rs` | learned state between processes |
 //! | `density.rs` | the decision: hit density |
+//! | `explain.rs` | what has been learned, for reports |
 //!
 //! The pool has one writer at a time. An event marks its session; at its end the leaves of marked sessions, and of some
 //! whose silence has grown by a fifth, are scored. Until the first eviction nothing is scored.
@@ -25,7 +27,9 @@ mod calls;
 mod chain;
 mod content;
 mod density;
+mod drift;
 mod ends;
+mod explain;
 mod gaps;
 mod guard;
 pub(crate) mod index;
@@ -53,6 +57,7 @@ use queue::Queue;
 use table::Table;
 use workload::{standing, Sessions, Standing, MAX_WORKLOADS};
 
+pub use explain::{Promise, SilenceCurve};
 pub(crate) use workload::Workloads;
 pub use workload::{Workload, STATE_BUDGET_BYTES};
 
@@ -284,7 +289,7 @@ pub struct Expected {
 }
 
 /// What is known of one session at one moment.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct View {
     slot: u32,
     now_us: u64,
@@ -1328,8 +1333,13 @@ impl KvCache {
 
     /// Scores a leaf whose session's view is loaded, or that is nobody's, and queues it accordingly.
     fn score_leaf(&mut self, segment: u32, workload: &Workload) {
-        let score = self.score(segment, self.index.seg(segment), workload);
+        let score = self.score(segment, self.index.seg(segment), workload, self.horizon_s());
         self.queue_scored(segment, score);
+    }
+
+    /// The horizon of decisions; none with hit density.
+    fn horizon_s(&self) -> Option<f32> {
+        (!self.config.density).then_some(self.residence_s())
     }
 
     /// Queues a leaf by its score.
@@ -1348,7 +1358,8 @@ impl KvCache {
         }
     }
 
-    fn score(&self, segment: u32, x: &Segment, workload: &Workload) -> f32 {
+    /// Hits per second of holding the segment; with a horizon, P(use within it).
+    fn score(&self, segment: u32, x: &Segment, workload: &Workload, horizon_s: Option<f32>) -> f32 {
         let lane = &self.lanes[x.lane as usize];
         let mut first_use = [0.0; STEPS];
         if let Some(i) = self.view.lanes[..self.view.n].iter().position(|&l| l == x.lane) {
@@ -1369,7 +1380,6 @@ impl KvCache {
         if self.config.oracle.any() {
             self.foretold(segment, lane, &mut first_use, &mut foreign);
         }
-        let horizon_s = (!self.config.density).then_some(self.eviction_interval_s * self.pool_blocks as f32);
         let score = density::score(&self.view.times, &first_use, &foreign, horizon_s);
         let score = if self.config.sabotage { (1e3 * score).recip() } else { score };
         // What is awaited is worth one hit after that time, whatever else may happen.
@@ -1535,7 +1545,7 @@ impl KvCache {
                     }
                     scored += 1;
                     self.look(workload, sessions, self.lanes[lane as usize].session);
-                    let score = self.score(segment, self.index.seg(segment), workload);
+                    let score = self.score(segment, self.index.seg(segment), workload, self.horizon_s());
                     self.index.seg_mut(segment).set_own_score(Some(score));
                     score
                 };
@@ -1735,7 +1745,7 @@ fn candidates(workload: &Workload, recent: workload::Recent, at: &Standing) -> (
     let recent = recent.agents();
     recent[..3].iter().for_each(|&agent| add(agent));
     for context in [context_of_two(AgentId(at.prev), AgentId(at.last)), context_of(AgentId(at.last))] {
-        let mut row = [(0u16, 0u32); 8];
+        let mut row = [(0u16, 0u32); workload::SUCCESSORS];
         let found = workload.transitions.row(context, &mut row);
         row[..found].sort_unstable_by_key(|&(_, count)| std::cmp::Reverse(count));
         row[..found].iter().for_each(|&(agent, _)| add(agent));

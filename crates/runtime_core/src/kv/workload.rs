@@ -3,6 +3,7 @@
 //! | field | what | bytes |
 //! |---|---|---|
 //! | `transitions` | successors of (agent before last, last agent) and of (last agent), 80 sets of 8 | 5,200 |
+//! | `drift` | share of right guesses of the next agent, quick and slow | 8 |
 //! | `ranks` | rank of the next agent in the session's recency list | 16 |
 //! | `content` | promises by agent, misses, class | 6,144 |
 //! | `gaps` | gap histograms by agent, pace, tool; skill of four chains | 3,888 |
@@ -23,6 +24,7 @@ use crate::sessions::{SessionHandle, SessionTable, Word};
 use crate::successors::{context_of, context_of_two, SuccessorTable};
 
 use super::content::Content;
+use super::drift::Drift;
 use super::ends::{Ends, Features};
 use super::gaps::{self, Context, Gaps, Services};
 use super::index::QUEUE_BYTES;
@@ -33,16 +35,22 @@ pub(crate) const RANKS: usize = 7;
 /// The rank of an agent that is not among them.
 pub(crate) const NEW: usize = RANKS;
 
+/// Sets of the transition table.
+const SETS: usize = if cfg!(feature = "unbounded") { 4_096 } else { 80 };
+/// Successors of a context that are counted.
+pub(crate) const SUCCESSORS: usize = if cfg!(feature = "unbounded") { 64 } else { 8 };
+
 /// Bytes of learned state that one workload may have.
 pub const STATE_BUDGET_BYTES: usize = 20_000;
 
-const _: () = assert!(size_of::<Workload>() + QUEUE_BYTES <= STATE_BUDGET_BYTES);
+const _: () = assert!(size_of::<Workload>() + QUEUE_BYTES <= STATE_BUDGET_BYTES || cfg!(feature = "unbounded"));
 
 /// What one workload has taught; fixed size, no pointers.
 #[derive(Debug, Default)]
 #[repr(C, align(64))]
 pub struct Workload {
-    pub(crate) transitions: SuccessorTable<80, 8>,
+    pub(crate) transitions: SuccessorTable<SETS, SUCCESSORS, 64>,
+    pub(crate) drift: Drift,
     pub(crate) ranks: Counters<2>,
     pub(crate) content: Content,
     pub(crate) gaps: Gaps,
@@ -261,8 +269,13 @@ impl Workload {
                 }
             }
             sessions.store(handle, STATUS, after.pack());
-            self.transitions.add(context_of_two(before.prev, before.last), agent);
-            self.transitions.add(context_of(before.last), agent);
+            let (pair, one) = (context_of_two(before.prev, before.last), context_of(before.last));
+            let expected = self.transitions.likeliest(pair).or_else(|| self.transitions.likeliest(one));
+            if expected.is_some_and(|expected| self.drift.guessed(expected == agent)) {
+                self.transitions.discount();
+            }
+            self.transitions.add(pair, agent);
+            self.transitions.add(one, agent);
             self.ranks.add_steps(rank, [1, 0], often);
         }
         recent.front(agent, rank).store(recent, sessions, handle);

@@ -7,7 +7,6 @@ call what was resident of its prompt when vLLM last asked about it. It cannot sa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import agentrt
 from agentrt.engines.vllm.gate import Load, Service, Verdict, Waiting
@@ -28,7 +27,7 @@ class CoreScheduling:
 
     def __init__(self, runtime: agentrt.Runtime, workload: agentrt.Workload, block_tokens: int) -> None:
         self.workload = workload
-        self.scheduler: Any = vars(agentrt)["Scheduler"](runtime, block_tokens, UNKNOWN)
+        self.scheduler = agentrt.Scheduler(runtime, block_tokens, UNKNOWN)
 
     def arrived(self, call: Waiting) -> None:
         """A call has begun to wait."""

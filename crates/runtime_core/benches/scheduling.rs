@@ -1,0 +1,138 @@
+//! What the scheduling policies cost: a question about waiting calls, and the events of one call.
+//!
+//! 64 calls wait, of 48 sessions and 4 tenants, a third of them with a shared resident prefix; 1,000 sessions are known
+//! and the window of `batch_shaping` is closed to half of them, so that every branch is taken.
+
+use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Throughput};
+use runtime_core::ids::mix;
+use runtime_core::policy::{built_in, Event, Policies};
+use runtime_core::runtime::{EventKind, Options};
+use runtime_core::scheduling::{Decision, Happening, Load, Waiting};
+use runtime_core::Runtime;
+use std::hint::black_box;
+
+const SETS: [&[&str]; 4] = [
+    &["kv_cache"],
+    &["batch_shaping", "kv_cache"],
+    &["fairness", "kv_cache"],
+    &["fairness", "batch_shaping", "kv_cache"],
+];
+const BLOCKS: usize = 64;
+
+/// Calls come ever faster, so that every smaller window seems to pay and stays.
+fn time_us(name: u64) -> u64 {
+    ((name as f64 + 1.0).ln() * 1e8) as u64
+}
+
+fn call(runtime: &Runtime, name: u64, session: u64) -> Waiting {
+    let random = mix(name);
+    Waiting {
+        call: name,
+        workload: runtime.workload("bench").expect("a workload"),
+        session,
+        agent: (random % 6) as u16,
+        tenant: (session % 4) as u16,
+        arrived_us: time_us(name) - 1,
+        prompt_tokens: 4_000,
+        resident_tokens: if random % 3 == 0 { 3_000 } else { 1_000 },
+        host_tokens: 0,
+        group: if random % 3 == 0 { 1 + random % 5 } else { 0 },
+    }
+}
+
+fn load(now_us: u64) -> Load {
+    Load {
+        now_us,
+        running_calls: 40,
+        pool_blocks: 50_000,
+        block_tokens: 16,
+        pinned_blocks: 20_000,
+        free_blocks: 0,
+        prompt_blocks: 1_000_000,
+        hit_blocks: 300_000,
+        budget_tokens: 8_192,
+        host_bytes_per_s: 0,
+    }
+}
+
+/// Policies that have seen 1,000 sessions thrash, and the calls that wait now.
+fn overloaded(runtime: &Runtime, policies: &Policies, n: u64) -> Vec<Waiting> {
+    let mut decisions = vec![Decision::default(); 64];
+    let mut name = 0;
+    for round in 0..4 {
+        for session in 0..1_000u64 {
+            name += 1;
+            let one = Waiting { resident_tokens: 0, agent: 0, ..call(runtime, name, session) };
+            policies.hear(runtime, time_us(name), &[Happening::Arrived(one)]);
+            // Not admitted at once: the engine is saturated.
+            (0..3).for_each(|_| policies.schedule(runtime, &load(time_us(name)), &[one], &mut decisions));
+            let done = [Happening::Admitted { call: one, again: false }, Happening::Ended { call: name }];
+            policies.hear(runtime, time_us(name), &done[..if round == 3 && session < 40 { 1 } else { 2 }]);
+        }
+    }
+    let waiting: Vec<Waiting> = (0..n).map(|i| call(runtime, name + 1 + i, mix(i) % 48 * 20)).collect();
+    for &one in &waiting {
+        policies.hear(runtime, time_us(name), &[Happening::Arrived(one)]);
+    }
+    waiting
+}
+
+fn question(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("schedule");
+    for names in SETS {
+        for n in [8u64, 64, 512] {
+            let runtime = Runtime::new(Options::for_pool(50_000)).expect("a runtime");
+            let policies = Policies::new(names.iter().map(|name| built_in(name).expect("a policy")).collect());
+            let waiting = overloaded(&runtime, &policies, n);
+            let mut decisions = vec![Decision::default(); waiting.len()];
+            let load = load(time_us(5_000));
+            policies.schedule(&runtime, &load, &waiting, &mut decisions);
+            let held = decisions.iter().filter(|decision| decision.is_held(load.now_us)).count();
+            assert_eq!(held > 0, names.contains(&"batch_shaping"), "{held} of {n} are held");
+            group.throughput(Throughput::Elements(n));
+            group.bench_function(BenchmarkId::new(names.join("+"), n), |bench| {
+                bench.iter(|| policies.schedule(&runtime, black_box(&load), black_box(&waiting), &mut decisions));
+            });
+        }
+    }
+    group.finish();
+}
+
+fn events(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("hear");
+    for names in SETS {
+        let runtime = Runtime::new(Options::for_pool(50_000)).expect("a runtime");
+        let policies = Policies::new(names.iter().map(|name| built_in(name).expect("a policy")).collect());
+        let workload = runtime.workload("bench").expect("a workload");
+        let mut name = 1_000_000u64;
+        // One call: four happenings and the core's two events, with 64 blocks.
+        group.bench_function(BenchmarkId::new(names.join("+"), "call"), |bench| {
+            bench.iter(|| {
+                name += 1;
+                let one = call(&runtime, name, name % 100);
+                let blocks: [u64; BLOCKS] = std::array::from_fn(|i| mix(name % 500 * BLOCKS as u64 + i as u64));
+                let (session, agent, hit) = (one.session, one.agent, 32);
+                let tell = |kind, blocks: &[u64]| {
+                    let event = Event { workload, kind, session, agent, call: name, time_us: name, blocks, hit };
+                    policies.observe(&runtime, &event);
+                };
+                let served = Happening::Served {
+                    call: name,
+                    prefill_tokens: 500,
+                    repeated_tokens: 0,
+                    decoded_tokens: 100,
+                    kv_token_us: 1_000_000,
+                };
+                policies.hear(&runtime, name, &[Happening::Arrived(one)]);
+                tell(EventKind::CallStart, &blocks);
+                policies.hear(&runtime, name, &[Happening::Admitted { call: one, again: false }, served]);
+                tell(EventKind::CallEnd, &[]);
+                policies.hear(&runtime, name, &[Happening::Ended { call: name }]);
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, question, events);
+criterion_main!(benches);

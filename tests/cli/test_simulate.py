@@ -1,0 +1,56 @@
+"""``agentrt simulate`` end to end: scenarios in, table and JSON out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.support import Run
+
+
+def test_json_has_exactly_the_documented_fields(agentrt_cli: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    done = agentrt_cli("simulate", "vtc", "--only", "flood", "--runs", "2", "--seed", "7", "--json", out)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert list(result) == ["version", "policy", "seed", "scenarios"]
+    assert (result["version"], result["policy"], result["seed"]) == (1, "vtc", 7)
+    for scenario in result["scenarios"]:
+        assert list(scenario) == ["name", "metric", "unit", "better", "baseline_name", "baseline", "policy", "runs"]
+        assert scenario["name"] == "flood"
+        assert scenario["better"] in ("higher", "lower")
+        assert scenario["runs"] == 2
+    own = [s for s in result["scenarios"] if s["baseline_name"] == "vtc"]
+    assert own
+    assert all(s["policy"] == s["baseline"] for s in own)
+    assert "flood" in done.stdout
+    assert "±" in done.stdout
+
+
+def test_the_same_command_writes_the_same_bytes(agentrt_cli: Run, tmp_path: Path) -> None:
+    outs = [tmp_path / "one.json", tmp_path / "two.json"]
+    for out in outs:
+        done = agentrt_cli("simulate", "lpm", "--only", "light/pipeline", "--runs", "1", "--json", out)
+        assert done.returncode == 0, done.stderr
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+
+
+def test_list_names_scenarios_and_baselines_of_every_policy(agentrt_cli: Run) -> None:
+    done = agentrt_cli("simulate", "--list")
+    assert done.returncode == 0, done.stderr
+    for word in ("batch_shaping", "fairness", "tool_gap", "speculation", "fcfs", "continuum", "newcomer", "R=0.5"):
+        assert word in done.stdout
+
+
+def test_what_cannot_be_run_is_refused_with_a_remedy(agentrt_cli: Run) -> None:
+    cases = {
+        ("nonsense",): "unknown policy",
+        ("vtc", "--only", "nowhere"): "--list",
+        ("vtc", "--cache", "min", "--only", "flood"): "choose one that learns",
+        (): "name a policy",
+    }
+    for arguments, words in cases.items():
+        done = agentrt_cli("simulate", *arguments)
+        assert done.returncode in (1, 2), arguments
+        assert done.stderr.startswith("error: "), arguments
+        assert words in done.stderr, arguments
