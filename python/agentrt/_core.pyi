@@ -1,7 +1,7 @@
 """Type stubs of the compiled extension."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, final, overload
 
 import numpy as np
@@ -320,6 +320,18 @@ class Workload:
         Source: DESIGN of arXiv 2605.27744 ("observe").
         """
 
+    def observe_one(
+        self,
+        kind: int,
+        session: int,
+        agent: int,
+        call: int,
+        time_us: int,
+        blocks: NDArray[np.uint64] | None = None,
+        /,
+    ) -> int:
+        """Feeds one event; as :meth:`observe` with one item per field."""
+
     def observe_lists(
         self,
         kinds: Sequence[int],
@@ -591,6 +603,79 @@ class Identity:
         """Bytes in use; none of it grows."""
 
 # Transfer
+
+def block_keys(hashes: list[bytes], start: int, stop: int, /) -> NDArray[np.uint64]:
+    """Keys of ``hashes[start:stop]``: their last 8 bytes, the integers of vLLM's KV events.
+
+    Raises:
+        ArrayTypeError: ``hashes`` is no list.
+        ArrayValueError: An item is no hash.
+    """
+
+@final
+class FreeQueue:
+    """vLLM's free queue: which block carries which key, which are named as victims; puts victims in place.
+
+    For the vLLM adapter. One thread calls everything.
+
+    Args:
+        pool: vLLM's ``BlockPool``.
+        source: Who names victims: a :class:`Runtime`, a callable ``(n, now_us) -> keys``, or None: the queue's order.
+        batch: Blocks named at once beyond what is needed.
+
+    Raises:
+        AttributeError, ArrayTypeError, ArrayValueError: The pool is built otherwise than expected.
+    """
+
+    batch: int
+    def __new__(
+        cls, pool: object, source: Runtime | Callable[[int, int], Iterable[object]] | None, batch: int, /
+    ) -> FreeQueue: ...
+    @property
+    def ranked_blocks(self) -> int:
+        """Victims put in place so far."""
+
+    @property
+    def stale_blocks(self) -> int:
+        """Victims named that were not there any more."""
+
+    @property
+    def duplicate_blocks(self) -> int:
+        """Of the ranked ones, second copies of other blocks."""
+
+    @property
+    def short_rankings(self) -> int:
+        """How often fewer victims were found than wanted."""
+
+    @property
+    def pending_blocks(self) -> int:
+        """Blocks named and not allocated or hit since, as far as is known."""
+
+    @property
+    def known_blocks(self) -> int:
+        """Keys whose block is known."""
+
+    def clear(self) -> None:
+        """The prefix cache has been reset."""
+
+    def register(self, keys: NDArray[np.uint64], start: int, block_ids: list[int], /) -> NDArray[np.uint64] | None:
+        """``block_ids[start:]`` carry ``keys`` from now on, blocks beyond the keys none.
+
+        Returns:
+            The keys that the engine has evicted by itself to make room for them, or None.
+        """
+
+    def prepare(self, n: int, now_us: int, spare: Sequence[int] | None = None, /) -> int:
+        """Makes the next ``n`` allocations take blocks without a hash and victims.
+
+        Args:
+            n: Blocks about to be allocated.
+            now_us: Now, microseconds.
+            spare: Ids of blocks that are about to leave the queue because the arriving request hits them.
+
+        Returns:
+            How many victims were named.
+        """
 
 def copy_host_blocks(
     arrays: Sequence[NDArray[np.uint8]],

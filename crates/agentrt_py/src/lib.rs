@@ -16,6 +16,7 @@ mod safety;
 mod scheduling;
 mod simulate;
 mod transfer;
+mod vllm;
 
 use pyo3::prelude::*;
 
@@ -56,4 +57,6 @@ mod _core {
     use crate::simulate::{scenarios, simulate};
     #[pymodule_export]
     use crate::transfer::copy_host_blocks;
+    #[pymodule_export]
+    use crate::vllm::{block_keys, FreeQueue};
 }

@@ -483,6 +483,24 @@ impl Runtime {
 }
 
 impl Runtime {
+    /// Appends the keys of `n` victims; for callers in this crate that hold no Python array.
+    pub(crate) fn name_victims(&self, n: usize, now_us: u64, keys: &mut Vec<u64>) -> PyResult<()> {
+        let shared = &*self.shared;
+        let n = n.min(shared.core.options().pool_blocks);
+        let request = Request { kind: Kind::Evict, n, now_us };
+        let before = keys.len();
+        let mut take = |action: Action| {
+            if let Action::Evicted(victim) = action {
+                keys.push(victim.key());
+            }
+        };
+        shared.policies.act(&shared.core, &request, &mut take).map_err(from_core)?;
+        let filled = keys.len() - before;
+        shared.counts.evicted_blocks.fetch_add(filled as u64, Relaxed);
+        shared.counts.missing_victims.fetch_add((n - filled) as u64, Relaxed);
+        shared.interrupted()
+    }
+
     fn evict<'py>(
         &self,
         py: Python<'py>,
@@ -614,6 +632,32 @@ impl Workload {
             calls: calls.as_slice()?,
             times_us: times_us.as_slice()?,
             offsets: offsets.as_ref().map_or(Ok(&[][..]), |offsets| offsets.as_slice())?,
+            blocks: blocks.as_ref().map_or(Ok(&[][..]), |blocks| blocks.as_slice())?,
+        };
+        Ok(self.shared.feed(py, self.id, &events.check()?)?.hit_blocks)
+    }
+
+    /// Feeds one event; as `observe` with one item per field.
+    #[pyo3(signature = (kind, session, agent, call, time_us, blocks = None, /))]
+    #[expect(clippy::too_many_arguments, reason = "one argument per field of an event")]
+    fn observe_one(
+        &self,
+        py: Python<'_>,
+        kind: u8,
+        session: u64,
+        agent: u16,
+        call: u64,
+        time_us: u64,
+        blocks: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<u64> {
+        let blocks = blocks.map(|blocks| array::<u64>("blocks", blocks)).transpose()?;
+        let events = Batch {
+            kinds: &[kind],
+            sessions: &[session],
+            agents: &[agent],
+            calls: &[call],
+            times_us: &[time_us],
+            offsets: &[0, blocks.as_ref().map_or(0, |blocks| blocks.len() as u32)],
             blocks: blocks.as_ref().map_or(Ok(&[][..]), |blocks| blocks.as_slice())?,
         };
         Ok(self.shared.feed(py, self.id, &events.check()?)?.hit_blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -17,6 +18,8 @@ __all__ = ["doctor", "record", "serve", "server_command"]
 #: Versions the adapter knows; outside of these it tries, and leaves vLLM alone where something is missing.
 KNOWN_VERSIONS = ("0.30", "0.31", "0.32", "0.33")
 ENTRY_POINT = "vllm.general_plugins"
+# Losses with which there is nothing left to switch on.
+NEEDED = ("nothing works", "order stays vLLM's")
 
 _PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["-h", "--help"]}
 
@@ -94,13 +97,16 @@ def _hooks() -> list[tuple[str, bool, str]]:
     pool: Any = importlib.import_module("vllm.v1.core.block_pool").BlockPool
     queue: Any = importlib.import_module("vllm.v1.core.kv_cache_utils").FreeKVCacheBlockQueue
     request: Any = importlib.import_module("vllm.v1.request").Request
+    block: Any = importlib.import_module("vllm.v1.core.kv_cache_utils").KVCacheBlock(0)
+    linked = hasattr(queue([block]), "fake_free_list_head") and hasattr(block, "prev_free_block")
+    policies = importlib.util.find_spec("vllm.v1.kv_offload.cpu.policies.factory") is not None
     session = "session_id" in getattr(request.__init__, "__annotations__", {})
     return [
         ("connector: bind_gpu_block_pool", hasattr(base, "bind_gpu_block_pool"), "nothing works"),
         ("connector: on_new_request", hasattr(base, "on_new_request"), "calls are seen when they are scheduled"),
-        ("queue: iter_blocks_after", hasattr(queue, "iter_blocks_after"), "order stays vLLM's"),
-        ("queue: remove, prepend_n", hasattr(queue, "remove") and hasattr(queue, "prepend_n"), "order stays vLLM's"),
+        ("queue: a list of linked blocks", linked, "order stays vLLM's"),
         ("pool: get_cached_block", hasattr(pool, "get_cached_block"), "order stays vLLM's"),
+        ("offload: policies by name", policies, "the CPU tier keeps its own policy"),
         ("request: session_id", session, "sessions come from vllm_xargs or are inferred"),
     ]
 
@@ -124,12 +130,15 @@ def doctor(as_json: bool) -> None:
             except importlib.metadata.PackageNotFoundError:
                 continue
         try:
-            hooks = _hooks()
+            # Some versions of vLLM log to standard output.
+            with contextlib.redirect_stdout(sys.stderr):
+                hooks = _hooks()
         except (ImportError, AttributeError) as error:
             hooks = []
             report["remedy"] = f"this vLLM lacks what the adapter needs ({error}); install vllm>=0.30,<0.34"
         report["hooks"] = {name: present for name, present, _ in hooks}
-        usable = bool(hooks) and all(present for name, present, _ in hooks if "session_id" not in name)
+        needed = [present for name, present, lost in hooks if lost in NEEDED]
+        usable = bool(needed) and all(needed)
         report["active"] = usable and report["entry_point"] and not blocked
         if not report["entry_point"]:
             report["remedy"] = "agentrt is not installed as a package here; run: pip install agentrt"

@@ -135,7 +135,10 @@ class Engine:
         """Schedules a waiting request, or its first ``chunk`` tokens; False where it does not fit."""
         blocks, hit_tokens, _ = self.manager.get_computed_blocks(request)
         if self.connector is not None:
-            assert self.connector.get_num_new_matched_tokens(request, hit_tokens) == (0, False)
+            tokens, _ = self.connector.get_num_new_matched_tokens(request, hit_tokens)
+            if tokens is None:
+                return False
+            assert tokens == 0
         n = request.num_tokens - hit_tokens
         n = n if chunk is None else min(n, chunk)
         new = self.manager.allocate_slots(

@@ -45,7 +45,7 @@ def test_a_second_connector_is_refused_with_the_remedy() -> None:
 def test_doctor_says_what_is_there_or_how_to_get_it() -> None:
     result = CliRunner().invoke(main, ["doctor", "--json"])
     assert result.exit_code == 0
-    report = json.loads(result.output)
+    report = json.loads(result.stdout)
     assert report["active"] or report["remedy"]
     if report["vllm"] is not None:
         assert all(report["hooks"].values())

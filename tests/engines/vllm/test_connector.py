@@ -40,7 +40,7 @@ def test_a_preempted_request_comes_back_and_its_blocks_are_found_again() -> None
     assert made.admit(request)
     made.finish(request)
     core.victims = [key(b) for b in (3, 2, 1, 0)]
-    adapter_of(made).ranker.prepare(16)
+    adapter_of(made).ranker.prepare(16, 0)
     assert adapter_of(made).ranker.stale_blocks == 0
     quiet(made)
 
@@ -49,8 +49,22 @@ def test_a_request_aborted_while_it_waits_leaves_nothing() -> None:
     made, core = engine(16)
     request = made.request(Call("s", "a", [0, 1, 2], []))
     assert made.connector is not None
+    made.step({})
     made.connector.request_finished_all_groups(request, ([],))
     assert [kind for kind, _ in core.events] == ["start", "end"]
+    quiet(made)
+
+
+def test_beyond_some_waiting_requests_the_core_weighs_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentrt.engines.vllm.adapter.MAX_EARLY", 1)
+    made, core = engine(16)
+    requests = [made.request(Call(f"s{n}", "a", [10 * n, 10 * n + 1], [])) for n in range(3)]
+    made.step({})
+    assert [kind for kind, _ in core.events] == ["start", "queued", "queued"]
+    for request in requests:
+        assert made.admit(request)
+        made.finish(request)
+    assert [kind for kind, _ in core.events].count("start") == 3
     quiet(made)
 
 
@@ -131,7 +145,7 @@ def test_the_end_of_a_session_is_passed_on() -> None:
 
 
 def test_a_control_file_switches_it_off_and_on_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentrt.engines.vllm.connector.CONTROL_INTERVAL_S", 0.0)
+    monkeypatch.setattr("agentrt.engines.vllm.connector.LOOK_INTERVAL_S", 0.0)
     switch = tmp_path / "switch"
     made = Engine(16, "tests.engines.vllm.test_ranker:Scripted", control_file=str(switch))
     core: Any = adapter_of(made).core
@@ -219,9 +233,8 @@ def test_memory_stays_bounded_over_many_requests() -> None:
     for i in range(3000):
         made.call(Call(f"s{i}", "a", [i * 10, i * 10 + 1, i * 10 + 2], []))
     adapter = adapter_of(made)
-    assert len(adapter.ranker.known) <= made.pool.num_gpu_blocks
-    assert len(adapter.ranker.pending) <= made.pool.num_gpu_blocks
-    assert len(adapter.ranker._orphans) <= made.pool.num_gpu_blocks
+    assert adapter.ranker.known_blocks <= made.pool.num_gpu_blocks
+    assert adapter.ranker.pending_blocks <= made.pool.num_gpu_blocks
     quiet(made)
 
 

@@ -18,7 +18,7 @@ from agentrt.engines.vllm.guard import Guard
 pytestmark = pytest.mark.usefixtures("vllm")
 
 HOOKS = ["new_request", "before_allocation", "allocated", "step_ended", "finished"]
-CORE = ["call_started", "stored", "call_ended", "removed", "reset", "evict"]
+CORE = ["call_queued", "call_started", "stored", "call_ended", "removed", "reset", "evict"]
 SCRIPTED = "tests.engines.vllm.test_ranker:Scripted"
 
 
@@ -177,39 +177,36 @@ def test_events_out_of_order_are_survived() -> None:
     assert len(served(engine)) == 120
 
 
-def test_a_pool_without_the_expected_queue_leaves_vllm_alone() -> None:
+class Opaque:
+    """Passes on what the pool has, but for the queue at every time that ``fails`` says so."""
+
+    def __init__(self, pool: Any, fails: Callable[[], bool]) -> None:
+        self._pool = pool
+        self._fails = fails
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "free_block_queue" and self._fails():
+            raise AttributeError(name)
+        return getattr(self._pool, name)
+
+
+def test_a_pool_without_the_expected_queue_is_observed_only() -> None:
     engine, stock = Engine(60, SCRIPTED), Engine(60, None)
     assert engine.connector is not None
+    engine.connector._bind(Opaque(engine.pool, lambda: True))
     assert engine.connector.adapter is not None
-
-    class Opaque:
-        """Passes on what the pool has, but for the queue."""
-
-        def __init__(self, pool: Any) -> None:
-            self._pool = pool
-
-        def __getattr__(self, name: str) -> Any:
-            if name == "free_block_queue":
-                raise AttributeError(name)
-            return getattr(self._pool, name)
-
-    engine.connector.adapter.pool = engine.connector.adapter.ranker.pool = Opaque(engine.pool)
+    assert not engine.connector.adapter.acting
     assert served(engine) == served(stock)
+    assert engine.connector.adapter.counters.finished == 120
+    assert not engine.connector.guard.faults
 
 
-def test_a_queue_that_raises_half_way_loses_no_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(60, "lru")
-    served(engine)
-    queue = engine.pool.free_block_queue
-    real, count = queue.remove, itertools.count()
-    monkeypatch.setattr(queue, "remove", lambda block: boom() if next(count) % 7 == 3 else real(block))
-    for call in workload():
-        request = engine.request(call)
-        connector = engine.connector
-        connector.get_num_new_matched_tokens(request, 0)  # type: ignore[union-attr]
-        engine.check()
-        connector.request_finished_all_groups(request, ([],))  # type: ignore[union-attr]
-    assert engine.connector.guard.faults  # type: ignore[union-attr]
+def test_a_queue_that_comes_and_goes_loses_no_block() -> None:
+    engine, count = Engine(60, "lru"), itertools.count(1)
+    assert engine.connector is not None
+    engine.connector._bind(Opaque(engine.pool, lambda: next(count) % 7 == 3))
+    assert len(served(engine)) == 120
+    assert engine.connector.guard.faults
 
 
 def test_many_faults_pause_the_adapter_and_it_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,9 @@ class Scripted:
     def _note(self, kind: str, keys: Any) -> None:
         self.events.append((kind, [int(k) for k in keys]))
 
+    def call_queued(self, session: int, agent: int, call: int, now_us: int, keys: Any) -> None:
+        self._note("queued", keys)
+
     def call_started(self, session: int, agent: int, call: int, now_us: int, keys: Any) -> int:
         self._note("start", keys)
         return self.hit
@@ -100,7 +103,7 @@ def test_named_blocks_that_are_hit_before_they_go_are_told_to_the_core_again() -
     made, core = engine(12)
     made.call(Call("s", "a", [0, 1, 2, 3], []))
     core.victims = [key(3), key(2)]
-    made.connector.adapter.ranker.prepare(12)  # type: ignore[union-attr]
+    made.connector.adapter.ranker.prepare(12, 0)  # type: ignore[union-attr]
     core.events.clear()
     assert made.call(Call("s", "a", [0, 1, 2, 3], [])) == 4
     assert ("stored", [key(b) for b in (0, 1, 2, 3)]) in core.events
@@ -156,20 +159,19 @@ def test_the_second_copy_of_a_block_goes_first() -> None:
         made.finish(request)
     made.call(Call("u", "a", list(range(20, 32)), []))
     assert all(cached(made, b) for b in (0, 1, 2))
-    assert made.connector.adapter.ranker.orphaned_blocks == 3  # type: ignore[union-attr]
+    assert made.connector.adapter.ranker.duplicate_blocks == 3  # type: ignore[union-attr]
     made.check()
 
 
 def test_keys_are_the_integers_of_vllms_kv_events() -> None:
-    from agentrt.engines.vllm.adapter import keys_of
-    from agentrt.engines.vllm.ranker import key_of
+    from agentrt._core import block_keys
 
     hashes = [bytes(range(i, i + 32)) for i in range(5)]
     expected = [int.from_bytes(h, "big") & ((1 << 64) - 1) for h in hashes]
-    assert keys_of(hashes).tolist() == expected
-    assert [key_of(h + b"\0\0\0\1") for h in hashes] == expected
-    assert keys_of([h[:20] for h in hashes]).tolist() == [int.from_bytes(h[12:20], "big") for h in hashes]
-    assert keys_of([]).dtype == np.uint64
+    assert block_keys(hashes, 0, 5).tolist() == expected
+    assert block_keys([h[:20] for h in hashes], 0, 9).tolist() == [int.from_bytes(h[12:20], "big") for h in hashes]
+    assert block_keys(hashes, 3, 4).tolist() == expected[3:4]
+    assert block_keys([], 0, 3).dtype == np.uint64
 
 
 def test_decoding_takes_victims_too() -> None:
@@ -182,4 +184,20 @@ def test_decoding_takes_victims_too() -> None:
     assert made.decode(request, 5 * BLOCK)
     assert all(cached(made, b) for b in (0, 1, 2))
     made.finish(request)
+    made.check()
+
+
+def test_victims_stay_named_while_unhashed_blocks_stand_before_them() -> None:
+    made, core = engine(16)
+    made.call(Call("s", "a", [0, 1, 2, 3], []))
+    running = made.request(Call("t", "a", list(range(20, 30)), []))
+    assert made.admit(running)
+    ranker = made.connector.adapter.ranker  # type: ignore[union-attr]
+    core.victims = [key(3), key(2), key(1)]
+    assert ranker.prepare(3, 0) == 2, "one block without a hash is left"
+    assert ranker.prepare(1, 0) == 0
+    assert ranker.pending_blocks == 2
+    assert ranker.prepare(3, 0) == 0
+    assert core.victims == [key(1)]
+    made.finish(running)
     made.check()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -19,7 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from agentrt.engines.vllm.adapter import Adapter, Settings
-from agentrt.engines.vllm.guard import Guard
+from agentrt.engines.vllm.guard import Guard, guarded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,11 +27,14 @@ __all__ = ["AgentRTConnector", "AgentRTMetadata"]
 
 logger = logging.getLogger("vllm.agentrt")
 
-CONTROL_INTERVAL_S = 1.0
+LOOK_INTERVAL_S = 1.0
 
 
 class AgentRTMetadata(KVConnectorMetadata):  # type: ignore[misc, unused-ignore]
     """Nothing to tell the workers."""
+
+
+NOTHING = AgentRTMetadata()
 
 
 class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, unused-ignore]
@@ -42,9 +44,11 @@ class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, u
         super().__init__(vllm_config, role, kv_cache_config, *more)
         self.guard = Guard()
         self.adapter: Adapter | None = None
+        # The same while it is switched on.
+        self.live: Adapter | None = None
         self.settings = Settings()
         self.enabled = True
-        self._next_control = 0.0
+        self._next_look = 0.0
         self._next_log = 0.0
         if role == KVConnectorRole.SCHEDULER:
             extra = dict(getattr(self._kv_transfer_config, "kv_connector_extra_config", None) or {})
@@ -65,7 +69,8 @@ class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, u
     def _bind(self, pool: Any) -> None:
         groups = getattr(self._kv_cache_config, "kv_cache_groups", None) or [None]
         block_size = getattr(getattr(groups[0], "kv_cache_spec", None), "block_size", pool.hash_block_size)
-        self.adapter = Adapter(pool, self.settings, block_size, len(groups))
+        step_tokens = getattr(getattr(self._vllm_config, "scheduler_config", None), "max_num_batched_tokens", 0)
+        self.adapter = self.live = Adapter(pool, self.settings, block_size, len(groups), step_tokens=step_tokens)
         logger.info(
             "agentrt: policy `%s`, %d blocks of %d tokens, %s",
             self.settings.policy,
@@ -74,52 +79,27 @@ class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, u
             "acting" if self.adapter.acting else "observing only",
         )
 
-    @property
-    def _on(self) -> Adapter | None:
-        return self.adapter if self.enabled else None
-
-    def on_new_request(self, request: Any) -> None:
-        """A request has been queued."""
-        if (adapter := self._on) is not None:
-            self.guard.run("on_new_request", None, adapter.new_request, request)
-
-    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Right before the allocation of a waiting request; no tokens come from outside."""
-        if (adapter := self._on) is not None:
-            self.guard.run("get_num_new_matched_tokens", None, adapter.before_allocation, request, num_computed_tokens)
-        return 0, False
-
-    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:  # noqa: ARG002
-        """The request has its blocks."""
-        if (adapter := self._on) is not None:
-            self.guard.run("update_state_after_alloc", None, self._allocated, adapter, request, blocks)
-
-    @staticmethod
-    def _allocated(adapter: Adapter, request: Any, blocks: Any) -> None:
-        adapter.allocated(request, blocks.blocks[0])
+    on_new_request = guarded("new_request", None, "A request has been queued.")
+    get_num_new_matched_tokens = guarded(
+        "before_allocation", (0, False), "Right before the allocation of a waiting request; nothing comes from outside."
+    )
+    update_state_after_alloc = guarded("allocated", None, "The request has its blocks.")
+    _step_ended = guarded("step_ended", None, "The step has been scheduled.")
+    request_finished_all_groups = guarded(
+        "finished", (False, None), "The request is over; its blocks, one list a cache group, are freed next."
+    )
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """The step has been scheduled."""
-        if (adapter := self._on) is not None:
-            self.guard.run("build_connector_meta", None, self._step, adapter, scheduler_output)
-        self.guard.run("housekeeping", None, self._housekeeping)
-        return AgentRTMetadata()
-
-    @staticmethod
-    def _step(adapter: Adapter, scheduler_output: Any) -> None:
-        adapter.step_ended(scheduler_output.num_scheduled_tokens)
+        self._step_ended(scheduler_output)
+        if self.guard.clock() >= self._next_look:
+            self.guard.run("housekeeping", None, self._housekeeping)
+        return NOTHING
 
     def request_finished(self, request: Any, block_ids: Sequence[int]) -> tuple[bool, dict[str, Any] | None]:
-        """The request is over; its blocks are freed next."""
-        if (adapter := self.adapter) is not None:
-            self.guard.run("request_finished", None, adapter.finished, request, block_ids)
-        return False, None
-
-    def request_finished_all_groups(
-        self, request: Any, block_ids: tuple[list[int], ...]
-    ) -> tuple[bool, dict[str, Any] | None]:
-        """As :meth:`request_finished`, for models with several cache groups."""
-        return self.request_finished(request, block_ids[0] if block_ids else [])
+        """As :meth:`request_finished_all_groups`, from versions of vLLM that know one group only."""
+        answer: tuple[bool, dict[str, Any] | None] = self.request_finished_all_groups(request, (block_ids,))
+        return answer
 
     def reset_cache(self) -> bool | None:
         """The operator resets connectors together with the prefix cache."""
@@ -133,9 +113,9 @@ class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, u
     # ---- now and then ----
 
     def _housekeeping(self) -> None:
-        now = time.monotonic()
-        if self.settings.control_file is not None and now >= self._next_control:
-            self._next_control = now + CONTROL_INTERVAL_S
+        now = self.guard.clock()
+        self._next_look = now + LOOK_INTERVAL_S
+        if self.settings.control_file is not None:
             self._control(self.settings.control_file)
         if now >= self._next_log:
             first = self._next_log == 0.0
@@ -152,9 +132,10 @@ class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, u
         enabled = word not in ("off", "0", "false")
         if enabled != self.enabled:
             self.enabled = enabled
+            self.live = self.adapter if enabled else None
             if enabled and self.adapter is not None:
                 # Much has happened unseen.
-                self.adapter.reset()
+                self.adapter.restart()
             logger.info("agentrt: switched %s by %s", "on" if enabled else "off", path)
 
     def summary(self) -> str:
@@ -162,12 +143,13 @@ class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, u
         if self.adapter is None:
             return "not bound"
         counters, ranker = self.adapter.counters, self.adapter.ranker
+        ranked, stale = (0, 0) if ranker is None else (ranker.ranked_blocks, ranker.stale_blocks)
         rate = counters.hit_tokens / max(counters.prompt_tokens, 1)
         per_step = self.guard.spent_s * 1e6 / max(counters.steps, 1)
         faults = sum(self.guard.faults.values())
         return (
-            f"{counters.finished} calls, prefix hits: {rate:.1%} of tokens, blocks ranked: {ranker.ranked_blocks}, "
-            f"stale: {ranker.stale_blocks}, us per step: {per_step:.0f}, faults: {faults}"
+            f"{counters.finished} calls, prefix hits: {rate:.1%} of tokens, blocks ranked: {ranked}, "
+            f"stale: {stale}, us per step: {per_step:.0f}, faults: {faults}"
         )
 
     # ---- worker side: no data ----

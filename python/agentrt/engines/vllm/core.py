@@ -15,13 +15,18 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Core", "RuntimeCore", "make_core"]
+    from agentrt.engines.vllm.gate import Scheduling
+
+__all__ = ["Core", "RuntimeCore", "make_core", "make_scheduling", "names_of"]
 
 POLICIES = ("agentrt", "lru", "observe")
 
 
 class Core(Protocol):
-    """What the adapter reports and asks. Keys are numpy ``uint64``; times are microseconds of one monotone clock."""
+    """What the adapter reports and asks. Keys are numpy ``uint64``; times are microseconds of one monotone clock.
+
+    A core with ``call_queued`` (arguments as ``call_started``) is also told of calls that cannot start at once.
+    """
 
     def call_started(self, session: int, agent: int, call: int, now_us: int, keys: NDArray[np.uint64]) -> int:
         """A call starts; returns how many leading blocks the core holds to be resident."""
@@ -45,7 +50,7 @@ class Core(Protocol):
         """Names up to ``n`` blocks to go, lowest first, and counts them as gone."""
 
 
-CALL_START, STORED, CALL_END, REMOVED, SESSION_END, RESET = 0, 1, 2, 5, 6, 7
+CALL_START, STORED, CALL_END, REMOVED, SESSION_END, RESET, CALL_QUEUED = 0, 1, 2, 5, 6, 7, 8
 
 
 class RuntimeCore:
@@ -54,33 +59,20 @@ class RuntimeCore:
     Args:
         pool_blocks: Blocks of the pool.
         workload: Name under which state is learned.
+        policies: Those beside ``kv_cache``, by name.
     """
 
-    def __init__(self, pool_blocks: int, workload: str = "vllm") -> None:
+    def __init__(self, pool_blocks: int, workload: str = "vllm", policies: Sequence[str] = ()) -> None:
         import agentrt
 
         # Room for blocks that vLLM has reused on its own and that are found out only when they are named.
-        self.runtime: Any = vars(agentrt)["Runtime"](pool_blocks + pool_blocks // 8 + 64)
+        self.runtime: Any = agentrt.Runtime(pool_blocks + pool_blocks // 8 + 64, policies=("kv_cache", *policies))
         self.workload = self.runtime.workload(workload)
-        self._kinds = np.zeros(1, np.uint8)
-        self._sessions = np.zeros(1, np.uint64)
-        self._agents = np.zeros(1, np.uint16)
-        self._calls = np.zeros(1, np.uint64)
-        self._times = np.zeros(1, np.uint64)
-        self._offsets = np.zeros(2, np.uint32)
-        self._none = np.zeros(0, np.uint64)
+        self._observe: Callable[..., int] = self.workload.observe_one
 
-    def _observe(self, kind: int, session: int, agent: int, call: int, now_us: int, keys: NDArray[np.uint64]) -> int:
-        self._kinds[0] = kind
-        self._sessions[0] = session
-        self._agents[0] = agent
-        self._calls[0] = call
-        self._times[0] = now_us
-        self._offsets[1] = len(keys)
-        hits: int = self.workload.observe(
-            self._kinds, self._sessions, self._agents, self._calls, self._times, self._offsets, keys
-        )
-        return hits
+    def call_queued(self, session: int, agent: int, call: int, now_us: int, keys: NDArray[np.uint64]) -> None:
+        """A call waits."""
+        self._observe(CALL_QUEUED, session, agent, call, now_us, keys)
 
     def call_started(self, session: int, agent: int, call: int, now_us: int, keys: NDArray[np.uint64]) -> int:
         """A call starts."""
@@ -96,7 +88,7 @@ class RuntimeCore:
 
     def session_ended(self, session: int, now_us: int) -> None:
         """The session is over."""
-        self._observe(SESSION_END, session, 0, 0, now_us, self._none)
+        self._observe(SESSION_END, session, 0, 0, now_us)
 
     def removed(self, now_us: int, keys: NDArray[np.uint64]) -> None:
         """The engine has dropped blocks."""
@@ -104,24 +96,45 @@ class RuntimeCore:
 
     def reset(self, now_us: int) -> None:
         """The engine has dropped all blocks."""
-        self._observe(RESET, 0, 0, 0, now_us, self._none)
+        self._observe(RESET, 0, 0, 0, now_us)
 
     def evict(self, n: int, now_us: int) -> Sequence[int]:
-        """Names victims."""
+        """Names victims. The adapter asks the runtime itself, without this detour."""
         victims: NDArray[np.uint64] = self.runtime.act("evict", n, None, now_us / 1e6)
         keys: list[int] = victims.tolist()
         return keys
 
 
-def make_core(policy: str, pool_blocks: int, workload: str) -> Core | None:
+def _named(what: str, where: str, known: Sequence[str]) -> Any:
+    """What ``module:attribute`` names."""
+    module, _, attribute = where.partition(":")
+    if not attribute:
+        raise ValueError(f"unknown {what} `{where}`; known: {', '.join([*known, '`module:attribute`'])}")
+    return getattr(import_module(module), attribute)
+
+
+def make_core(policy: str, pool_blocks: int, workload: str, beside: Sequence[str] = ()) -> Core | None:
     """The core of a policy: ``agentrt``, ``observe`` (learns, never acts), ``lru`` or a ``module:attribute``."""
     if policy == "lru":
         return None
     if policy in POLICIES:
-        return RuntimeCore(pool_blocks, workload)
-    module, _, attribute = policy.partition(":")
-    if not attribute:
-        known = ", ".join(POLICIES)
-        raise ValueError(f"unknown policy `{policy}`; known: {known}, or `module:attribute`")
-    factory: Callable[[int, str], Core] = getattr(import_module(module), attribute)
-    return factory(pool_blocks, workload)
+        return RuntimeCore(pool_blocks, workload, beside)
+    core: Core = _named("policy", policy, POLICIES)(pool_blocks, workload)
+    return core
+
+
+def make_scheduling(where: str, core: Core | None, block_tokens: int) -> Scheduling:
+    """Who orders and holds waiting calls: policies of the core, or what a ``module:attribute`` makes."""
+    if ":" not in where and isinstance(core, RuntimeCore):
+        from agentrt.engines.vllm.scheduling import CoreScheduling
+
+        return CoreScheduling(core.runtime, core.workload, block_tokens)
+    scheduling: Scheduling = _named("scheduling", where, ())()
+    return scheduling
+
+
+def names_of(scheduling: str | None) -> list[str]:
+    """The core's policies among what the option ``scheduling`` says."""
+    if scheduling is None or ":" in scheduling:
+        return []
+    return [name.strip() for name in scheduling.split(",") if name.strip()]

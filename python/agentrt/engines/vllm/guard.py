@@ -1,4 +1,4 @@
-"""Faults must not reach vLLM: every hook runs inside :meth:`Guard.run`.
+"""Faults must not reach vLLM: every hook runs inside :meth:`Guard.run` or, where microseconds count, :func:`guarded`.
 
 A fault is counted under its kind (hook and exception type), logged in full the first time only, and answered with the
 hook's default, which leaves vLLM as it would be without agentrt. More than ``LIMIT`` faults within ``WINDOW_S`` pause
@@ -12,9 +12,9 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
-__all__ = ["Guard"]
+__all__ = ["Guard", "guarded"]
 
 T = TypeVar("T")
 
@@ -38,23 +38,30 @@ class Guard:
         self.spent_s = 0.0
         self._window_start = 0.0
         self._in_window = 0
-        self._paused_until = 0.0
+        self.paused_until = 0.0
 
     def run(self, hook: str, default: T, action: Callable[..., T], *arguments: object) -> T:
         """Calls ``action``; whatever goes wrong, ``default`` is the answer."""
         start = self.clock()
-        if start < self._paused_until:
+        if start < self.paused_until:
             return default
         try:
             return action(*arguments)
         except Exception as error:  # noqa: BLE001 - a fault in agentrt must never fail a request
-            self._fault(f"{hook}: {type(error).__name__}", error)
+            self.failed(hook, error)
             return default
         finally:
-            took = self.clock() - start
-            self.spent_s += took
-            if took > SLOW_S:
-                self._fault(f"{hook}: slow", None)
+            self.took(hook, self.clock() - start)
+
+    def failed(self, hook: str, error: Exception) -> None:
+        """Counts an exception."""
+        self._fault(f"{hook}: {type(error).__name__}", error)
+
+    def took(self, hook: str, seconds: float) -> None:
+        """Counts the time of a hook."""
+        self.spent_s += seconds
+        if seconds > SLOW_S:
+            self._fault(f"{hook}: slow", None)
 
     def note(self, kind: str) -> None:
         """Counts a fault that was handled where it occurred."""
@@ -77,7 +84,34 @@ class Guard:
         self._in_window += 1
         if self._in_window > LIMIT:
             self._in_window = 0
-            self._paused_until = now + PAUSE_S
+            self.paused_until = now + PAUSE_S
             self.pauses += 1
             if self.pauses == 1:
                 logger.warning("agentrt: too many faults, paused for %.0f s; vLLM runs in its own order", PAUSE_S)
+
+
+def guarded(name: str, default: Any, about: str) -> Callable[..., Any]:
+    """A method of the connector that passes its arguments on to the adapter's method ``name``.
+
+    As :meth:`Guard.run`, without its calls. The connector has ``guard``, and ``live``: the adapter, None while it is
+    switched off.
+    """
+
+    def method(self: Any, *arguments: Any) -> Any:
+        adapter = self.live
+        if adapter is None:
+            return default
+        guard: Guard = self.guard
+        start = guard.clock()
+        if start < guard.paused_until:
+            return default
+        try:
+            return getattr(adapter, name)(*arguments)
+        except Exception as error:  # noqa: BLE001 - a fault in agentrt must never fail a request
+            guard.failed(name, error)
+            return default
+        finally:
+            guard.took(name, guard.clock() - start)
+
+    method.__doc__ = about
+    return method

@@ -1,0 +1,581 @@
+//! vLLM's free queue, in one call from Python a hook: which block carries which key, which blocks have been named as
+//! victims, and how they get to the head of the queue.
+//!
+//! A *key* is the low 64 bits of a block hash. vLLM allocates from the head of `BlockPool.free_block_queue`, a doubly
+//! linked list of Python objects. Victims are linked in behind those named before (the *front*); blocks without a hash,
+//! which vLLM itself puts at the head, stay before both. Runs of victims that are neighbours already, as the blocks of
+//! one request are after vLLM has freed them, move in one piece.
+//!
+//! Invariants: everything is read and checked before the first link is written; links are written through the blocks'
+//! own slots; every block in the queue stays in it, and their number does not change. A victim is moved only if it is
+//! what its key says *now*: it carries that hash, nobody uses it, it is queued.
+//!
+//! Cost: a prepared front is found again in a few attribute reads, whatever its length; a victim costs some ten of
+//! them. Memory: at most 80 bytes a block of the pool.
+
+use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasher, Hasher};
+
+use numpy::{PyArray1, PyReadonlyArray1};
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyList, PyString};
+use runtime_core::ids::mix;
+
+use crate::convert::{array, type_error, value_error};
+use crate::runtime::Runtime;
+
+/// Blocks used twice for the same content that are remembered, oldest first.
+const MAX_DUPLICATES: usize = 65_536;
+/// How often the policy is asked again where it names blocks that cannot go.
+const ROUNDS: usize = 4;
+/// Bytes that vLLM appends to a block's hash: the number of its cache group.
+const GROUP_BYTES: usize = 4;
+
+/// Keys are hashes already; mixing them once is enough.
+#[derive(Clone, Copy, Default)]
+struct KeyHash(u64);
+
+impl Hasher for KeyHash {
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.0 = mix(self.0 ^ u64::from(byte));
+        }
+    }
+
+    fn write_u64(&mut self, key: u64) {
+        self.0 = mix(key);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
+impl BuildHasher for KeyHash {
+    type Hasher = Self;
+
+    fn build_hasher(&self) -> Self {
+        Self(0)
+    }
+}
+
+/// The last 8 bytes before the `behind` last ones.
+fn tail(hash: &[u8], behind: usize) -> Option<u64> {
+    let end = hash.len().checked_sub(behind)?;
+    let bytes = hash.get(end.checked_sub(8)?..end)?;
+    bytes.try_into().ok().map(u64::from_be_bytes)
+}
+
+/// Keys of `hashes[start:stop]`: their last 8 bytes, the integers of vLLM's KV events.
+#[pyfunction]
+#[pyo3(signature = (hashes, start, stop, /))]
+pub(crate) fn block_keys<'py>(
+    py: Python<'py>,
+    hashes: &Bound<'py, PyAny>,
+    start: usize,
+    stop: usize,
+) -> PyResult<Bound<'py, PyArray1<u64>>> {
+    let hashes = hashes.cast::<PyList>().map_err(|_| {
+        type_error("hashes", "is not a list".into(), "pass the list of a request's block hashes".into())
+    })?;
+    let stop = stop.min(hashes.len());
+    let mut keys = Vec::with_capacity(stop.saturating_sub(start));
+    for i in start..stop {
+        let hash = hashes.get_item(i)?;
+        let key = hash.cast::<PyBytes>().ok().and_then(|hash| tail(hash.as_bytes(), 0));
+        keys.push(key.ok_or_else(|| {
+            value_error("hashes", format!("item {i} is no hash"), "pass bytes, at least 8 of them".into())
+        })?);
+    }
+    Ok(PyArray1::from_vec(py, keys))
+}
+
+/// Who names victims.
+enum Source {
+    /// Nobody: the queue's own order.
+    Queue,
+    /// The runtime's policies.
+    Runtime(Py<Runtime>),
+    /// Python: `evict(n, now_us)` returns keys.
+    Callable(Py<PyAny>),
+}
+
+/// A naming of a block; `number` tells two namings of one block apart. 0: not named.
+#[derive(Clone, Copy, Default)]
+struct Named {
+    number: u64,
+    key: u64,
+}
+
+/// Which block carries which key and which have been named; puts victims in place.
+#[pyclass(module = "agentrt._core")]
+pub(crate) struct FreeQueue {
+    pool: Py<PyAny>,
+    blocks: Py<PyList>,
+    /// The slot that holds a block's hash.
+    hash_slot: Py<PyString>,
+    null_block: u32,
+    source: Source,
+    /// Where each key's block is, and the other way round: the key last seen on each block (0: none).
+    known: HashMap<u64, u32, KeyHash>,
+    key_at: Vec<u64>,
+    named: Vec<Named>,
+    /// Namings in the order in which they stand in the queue.
+    front: VecDeque<(u32, u64)>,
+    /// Of these, such as have neither been hit nor forgotten.
+    live: usize,
+    duplicates: VecDeque<u32>,
+    namings: u64,
+    /// Blocks named at once beyond what is needed.
+    #[pyo3(get, set)]
+    batch: usize,
+    #[pyo3(get)]
+    ranked_blocks: u64,
+    #[pyo3(get)]
+    stale_blocks: u64,
+    #[pyo3(get)]
+    duplicate_blocks: u64,
+    #[pyo3(get)]
+    short_rankings: u64,
+    keys: Vec<u64>,
+}
+
+/// A block of the queue that may go, with what was read of it.
+struct Candidate<'py> {
+    block: Bound<'py, PyAny>,
+    id: u32,
+    key: u64,
+}
+
+#[pymethods]
+impl FreeQueue {
+    /// Checks that `pool` is built as expected; raises where it is not.
+    #[new]
+    #[pyo3(signature = (pool, source, batch, /))]
+    fn new(pool: &Bound<'_, PyAny>, source: &Bound<'_, PyAny>, batch: usize) -> PyResult<Self> {
+        let py = pool.py();
+        let blocks = pool.getattr(intern!(py, "blocks"))?;
+        let blocks = blocks.cast::<PyList>().map_err(|_| {
+            type_error("pool.blocks", "is not a list".into(), "this version of the engine is not known".into())
+        })?;
+        let n = blocks.len();
+        let private = intern!(py, "_block_hash");
+        let has_private = n > 0 && blocks.get_item(0)?.hasattr(private)?;
+        let hash_slot = if has_private { private } else { intern!(py, "block_hash") };
+        let null_block = match pool.getattr_opt(intern!(py, "null_block"))? {
+            Some(block) if !block.is_none() => block.getattr(intern!(py, "block_id"))?.extract()?,
+            _ => u32::MAX,
+        };
+        // Everything that is read or written later is read and written once, changing nothing.
+        let head = pool.getattr(intern!(py, "free_block_queue"))?.getattr(intern!(py, "fake_free_list_head"))?;
+        let first = head.getattr(intern!(py, "next_free_block"))?;
+        if !first.is_none() {
+            head.setattr(intern!(py, "next_free_block"), &first)?;
+            let before = first.getattr(intern!(py, "prev_free_block"))?;
+            if !before.is(&head) {
+                let problem = "is not linked as expected".into();
+                return Err(value_error("pool.free_block_queue", problem, "this version is not known".into()));
+            }
+            first.setattr(intern!(py, "prev_free_block"), &before)?;
+        }
+        if n > 0 {
+            let block = blocks.get_item(n - 1)?;
+            block.getattr(intern!(py, "ref_cnt"))?.extract::<i64>()?;
+            block.getattr(hash_slot)?;
+            if block.getattr(intern!(py, "block_id"))?.extract::<usize>()? != n - 1 {
+                let problem = "are not in the order of their ids".into();
+                return Err(value_error("pool.blocks", problem, "this version is not known".into()));
+            }
+        }
+        let source = if source.is_none() {
+            Source::Queue
+        } else if let Ok(runtime) = source.cast::<Runtime>() {
+            Source::Runtime(runtime.clone().unbind())
+        } else {
+            Source::Callable(source.clone().unbind())
+        };
+        Ok(Self {
+            pool: pool.clone().unbind(),
+            blocks: blocks.clone().unbind(),
+            hash_slot: hash_slot.clone().unbind(),
+            null_block,
+            source,
+            known: HashMap::with_capacity_and_hasher(n, KeyHash(0)),
+            key_at: vec![0; n],
+            named: vec![Named::default(); n],
+            front: VecDeque::new(),
+            live: 0,
+            duplicates: VecDeque::new(),
+            namings: 0,
+            batch,
+            ranked_blocks: 0,
+            stale_blocks: 0,
+            duplicate_blocks: 0,
+            short_rankings: 0,
+            keys: Vec::new(),
+        })
+    }
+
+    /// The prefix cache has been reset.
+    fn clear(&mut self) {
+        self.known.clear();
+        self.key_at.fill(0);
+        self.named.fill(Named::default());
+        self.front.clear();
+        self.live = 0;
+        self.duplicates.clear();
+    }
+
+    /// Blocks named and not allocated or hit since, as far as is known.
+    #[getter]
+    fn pending_blocks(&self) -> usize {
+        self.live
+    }
+
+    /// Keys whose block is known.
+    #[getter]
+    fn known_blocks(&self) -> usize {
+        self.known.len()
+    }
+
+    /// `block_ids[start:]` carry `keys` from now on, blocks beyond the keys none.
+    ///
+    /// Returns the keys that the engine has evicted by itself to make room for them, or None.
+    #[pyo3(signature = (keys, start, block_ids, /))]
+    fn register<'py>(
+        &mut self,
+        py: Python<'py>,
+        keys: &Bound<'py, PyAny>,
+        start: usize,
+        block_ids: &Bound<'py, PyList>,
+    ) -> PyResult<Option<Bound<'py, PyArray1<u64>>>> {
+        let keys: PyReadonlyArray1<'_, u64> = array("keys", keys)?;
+        let keys = keys.as_slice()?;
+        let mut lost = Vec::new();
+        for i in start..block_ids.len() {
+            let id: u32 = block_ids.get_item(i)?.extract()?;
+            if id as usize >= self.key_at.len() {
+                return Err(value_error("block_ids", format!("has block {id}"), "pass blocks of the pool".into()));
+            }
+            if id != self.null_block {
+                let key = keys.get(i - start).copied().unwrap_or(0);
+                lost.extend(self.carries(id, key));
+            }
+        }
+        Ok(if lost.is_empty() { None } else { Some(PyArray1::from_vec(py, lost)) })
+    }
+
+    /// Makes the next `n` allocations take blocks without a hash and victims; returns how many were named.
+    ///
+    /// `spare`: ids of blocks that are about to leave the queue because the arriving request hits them.
+    #[pyo3(signature = (n, now_us, spare = None, /))]
+    fn prepare(
+        &mut self,
+        py: Python<'_>,
+        n: usize,
+        now_us: &Bound<'_, PyAny>,
+        spare: Option<Vec<u32>>,
+    ) -> PyResult<usize> {
+        let spare = spare.unwrap_or_default();
+        let queue = self.pool.bind(py).getattr(intern!(py, "free_block_queue"))?;
+        let free: usize = queue.getattr(intern!(py, "num_free_blocks"))?.extract()?;
+        let next_slot = intern!(py, "next_free_block");
+        // Unhashed blocks first, then the front.
+        let leaving = spare.iter().filter(|&&id| self.is_named(id)).count();
+        let n = (n + leaving).min(free);
+        let mut ready = 0;
+        let mut last = queue.getattr(intern!(py, "fake_free_list_head"))?;
+        let mut block = last.getattr(next_slot)?;
+        let mut fronted = false;
+        while ready < n && !block.is_none() {
+            let Some(key) = self.key_of(&block)? else {
+                let next = block.getattr(next_slot)?;
+                if next.is_none() {
+                    // The end of the list.
+                    break;
+                }
+                ready += 1;
+                last = block;
+                block = next;
+                continue;
+            };
+            let id: u32 = block.getattr(intern!(py, "block_id"))?.extract()?;
+            fronted = self.pop_front_until(id, key);
+            break;
+        }
+        if ready >= n {
+            // Whatever stands behind the unhashed blocks is still to come.
+            return Ok(0);
+        }
+        if fronted {
+            ready += self.live;
+        } else {
+            self.forget_front();
+        }
+        if ready >= n {
+            return Ok(0);
+        }
+        if fronted {
+            if let Some(tail) = self.end_of_front(py)? {
+                last = tail;
+            }
+        }
+        let want = (n + self.batch).min(free).saturating_sub(ready);
+        let victims = match self.source {
+            Source::Queue => self.in_queue_order(&last, want, &spare)?,
+            _ => self.victims(py, want, now_us, &spare)?,
+        };
+        if victims.len() < want {
+            self.short_rankings += 1;
+        }
+        place(last, &victims)?;
+        for victim in &victims {
+            self.namings += 1;
+            self.named[victim.id as usize] = Named { number: self.namings, key: victim.key };
+            self.front.push_back((victim.id, self.namings));
+        }
+        self.live += victims.len();
+        self.ranked_blocks += victims.len() as u64;
+        Ok(victims.len())
+    }
+}
+
+impl FreeQueue {
+    fn is_named(&self, id: u32) -> bool {
+        self.named.get(id as usize).is_some_and(|named| named.number != 0)
+    }
+
+    /// The key of the hash that a block carries now.
+    fn key_of(&self, block: &Bound<'_, PyAny>) -> PyResult<Option<u64>> {
+        let hash = block.getattr(self.hash_slot.bind(block.py()))?;
+        if hash.is_none() {
+            return Ok(None);
+        }
+        let hash = hash.cast::<PyBytes>()?;
+        // A hash too short to have a key is a hash all the same.
+        Ok(Some(tail(hash.as_bytes(), GROUP_BYTES).unwrap_or(0)))
+    }
+
+    /// A block carries a key (0: none) from now on; returns the key that it has lost.
+    fn carries(&mut self, id: u32, key: u64) -> Option<u64> {
+        let at = id as usize;
+        if self.named[at].number != 0 {
+            self.named[at].number = 0;
+            self.live -= 1;
+        }
+        let before = std::mem::replace(&mut self.key_at[at], key);
+        let mut lost = None;
+        if before != key && before != 0 && self.known.get(&before) == Some(&id) {
+            self.known.remove(&before);
+            lost = Some(before);
+        }
+        if key != 0 {
+            if let Some(other) = self.known.insert(key, id) {
+                if other != id && self.duplicates.len() < MAX_DUPLICATES {
+                    // The engine does not merge equal blocks: the other copy is the first to go.
+                    self.duplicates.push_back(other);
+                }
+            }
+        }
+        lost
+    }
+
+    /// Drops namings before the one of this block, which stands at the head of the queue: they have been allocated.
+    fn pop_front_until(&mut self, id: u32, key: u64) -> bool {
+        let Some(&named) = self.named.get(id as usize) else { return false };
+        if named.number == 0 || named.key != key {
+            return false;
+        }
+        while let Some(&(at, number)) = self.front.front() {
+            if number == named.number {
+                return true;
+            }
+            self.front.pop_front();
+            let passed = &mut self.named[at as usize];
+            if passed.number == number {
+                passed.number = 0;
+                self.live -= 1;
+            }
+        }
+        false
+    }
+
+    fn forget_front(&mut self) {
+        while let Some((at, number)) = self.front.pop_front() {
+            let named = &mut self.named[at as usize];
+            if named.number == number {
+                named.number = 0;
+            }
+        }
+        self.live = 0;
+    }
+
+    /// The last named block that still waits in the queue.
+    fn end_of_front<'py>(&mut self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let blocks = self.blocks.bind(py).clone();
+        while let Some(&(at, number)) = self.front.back() {
+            let named = self.named[at as usize];
+            if named.number == number {
+                let block = blocks.get_item(at as usize)?;
+                if is_queued(&block)? && self.key_of(&block)? == Some(named.key) {
+                    return Ok(Some(block));
+                }
+                self.named[at as usize].number = 0;
+                self.live -= 1;
+            }
+            self.front.pop_back();
+        }
+        Ok(None)
+    }
+
+    /// The next blocks of the queue behind `last`.
+    fn in_queue_order<'py>(
+        &self,
+        last: &Bound<'py, PyAny>,
+        want: usize,
+        spare: &[u32],
+    ) -> PyResult<Vec<Candidate<'py>>> {
+        let py = last.py();
+        let next_slot = intern!(py, "next_free_block");
+        let mut victims = Vec::with_capacity(want);
+        let mut block = last.getattr(next_slot)?;
+        while victims.len() < want {
+            let next = block.getattr(next_slot)?;
+            if next.is_none() {
+                break;
+            }
+            let id: u32 = block.getattr(intern!(py, "block_id"))?.extract()?;
+            if !spare.contains(&id) && !self.is_named(id) {
+                let key = self.key_of(&block)?.unwrap_or(0);
+                victims.push(Candidate { block, id, key });
+            }
+            block = next;
+        }
+        Ok(victims)
+    }
+
+    /// What the policy names, as far as it can go; duplicates first.
+    fn victims<'py>(
+        &mut self,
+        py: Python<'py>,
+        want: usize,
+        now_us: &Bound<'py, PyAny>,
+        spare: &[u32],
+    ) -> PyResult<Vec<Candidate<'py>>> {
+        let blocks = self.blocks.bind(py).clone();
+        let mut victims: Vec<Candidate<'py>> = Vec::with_capacity(want);
+        for _ in 0..self.duplicates.len().min(want) {
+            let Some(id) = self.duplicates.pop_front() else { break };
+            let block = blocks.get_item(id as usize)?;
+            let Some(key) = self.key_of(&block)? else { continue };
+            if self.known.get(&key) == Some(&id) {
+                continue;
+            }
+            if !is_free(&block)? {
+                // Still in use; it will be free some day.
+                self.duplicates.push_back(id);
+            } else if !self.is_named(id) && !spare.contains(&id) && !victims.iter().any(|v| v.id == id) {
+                victims.push(Candidate { block, id, key });
+                self.duplicate_blocks += 1;
+            }
+        }
+        for _ in 0..ROUNDS {
+            let short = want.saturating_sub(victims.len());
+            if short == 0 {
+                break;
+            }
+            let mut keys = std::mem::take(&mut self.keys);
+            keys.clear();
+            self.ask(py, short, now_us, &mut keys)?;
+            let none = keys.is_empty();
+            for &key in &keys {
+                let Some(&id) = self.known.get(&key) else {
+                    self.stale_blocks += 1;
+                    continue;
+                };
+                let block = blocks.get_item(id as usize)?;
+                if self.key_of(&block)? != Some(key) {
+                    // The engine has reused the block meanwhile.
+                    self.known.remove(&key);
+                    self.stale_blocks += 1;
+                } else if !is_free(&block)? {
+                    // Named before the engine has released it: next time.
+                    self.known.remove(&key);
+                    self.duplicates.push_back(id);
+                } else {
+                    self.known.remove(&key);
+                    if !spare.contains(&id) && !self.is_named(id) {
+                        victims.push(Candidate { block, id, key });
+                    }
+                }
+            }
+            self.keys = keys;
+            if none {
+                break;
+            }
+        }
+        Ok(victims)
+    }
+
+    /// Asks for `n` keys. What is no key counts as stale.
+    fn ask(&mut self, py: Python<'_>, n: usize, now_us: &Bound<'_, PyAny>, keys: &mut Vec<u64>) -> PyResult<()> {
+        match &self.source {
+            Source::Queue => Ok(()),
+            Source::Runtime(runtime) => runtime.get().name_victims(n, now_us.extract()?, keys),
+            Source::Callable(evict) => {
+                let named = evict.bind(py).call1((n, now_us))?;
+                for key in named.try_iter()? {
+                    match key?.extract() {
+                        Ok(key) => keys.push(key),
+                        Err(_) => self.stale_blocks += 1,
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Whether a block is in the queue.
+fn is_queued(block: &Bound<'_, PyAny>) -> PyResult<bool> {
+    let py = block.py();
+    Ok(!block.getattr(intern!(py, "next_free_block"))?.is_none()
+        && !block.getattr(intern!(py, "prev_free_block"))?.is_none())
+}
+
+/// Whether nobody uses a block and it is in the queue.
+fn is_free(block: &Bound<'_, PyAny>) -> PyResult<bool> {
+    let references: i64 = block.getattr(intern!(block.py(), "ref_cnt"))?.extract()?;
+    Ok(references == 0 && is_queued(block)?)
+}
+
+/// Moves blocks of the queue behind `last`, in this order; neighbours move together.
+fn place<'py>(mut last: Bound<'py, PyAny>, victims: &[Candidate<'py>]) -> PyResult<()> {
+    let py = last.py();
+    let (prev_slot, next_slot) = (intern!(py, "prev_free_block"), intern!(py, "next_free_block"));
+    let mut at = 0;
+    while at < victims.len() {
+        let first = &victims[at].block;
+        let mut end = first.clone();
+        let mut after = end.getattr(next_slot)?;
+        at += 1;
+        while at < victims.len() && after.is(&victims[at].block) {
+            end = after;
+            after = end.getattr(next_slot)?;
+            at += 1;
+        }
+        let before = first.getattr(prev_slot)?;
+        if !before.is(&last) {
+            let behind = last.getattr(next_slot)?;
+            before.setattr(next_slot, &after)?;
+            after.setattr(prev_slot, &before)?;
+            last.setattr(next_slot, first)?;
+            first.setattr(prev_slot, &last)?;
+            end.setattr(next_slot, &behind)?;
+            behind.setattr(prev_slot, &end)?;
+        }
+        last = end;
+    }
+    Ok(())
+}

@@ -1,0 +1,160 @@
+"""vLLM's real scheduler with the real connectors, and a model that always says the same: seconds instead of minutes.
+
+Prompts are token ids and hashes are vLLM's own, so everything but the worker is as in a server.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+BLOCK = 32
+TRANSFER = {"kv_connector": "AgentRTConnector", "kv_role": "kv_producer"}
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 64,
+    "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 1000,
+    "max_position_embeddings": 32_768, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def transfer(policy: str, **extra: Any) -> dict[str, Any]:
+    """The flag that switches agentrt on."""
+    return {**TRANSFER, "kv_connector_extra_config": {"policy": policy, **extra}}
+
+
+class Server:
+    """A scheduler and the requests in it.
+
+    Args:
+        folder: Where the model's configuration is written.
+        blocks: Usable blocks of the pool.
+        kv_transfer: The flag; None for stock vLLM.
+        windows: Sliding windows of further cache groups beside the full attention of the first.
+        options: Further options of the engine.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        blocks: int,
+        kv_transfer: dict[str, Any] | None,
+        windows: Sequence[int] = (),
+        **options: Any,
+    ) -> None:
+        import torch
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.utils.hashing import get_hash_fn_by_name
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+        from vllm.v1.core.sched.scheduler import Scheduler
+        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+        from vllm.v1.structured_output import StructuredOutputManager
+
+        from agentrt.engines.vllm.plugin import register
+
+        register()
+        (folder / "config.json").write_text(json.dumps(CONFIG))
+        self.config = EngineArgs(
+            model=str(folder),
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            block_size=BLOCK,
+            max_model_len=blocks * BLOCK,
+            enable_prefix_caching=True,
+            num_gpu_blocks_override=blocks + 1,
+            kv_transfer_config=kv_transfer,
+            **{"max_num_seqs": 16, "max_num_batched_tokens": 2048, **options},
+        ).create_engine_config()
+        self.config.cache_config.num_gpu_blocks = blocks + 1
+        shape = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 64, "dtype": torch.bfloat16}
+        groups = [KVCacheGroupSpec(["layer.0"], FullAttentionSpec(**shape))]
+        for i, window in enumerate(windows):
+            groups.append(KVCacheGroupSpec([f"layer.{i + 1}"], SlidingWindowSpec(**shape, sliding_window=window)))
+        caches = KVCacheConfig(num_blocks=blocks + 1, kv_cache_tensors=[], kv_cache_groups=groups)
+        self.scheduler: Any = Scheduler(
+            self.config, caches, StructuredOutputManager(self.config), block_size=BLOCK, log_stats=True
+        )
+        hash_function = get_hash_fn_by_name("sha256")
+        init_none_hash(hash_function)
+        self._hasher = get_request_block_hasher(BLOCK, hash_function)
+        self.order: list[str] = []
+        self.finished: list[str] = []
+        self.preempted: list[str] = []
+        self.cached: dict[str, int] = {}
+
+    @property
+    def connector(self) -> Any:
+        """Agentrt's connector, also where it is one of several."""
+        connector = self.scheduler.connector
+        for one in getattr(connector, "_connectors", [connector]):
+            if type(one).__name__ == "AgentRTConnector":
+                return one
+        return None
+
+    @property
+    def pool(self) -> Any:
+        """The block pool."""
+        return self.scheduler.kv_cache_manager.block_pool
+
+    def add(self, name: str, prompt: Sequence[int], tokens: int = 1, priority: int = 0, **identity: Any) -> Any:
+        """Queues a request that generates so many tokens."""
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.request import Request
+
+        request = Request(
+            request_id=name,
+            prompt_token_ids=list(prompt),
+            sampling_params=SamplingParams(max_tokens=tokens, ignore_eos=True, extra_args=identity or None),
+            pooling_params=None,
+            priority=priority,
+            block_hasher=self._hasher,
+        )
+        self.scheduler.add_request(request)
+        return request
+
+    def step(self) -> list[str]:
+        """Schedules, computes and reports one step; names of the requests that were scheduled."""
+        from vllm.v1.outputs import ModelRunnerOutput
+
+        out = self.scheduler.schedule()
+        for new in out.scheduled_new_reqs:
+            self.order.append(new.req_id)
+            self.cached[new.req_id] = new.num_computed_tokens
+        self.preempted += sorted(out.preempted_req_ids or ())
+        names = list(out.num_scheduled_tokens)
+        sampled = []
+        for name in names:
+            request = self.scheduler.requests[name]
+            whole = request.num_computed_tokens >= request.num_tokens
+            sampled.append([7] if whole else [])
+        made = ModelRunnerOutput(
+            req_ids=names, req_id_to_index={name: i for i, name in enumerate(names)}, sampled_token_ids=sampled
+        )
+        before = set(self.scheduler.requests)
+        self.scheduler.update_from_output(out, made)
+        self.finished += sorted(before - set(self.scheduler.requests))
+        return names
+
+    def run(self, steps: int = 10_000) -> int:
+        """Steps until nothing is left; how many it took."""
+        for n in range(steps):
+            if not self.scheduler.requests:
+                return n
+            self.step()
+        raise AssertionError(f"still there after {steps} steps: {sorted(self.scheduler.requests)}")
+
+    def check(self) -> None:
+        """No fault, nothing left behind, and a whole queue with all blocks in it."""
+        queue = self.pool.free_block_queue
+        forth = [block.block_id for block in queue.iter_blocks_after(None)]
+        assert len(forth) == len(set(forth)) == queue.num_free_blocks == self.pool.num_gpu_blocks - 1
+        if self.connector is not None:
+            assert not {kind: n for kind, n in self.connector.guard.faults.items() if not kind.endswith("slow")}
+            assert not self.connector.adapter.calls
+            assert not self.connector.adapter._prefilling
+
+
+def prompt(*blocks: int, rest: int = 1) -> list[int]:
+    """A prompt of these blocks, each of one token id all over, and some tokens more."""
+    return [10 + block for block in blocks for _ in range(BLOCK)] + [5] * rest

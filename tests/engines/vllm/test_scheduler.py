@@ -1,0 +1,137 @@
+"""Inside vLLM's real scheduler: preemption, aborts, chunks, resets, hybrid models, other connectors beside."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.engines.vllm.scheduler import Server, prompt, transfer
+
+pytestmark = pytest.mark.usefixtures("vllm")
+
+
+def busy(server: Server, seed: int = 3, requests: int = 120) -> None:
+    """Sessions that extend their prompts, more of them at a time than the pool holds; some requests are aborted."""
+    from vllm.v1.request import RequestStatus
+
+    rng = random.Random(seed)
+    prompts: dict[int, list[int]] = {}
+    sent = 0
+    while sent < requests or server.scheduler.requests:
+        # A session has one request at a time.
+        running = {name.split("-")[0] for name in server.scheduler.requests}
+        for session in rng.sample(range(12), 12):
+            if sent < requests and f"s{session}" not in running and rng.random() < 0.4:
+                old = prompts.get(session, [])
+                if not old or len(old) > 40:
+                    old = [session % 3, 1, 2]
+                prompts[session] = [*old, *(100 + 10 * sent + i for i in range(rng.randint(1, 4)))]
+                name = f"s{session}-{sent}"
+                tokens = rng.randint(1, 120)
+                server.add(
+                    name, prompt(*prompts[session]), tokens, session_id=f"s{session}", agent_id=f"a{session % 3}"
+                )
+                sent += 1
+        server.step()
+        if rng.random() < 0.03 and server.scheduler.requests:
+            victim = rng.choice(sorted(server.scheduler.requests))
+            server.scheduler.finish_requests(victim, RequestStatus.FINISHED_ABORTED)
+    server.check()
+
+
+def small(folder: Path, kv_transfer: dict[str, Any] | None, **more: Any) -> Server:
+    """A server with a pool that a few sessions fill, and prompts computed in chunks."""
+    return Server(folder, 96, kv_transfer, max_num_batched_tokens=512, max_num_seqs=8, **more)
+
+
+def test_lru_is_stock_vllm_with_preemptions_chunks_and_aborts(tmp_path: Path) -> None:
+    stock, neutral = small(tmp_path, None), small(tmp_path, transfer("lru"))
+    for server in (stock, neutral):
+        busy(server)
+    assert stock.preempted, "the load presses hard enough"
+    assert neutral.order == stock.order
+    assert neutral.cached == stock.cached
+    assert neutral.preempted == stock.preempted
+    assert neutral.connector.adapter.ranker.ranked_blocks > 100
+
+
+def test_everything_is_served_with_preemptions_chunks_and_aborts(tmp_path: Path) -> None:
+    server = small(tmp_path, transfer("agentrt"))
+    busy(server)
+    assert server.preempted
+    assert server.connector.adapter.ranker.ranked_blocks > 100
+    repairs = server.connector.adapter.core.runtime.repairs()
+    assert repairs["unknown_calls"] == repairs["duplicate_calls"] == 0
+
+
+def test_a_reset_under_load_starts_over(tmp_path: Path) -> None:
+    server = small(tmp_path, transfer("agentrt"))
+    for n in range(4):
+        server.add(f"r{n}", prompt(*range(10 * n, 10 * n + 10)), 20, session_id=f"s{n}")
+    for _ in range(3):
+        server.step()
+    # As `/reset_prefix_cache` and `/sleep` do.
+    assert server.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+    server.run()
+    assert server.connector.adapter.counters.resets == 1
+    server.add("again", prompt(*range(10)), 1)
+    server.run()
+    assert server.cached["again"] == 320
+    server.check()
+
+
+def test_a_paused_engine_sleeps_and_wakes(tmp_path: Path) -> None:
+    from vllm.v1.core.sched.interface import PauseState
+
+    server = small(tmp_path, transfer("agentrt"))
+    server.add("before", prompt(*range(8)), 2)
+    server.run()
+    server.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    server.scheduler.reset_prefix_cache(reset_connector=True)
+    server.add("while it sleeps", prompt(*range(8)), 2)
+    assert server.step() == []
+    server.scheduler.set_pause_state(PauseState.UNPAUSED)
+    server.run()
+    assert server.cached["while it sleeps"] == 0
+    server.check()
+
+
+def test_models_with_several_cache_groups_run_in_vllms_order(tmp_path: Path) -> None:
+    stock, hybrid = (small(tmp_path, kv, windows=[64]) for kv in (None, transfer("agentrt")))
+    for server in (stock, hybrid):
+        busy(server)
+    adapter = hybrid.connector.adapter
+    assert not adapter.acting
+    assert adapter.counters.finished > 100
+    assert hybrid.cached == stock.cached
+    assert hybrid.preempted == stock.preempted
+
+
+def offload(policy: str) -> dict[str, Any]:
+    """VLLM's own CPU offload with a policy for its tier."""
+    extra = {"cpu_bytes_to_use": 1 << 20, "eviction_policy": policy}
+    return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+
+
+def both(*connectors: dict[str, Any]) -> dict[str, Any]:
+    """Several connectors in one engine."""
+    return {
+        "kv_connector": "MultiConnector", "kv_role": "kv_both",
+        "kv_connector_extra_config": {"connectors": list(connectors)},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["in front", "behind"])
+def test_another_connector_may_stand_beside(tmp_path: Path, first: bool) -> None:
+    pair = [transfer("agentrt"), offload("agentrt")]
+    server = Server(tmp_path, 96, both(*(pair if first else pair[::-1])))
+    for n in range(12):
+        server.add(f"r{n}", prompt(n % 3, *range(10 * n, 10 * n + 9)), 4, session_id=f"s{n}", agent_id="a")
+        server.step()
+    server.run()
+    assert server.connector.adapter.acting
+    assert server.connector.adapter.ranker.ranked_blocks > 0
+    assert server.connector.adapter.counters.finished == 12
+    assert not server.connector.guard.faults
