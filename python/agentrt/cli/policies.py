@@ -29,7 +29,7 @@ def policies() -> None:
     table.add_column()
     for name, about in engine.policies().items():
         table.add_row(name, about)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 @click.group()

@@ -31,8 +31,11 @@ const MOST_BLOCKS: usize = 1 << 16;
 #[derive(Debug)]
 pub(crate) struct Guard {
     shadow: Shadow,
-    /// Sessions whose hash is at most this are sampled.
+    /// Sessions whose hash is at most this are sampled; which share of all blocks that is.
     sampled: u64,
+    share: f64,
+    /// Blocks that the pool holds when it is full, as far as the index knows of them.
+    full: f64,
     /// Mean blocks of a prompt.
     prompt: f32,
     /// Prompts won since D was last zero, as above.
@@ -53,6 +56,8 @@ impl Guard {
         Self {
             shadow: Shadow::new(blocks),
             sampled: (share * u64::MAX as f64) as u64,
+            share,
+            full: 0.0,
             prompt: 0.0,
             won: 0.0,
             left: 0,
@@ -64,6 +69,13 @@ impl Guard {
 
     pub(crate) fn bytes(&self) -> usize {
         self.shadow.bytes()
+    }
+
+    /// The pool needs room while it holds `resident` blocks: an engine that keeps some for itself, or evicts before it is
+    /// full, leaves an LRU no more than that either.
+    pub(crate) fn pressed(&mut self, resident: usize) {
+        self.full = (resident as f64).max(0.99 * self.full);
+        self.shadow.limit((self.full * self.share).ceil() as usize);
     }
 
     /// Whether the learned order is in charge.
@@ -179,6 +191,17 @@ mod tests {
         }
         assert!(loser.takeovers >= 1);
         assert_eq!(winner.takeovers, 0);
+    }
+
+    #[test]
+    fn a_pool_that_cannot_be_filled_leaves_the_shadow_no_more() {
+        let mut guard = Guard::new(1000);
+        for number in 0..20_000u64 {
+            guard.pressed(100);
+            // Eleven prompts of ten blocks in turn: an LRU of a hundred blocks hits none of them, one of a thousand all.
+            call(&mut guard, number % 11, 0);
+        }
+        assert_eq!(guard.takeovers, 0);
     }
 
     #[test]

@@ -1479,6 +1479,7 @@ impl KvCache {
         if !self.guard.trusts() {
             return self.evict_oldest(workloads, sessions, n, now_us, victim);
         }
+        self.guard.pressed(self.index.resident);
         self.clock(now_us);
         self.view.slot = NONE;
         if !self.pressed {
@@ -1566,6 +1567,7 @@ impl KvCache {
         now_us: u64,
         mut victim: impl FnMut(u64),
     ) -> usize {
+        self.guard.pressed(self.index.resident);
         self.clock(now_us);
         let mut done = 0;
         while done < n {

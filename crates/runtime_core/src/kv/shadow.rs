@@ -24,6 +24,11 @@ pub(crate) struct Shadow {
     table: Vec<u32>,
     nodes: Vec<Node>,
     capacity: usize,
+    /// Blocks that it may hold now, and holds.
+    limit: usize,
+    len: usize,
+    /// Nodes not in use, by their links.
+    vacant: u32,
     oldest: u32,
     newest: u32,
 }
@@ -34,6 +39,9 @@ impl Shadow {
             table: vec![NONE; (2 * capacity).next_power_of_two()],
             nodes: Vec::with_capacity(capacity),
             capacity,
+            limit: capacity,
+            len: 0,
+            vacant: NONE,
             oldest: NONE,
             newest: NONE,
         }
@@ -46,7 +54,13 @@ impl Shadow {
     pub(crate) fn clear(&mut self) {
         self.table.fill(NONE);
         self.nodes.clear();
-        (self.oldest, self.newest) = (NONE, NONE);
+        self.len = 0;
+        (self.oldest, self.newest, self.vacant) = (NONE, NONE, NONE);
+    }
+
+    /// Holds at most so many blocks from now on; what is too much goes as new blocks come.
+    pub(crate) fn limit(&mut self, blocks: usize) {
+        self.limit = blocks.clamp(1, self.capacity);
     }
 
     /// A call uses `keys` below the node `tail` (or from the root); how many of them, leading, were there.
@@ -93,18 +107,26 @@ impl Shadow {
     /// A new block, held by one call; [`NONE`] where no block is free.
     fn insert(&mut self, key: u64, parent: u32) -> u32 {
         let new = Node { key, parent, pins: 1, older: NONE, newer: NONE };
-        let node = if self.nodes.len() < self.capacity {
-            self.nodes.push(new);
-            self.nodes.len() as u32 - 1
-        } else {
+        while self.len >= self.limit {
             let oldest = self.oldest;
             if oldest == NONE {
                 return NONE;
             }
             self.vacate(self.place(self.nodes[oldest as usize].key));
             self.unlink(oldest);
-            self.nodes[oldest as usize] = new;
-            oldest
+            self.nodes[oldest as usize].older = self.vacant;
+            self.vacant = oldest;
+            self.len -= 1;
+        }
+        self.len += 1;
+        let node = if self.vacant == NONE {
+            self.nodes.push(new);
+            self.nodes.len() as u32 - 1
+        } else {
+            let node = self.vacant;
+            self.vacant = self.nodes[node as usize].older;
+            self.nodes[node as usize] = new;
+            node
         };
         let at = self.place(key);
         self.table[at] = node;
