@@ -457,6 +457,7 @@ impl Runtime {
         dict.set_item("missing_victims", counts.missing_victims.load(Relaxed))?;
         dict.set_item("sessions", shared.core.known_sessions())?;
         dict.set_item("resident_blocks", shared.core.resident_blocks().map_err(from_core)?)?;
+        dict.set_item("lru_takeovers", shared.core.takeovers().map_err(from_core)?)?;
         dict.set_item("refused_victims", shared.policies.refused_victims())?;
         dict.set_item("policy_errors", shared.trouble.errors.load(Relaxed))?;
         dict.set_item("policy_untracked_calls", shared.trouble.untracked.load(Relaxed))?;

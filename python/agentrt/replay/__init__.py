@@ -70,6 +70,7 @@ _ABOUT = {
     "cachescout": "CacheScout as published (Eq. 9, literally)",
     "cachescout-fixed": "CacheScout with the two fixes of its replication",
     "min": "Belady's MIN: the offline optimum, which knows the whole future",
+    "min-prefetch": "the same, and with a host tier everything is brought back in time",
 }
 
 
