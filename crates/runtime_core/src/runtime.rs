@@ -593,6 +593,11 @@ impl Runtime {
         }
     }
 
+    /// Whether the pool holds a block, as far as the index knows. Wait-free.
+    pub fn is_resident(&self, key: u64) -> bool {
+        self.published.score(key).is_some()
+    }
+
     /// P(the session calls the agent within `horizon_s` seconds from `now_us`), for each agent.
     pub fn score_agents(
         &self,

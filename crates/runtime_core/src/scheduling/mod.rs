@@ -25,6 +25,7 @@
 
 pub mod batch_shaping;
 pub mod fairness;
+pub mod speculation;
 
 use crate::error::{Error, Result};
 use crate::ids::WorkloadId;
