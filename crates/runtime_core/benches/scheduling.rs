@@ -11,11 +11,12 @@ use runtime_core::scheduling::{Decision, Happening, Load, Waiting};
 use runtime_core::Runtime;
 use std::hint::black_box;
 
-const SETS: [&[&str]; 4] = [
+const SETS: [&[&str]; 5] = [
     &["kv_cache"],
     &["batch_shaping", "kv_cache"],
     &["fairness", "kv_cache"],
     &["fairness", "batch_shaping", "kv_cache"],
+    &["speculation", "kv_cache"],
 ];
 const BLOCKS: usize = 64;
 

@@ -1,4 +1,4 @@
-//! What `batch_shaping` and `fairness` promise, alone and together, served by a toy engine.
+//! What `batch_shaping`, `fairness` and `speculation` promise, alone and together, served by a toy engine.
 
 #[path = "support/toy_engine.rs"]
 mod toy_engine;
@@ -15,7 +15,7 @@ use runtime_core::{Result, Runtime};
 use toy_engine::{mean, widest_gap, Engine, Plan, Report, BLOCK};
 
 /// Names of the scheduling policies, each of which may be on or off.
-const SCHEDULING: [&str; 3] = ["fairness", "agent_fairness", "batch_shaping"];
+const SCHEDULING: [&str; 4] = ["fairness", "agent_fairness", "batch_shaping", "speculation"];
 
 /// Fairness that checks its own invariant at every question: the counters of accounts that wait differ by at most
 /// max(w_p L, w'_q M), from which the published bound on service, twice as much, follows.
@@ -312,6 +312,34 @@ fn a_tenant_that_floods_the_cache_costs_another_at_most_a_point() {
     assert!(lost_with_lru >= 0.10, "the test would notice: {lost_with_lru}");
 }
 
+/// Sessions that come back after a gap to a pool that has lost their prompts meanwhile.
+fn gaps() -> Vec<Plan> {
+    let plan = |i: u64| Plan { start_us: i * 700_000, turns: 20, added: 300, gap_us: 4_000_000, ..agents(1, 1)[0] };
+    (0..6).map(plan).collect()
+}
+
+#[test]
+fn capacity_that_is_idle_prefills_what_sessions_come_back_to() {
+    let (before, after) = (run(&["lru"], 1_200, &gaps()), run(&["speculation", "lru"], 1_200, &gaps()));
+    assert!(after.prefilled_ahead > 0);
+    let (without, with) = (hit_rate(&before, 0), hit_rate(&after, 0));
+    assert!(with > without + 0.05, "{without} -> {with}");
+    assert!(mean_session_s(&after) < mean_session_s(&before));
+}
+
+#[test]
+fn an_engine_that_has_lost_nothing_or_is_never_idle_prefills_nothing() {
+    let ample = run(&["speculation", "lru"], 20_000, &gaps());
+    assert_eq!(ample.prefilled_ahead, 0);
+    let without = run(&["lru"], 20_000, &gaps());
+    assert_eq!(ample.end_us, without.end_us);
+    // Calls wait at every step but the first and the last ones.
+    let busy: Vec<Plan> = two_backlogged_tenants();
+    let report = run(&["speculation", "lru"], 400, &busy);
+    let computed: f64 = report.service.iter().map(|one| one.2).sum();
+    assert!(f64::from(report.prefilled_ahead) < 0.01 * computed, "{} of {computed}", report.prefilled_ahead);
+}
+
 #[test]
 fn every_combination_keeps_every_contract() {
     let capacity = 1_500;
@@ -338,6 +366,9 @@ fn every_combination_keeps_every_contract() {
             assert!(longest_hold_us(&report) <= BatchShapingOptions::default().max_hold_us, "{names:?}");
             if !names.contains(&"batch_shaping") {
                 assert_eq!(longest_hold_us(&report), 0, "{names:?}: only batch_shaping holds");
+            }
+            if !names.contains(&"speculation") {
+                assert_eq!(report.prefilled_ahead, 0, "{names:?}: only speculation prefills");
             }
         }
     }

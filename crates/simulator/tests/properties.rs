@@ -100,7 +100,8 @@ proptest! {
         cache in prop::sample::select(vec!["lru", "agentrt"]),
         policies in prop::sample::select(vec![
             "fcfs", "lpm", "priority", "cap-2", "drr", "vtc", "rate-limit-20000", "ttl-1", "keep", "continuum", "fickle",
-            "batch_shaping", "fairness", "batch_shaping+fairness+keep",
+            "batch_shaping", "fairness", "batch_shaping+fairness+keep", "speculation",
+            "speculation+batch_shaping+fairness+keep",
         ]),
         pool in 0.3f64..3.0,
         token_budget in 64u32..4096,

@@ -12,8 +12,8 @@
 //! reads the weights anyway (piggybacking of chunks: Sarathi-Serve, OSDI 2024). Beside none it is [`IDLE_TOKENS`], so that a call
 //! that arrives waits for one short step. An engine does not ask while calls wait. Whoever is expected first goes first.
 //!
-//! **Ends** with the session's next call, whoever makes it; when the pool has lost what was prefilled as often as it was
-//! prefilled once; or when the session has been silent for [`PATIENCE`] times the median predicted.
+//! **Ends** with the session's next call, whoever makes it; when as many blocks have been prefilled as were expected (some
+//! twice, where the pool has lost them); or when the session has been silent for [`PATIENCE`] times the median predicted.
 //!
 //! **Account.** A kind is on while both of these are at least 1/2, each over the last hundreds of predictions:
 //!
@@ -51,10 +51,12 @@ pub const PATIENCE: f64 = 4.0;
 pub const MOST_KEYS: usize = 1 << 20;
 /// Agents of a session whose last prompt is remembered.
 const LANES: usize = 16;
-/// Sessions that are expected at a time; the one expected longest gives way.
+/// Sessions that are expected at a time; the one due first gives way.
 const MOST_EXPECTED: usize = 256;
-/// A less likely agent is not prefilled for, and a kind that does worse is off.
+/// A less likely agent is not prefilled for, and a kind that is foreseen more rarely is off.
 const LEAST: f32 = 0.5;
+/// Part of what is prefilled that has to be used: capacity that nobody needs is cheap.
+const LEAST_PAID: f64 = 1.0 / 3.0;
 /// Predictions over which the account fades to 1/e.
 const ACCOUNT: f64 = 256.0;
 /// Blocks with which an account starts, and of these right ones.
@@ -93,7 +95,7 @@ impl Account {
     /// Whether it is worth its capacity at present.
     pub fn is_on(&self) -> bool {
         let [expected, foreseen, prefilled, used] = self.fading;
-        Self::share(foreseen, expected) >= f64::from(LEAST) && Self::share(used, prefilled) >= f64::from(LEAST)
+        Self::share(foreseen, expected) >= f64::from(LEAST) && Self::share(used, prefilled) >= LEAST_PAID
     }
 
     fn count(&mut self, counts: [usize; 4]) {
@@ -163,7 +165,7 @@ struct Expected {
     blocks: usize,
     /// When it is not expected any more.
     until_us: u64,
-    /// Resident when it was first looked at, and when it was last.
+    /// Fewest that were resident when it was looked at, and those when it was last.
     from: Option<usize>,
     seen: usize,
     /// Blocks named when it was last.
@@ -174,7 +176,7 @@ struct Expected {
 impl Expected {
     /// Takes note of what is resident; what has come since it was named was prefilled.
     fn look(&mut self, resident: usize) {
-        self.from.get_or_insert(resident);
+        self.from = Some(self.from.map_or(resident, |from| from.min(resident)));
         self.prefilled += resident.min(self.named).saturating_sub(self.seen);
         self.seen = resident;
     }
@@ -435,5 +437,236 @@ impl Policy for SpeculationPolicy {
 
     fn idle(&self, runtime: &Runtime, load: &Load, prefills: &mut [Prefill]) -> usize {
         self.lock().fill(runtime, load, prefills)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::Policies;
+    use crate::runtime::Options;
+
+    const BLOCKS: u64 = 64;
+
+    /// A runtime and the policy, told of calls by agents whose prompts are an anchor of half their blocks and a part of
+    /// their session's.
+    struct Bench {
+        runtime: Runtime,
+        workload: WorkloadId,
+        policy: SpeculationPolicy,
+        calls: u64,
+        now_us: u64,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let runtime = Runtime::new(Options::for_pool(100_000)).unwrap();
+            let workload = runtime.workload("test").unwrap();
+            Self { runtime, workload, policy: SpeculationPolicy::default(), calls: 0, now_us: 0 }
+        }
+
+        fn prompt(session: u64, agent: u16) -> Vec<u64> {
+            let owner = |block| if block < BLOCKS / 2 { u64::MAX } else { session };
+            (0..BLOCKS).map(|block| mix(owner(block) ^ mix(u64::from(agent) << 32 | block)) | 1).collect()
+        }
+
+        fn tell(&mut self, kind: EventKind, session: u64, agent: u16, blocks: &[u64], hit: usize) {
+            let (workload, call, time_us) = (self.workload, self.calls, self.now_us);
+            let event = Event { workload, kind, session, agent, call, time_us, blocks, hit };
+            self.policy.observe(&self.runtime, &event);
+        }
+
+        fn start(&mut self, session: u64, agent: u16, prompt: &[u64]) {
+            self.calls += 1;
+            self.now_us += 1_000_000;
+            let (workload, call, at) = (self.workload, self.calls, self.now_us);
+            let hit = self.runtime.call_started(workload, session, call, agent, at, prompt, &[]).unwrap();
+            self.tell(EventKind::CallStart, session, agent, prompt, hit);
+            self.runtime.stored(workload, call, at, &prompt[hit..], &[]).unwrap();
+        }
+
+        fn end(&mut self, session: u64, agent: u16) {
+            self.now_us += 1_000_000;
+            self.runtime.call_ended(self.workload, session, self.calls, 0, self.now_us, &[], &[]).unwrap();
+            self.tell(EventKind::CallEnd, session, agent, &[], 0);
+        }
+
+        fn call(&mut self, session: u64, agent: u16) {
+            self.start(session, agent, &Self::prompt(session, agent));
+            self.end(session, agent);
+        }
+
+        /// Agents 0, 1, 2 in turn.
+        fn rounds(&mut self, session: u64, rounds: u64) {
+            (0..3 * rounds).for_each(|step| self.call(session, (step % 3) as u16));
+        }
+
+        /// The pool loses everything.
+        fn clear(&mut self) {
+            self.runtime.evict_oldest(usize::MAX >> 1, self.now_us, |_| {}).unwrap();
+        }
+
+        fn ask(&self, running_calls: u32) -> Vec<Prefill> {
+            let load =
+                Load { now_us: self.now_us, running_calls, block_tokens: 16, budget_tokens: 8_192, ..Load::default() };
+            let mut prefills = [Prefill::default(); 8];
+            let n = self.policy.idle(&self.runtime, &load, &mut prefills);
+            prefills[..n].to_vec()
+        }
+
+        /// Prefills all that is wanted of a session and agent, and says how many blocks there were.
+        fn prefill_all(&mut self, session: u64, agent: u16) -> u64 {
+            let prompt = Self::prompt(session, agent);
+            let mut blocks = 0;
+            while let Some(first) = self.ask(0).first().copied() {
+                assert_eq!((first.session, first.agent), (session, agent));
+                let until = first.blocks as usize;
+                assert!(until as u64 > blocks, "it goes on where it was");
+                blocks = until as u64;
+                self.runtime.restored(self.workload, session, agent, self.now_us, &prompt[..until]).unwrap();
+            }
+            blocks
+        }
+    }
+
+    #[test]
+    fn the_lost_history_of_the_next_agent_is_wanted_until_it_is_there() {
+        let mut bench = Bench::new();
+        bench.rounds(1, 20);
+        assert_eq!(bench.ask(0), [], "all of it is resident");
+        bench.clear();
+        let wanted = bench.ask(0);
+        assert_eq!((wanted.len(), wanted[0].session, wanted[0].agent), (1, 1, 0));
+        assert_eq!(wanted[0].like_call, 58, "the agent's last call");
+        assert_eq!(bench.prefill_all(1, 0), BLOCKS);
+        bench.call(1, 0);
+        let account = bench.policy.account(Prefilled::History);
+        assert_eq!((account.prefilled, account.used), (BLOCKS, BLOCKS));
+        assert!(account.is_on());
+    }
+
+    #[test]
+    fn a_session_that_has_not_met_the_agent_gets_what_its_prompts_have_in_common() {
+        let mut bench = Bench::new();
+        for session in 1..20 {
+            bench.rounds(session, 4);
+            bench.tell(EventKind::SessionEnd, session, 0, &[], 0);
+        }
+        bench.clear();
+        bench.call(99, 0);
+        bench.clear();
+        let wanted = bench.ask(0);
+        assert_eq!((wanted.len(), wanted[0].session, wanted[0].agent), (1, 99, 1));
+        assert_eq!(bench.prefill_all(99, 1), BLOCKS / 2);
+        bench.call(99, 1);
+        assert_eq!(bench.policy.account(Prefilled::Anchor).used, BLOCKS / 2);
+    }
+
+    #[test]
+    fn a_step_gets_few_tokens_beside_running_calls_and_none_beyond_its_budget() {
+        let mut bench = Bench::new();
+        (1..6).for_each(|session| bench.rounds(session, 12));
+        bench.clear();
+        for (running, tokens) in [(3, BUSY_TOKENS), (0, IDLE_TOKENS)] {
+            let wanted = bench.ask(running);
+            let blocks: u32 = wanted.iter().map(|prefill| prefill.blocks).sum();
+            assert_eq!(blocks, tokens / 16, "nothing of these is resident, so all that is named is missing");
+        }
+        let load = Load { now_us: bench.now_us, block_tokens: 16, budget_tokens: 15, ..Load::default() };
+        assert_eq!(bench.policy.idle(&bench.runtime, &load, &mut [Prefill::default(); 8]), 0);
+    }
+
+    #[test]
+    fn it_ends_with_the_next_call_whoever_makes_it_and_when_the_session_stays_silent() {
+        let mut bench = Bench::new();
+        bench.rounds(1, 20);
+        bench.clear();
+        assert_eq!(bench.ask(0).len(), 1);
+        bench.start(1, 2, &Bench::prompt(1, 2));
+        assert_eq!(bench.ask(0), [], "another agent has called");
+        bench.end(1, 2);
+        bench.clear();
+        assert_eq!(bench.ask(0).len(), 1);
+        let before_us = bench.now_us;
+        bench.now_us += 3_600_000_000;
+        assert_eq!(bench.ask(0), [], "silent for an hour");
+        bench.now_us = before_us;
+        bench.rounds(1, 2);
+        bench.clear();
+        assert_eq!(bench.ask(0).len(), 1);
+        bench.tell(EventKind::SessionEnd, 1, 0, &[], 0);
+        assert_eq!(bench.ask(0), [], "the session has ended");
+    }
+
+    #[test]
+    fn agents_in_no_order_are_left_alone() {
+        let mut bench = Bench::new();
+        let (mut named, calls) = (0, 600);
+        for step in 0..calls {
+            bench.call(step % 5, (mix(step) % 8) as u16);
+            bench.clear();
+            named += bench.ask(0).len();
+        }
+        assert!(named * 20 < calls as usize, "{named} of {calls}");
+    }
+
+    #[test]
+    fn a_kind_that_does_not_pay_is_off_and_tried_again_later() {
+        let mut bench = Bench::new();
+        bench.rounds(1, 20);
+        let account = |bench: &Bench| bench.policy.account(Prefilled::History);
+        // Whatever is prefilled is lost again before the call comes.
+        let mut tried = 0;
+        while account(&bench).is_on() {
+            bench.clear();
+            bench.prefill_all(1, (tried % 3) as u16);
+            bench.clear();
+            bench.call(1, (tried % 3) as u16);
+            tried += 1;
+            assert!(tried < 100, "{:?}", account(&bench));
+        }
+        bench.clear();
+        assert_eq!(bench.ask(0), []);
+        let spent = account(&bench).prefilled;
+        assert!(account(&bench).foreseen * 10 > account(&bench).expected * 9, "the agents were right");
+        while !account(&bench).is_on() {
+            bench.call(1, (tried % 3) as u16);
+            tried += 1;
+            assert!(tried < 2_000, "{:?}", account(&bench));
+        }
+        assert_eq!(account(&bench).prefilled, spent, "nothing was spent while it was off");
+    }
+
+    #[test]
+    fn a_kind_whose_prompts_turn_out_otherwise_is_off() {
+        let mut bench = Bench::new();
+        for step in 0..200 {
+            let agent = (step % 3) as u16;
+            bench.start(1, agent, &Bench::prompt(1_000 + step, agent)[(BLOCKS / 2) as usize..]);
+            bench.end(1, agent);
+            bench.clear();
+        }
+        assert!(!bench.policy.account(Prefilled::History).is_on());
+        assert_eq!(bench.ask(0), []);
+    }
+
+    #[test]
+    fn the_keys_it_remembers_are_bounded() {
+        let mut bench = Bench::new();
+        let prompt: Vec<u64> = (1..=40_000).collect();
+        for session in 0..40 {
+            bench.now_us += 1;
+            bench.calls += 1;
+            bench.tell(EventKind::CallStart, session, 0, &prompt, 0);
+            assert!(bench.policy.remembered_keys() <= MOST_KEYS);
+        }
+        assert!(bench.policy.remembered_keys() > MOST_KEYS / 2, "no more was forgotten than had to");
+    }
+
+    #[test]
+    fn an_engine_without_idle_capacity_is_refused() {
+        let policies = Policies::new(vec![Box::new(SpeculationPolicy::default())]);
+        let error = policies.wire(Needs::ALL.without(Needs::IDLE_CAPACITY)).unwrap_err();
+        assert!(error.to_string().contains("speculation") && error.to_string().contains("prefills in idle capacity"));
     }
 }

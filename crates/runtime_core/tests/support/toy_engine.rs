@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use runtime_core::ids::{mix, WorkloadId};
 use runtime_core::policy::{Action, Event, Kind, Policies, Request};
 use runtime_core::runtime::{EventKind, Options};
-use runtime_core::scheduling::{Decision, Happening, Load, Needs, Waiting};
+use runtime_core::scheduling::{Decision, Happening, Load, Needs, Prefill, Waiting};
 use runtime_core::Runtime;
 
 pub(crate) const BLOCK: u32 = 16;
@@ -47,6 +47,8 @@ pub(crate) struct Report {
     pub(crate) backlog: Vec<(u64, u16, bool)>,
     /// Steps in which nothing ran although something waited.
     pub(crate) lazy_steps: u32,
+    /// Tokens prefilled in idle capacity.
+    pub(crate) prefilled_ahead: u32,
 }
 
 struct Running {
@@ -67,6 +69,8 @@ pub(crate) struct Engine<'a> {
     pins: HashMap<u64, u32>,
     now_us: u64,
     hits: (u64, u64),
+    /// Prompts by call.
+    prompts: HashMap<u64, Vec<u64>>,
 }
 
 fn key(plan: &Plan, session: usize, block: u32) -> u64 {
@@ -84,8 +88,8 @@ impl<'a> Engine<'a> {
         policies.wire(Needs::ALL).expect("this engine supplies everything");
         let runtime = Runtime::new(Options::for_pool(capacity)).expect("a valid pool");
         let workload = runtime.workload("toy").expect("the first workload");
-        let (resident, pins) = (HashSet::new(), HashMap::new());
-        Self { runtime, workload, policies, capacity, resident, pins, now_us: 0, hits: (0, 0) }
+        let (resident, pins, prompts) = (HashSet::new(), HashMap::new(), HashMap::new());
+        Self { runtime, workload, policies, capacity, resident, pins, now_us: 0, hits: (0, 0), prompts }
     }
 
     fn tell(&self, kind: EventKind, session: u64, call: &Waiting, blocks: &[u64], hit: usize) {
@@ -117,6 +121,39 @@ impl<'a> Engine<'a> {
             other => panic!("{other:?}"),
         });
         assert_eq!(gone.expect("one thread"), short, "the last policy names all that are wanted");
+    }
+
+    /// Computes what the policies want in idle capacity; returns how many tokens.
+    fn prefill_ahead(&mut self, load: Load) -> u32 {
+        let mut prefills = [Prefill::default(); 4];
+        let named = self.policies.idle(&self.runtime, &load, &mut prefills);
+        let mut tokens = 0;
+        for prefill in &prefills[..named] {
+            let like = self.prompts.get(&prefill.like_call).expect("a call that there was");
+            let chain = like.get(..prefill.blocks as usize).expect("no more than it had").to_vec();
+            let missing = |resident: &HashSet<u64>| chain.iter().filter(|block| !resident.contains(block)).count();
+            let wanted = missing(&self.resident);
+            if self.pins.len() + chain.len() > self.capacity {
+                continue;
+            }
+            self.make_room(wanted);
+            // Some of the chain may have gone for it: what still fits is brought, root first.
+            let mut brought = 0;
+            let fits = chain.iter().take_while(|block| {
+                let there = self.resident.contains(block);
+                brought += usize::from(!there);
+                there || self.resident.len() + brought <= self.capacity
+            });
+            let until = fits.count();
+            let new = chain[..until].iter().filter(|&&block| self.resident.insert(block)).count();
+            let (workload, now_us) = (self.workload, self.now_us);
+            self.runtime
+                .restored(workload, prefill.session, prefill.agent, now_us, &chain[..until])
+                .expect("one thread");
+            tokens += new as u32 * BLOCK;
+        }
+        assert!(tokens <= load.budget_tokens, "{tokens} of {}", load.budget_tokens);
+        tokens
     }
 
     /// Serves all sessions to their end.
@@ -201,7 +238,9 @@ impl<'a> Engine<'a> {
             }
             waiting.retain(|(_, call)| !admitted.contains(&call.call));
             report.lazy_steps += u32::from(running.is_empty() && !waiting.is_empty());
-            self.step(plans, &mut running, &mut todo, &mut report);
+            let ahead = if waiting.is_empty() { self.prefill_ahead(Load { budget_tokens: budget, ..load }) } else { 0 };
+            report.prefilled_ahead += ahead;
+            self.step(plans, &mut running, ahead, &mut todo, &mut report);
         }
         report.end_us = self.now_us;
         report
@@ -242,6 +281,7 @@ impl<'a> Engine<'a> {
         self.runtime.stored(self.workload, name, at, &blocks[hit..prompt], &[]).expect("one thread");
         self.tell(EventKind::Stored, call.session, call, &blocks[hit..prompt], 0);
         self.hear(Happening::Admitted { call: *call, again: false });
+        self.prompts.insert(name, blocks[..prompt].to_vec());
         self.hits = (self.hits.0 + prompt as u64, self.hits.1 + hit as u64);
         report.backlog.push((self.now_us, plan.tenant, false));
         report.service.push((self.now_us, plan.tenant, f64::from(call.missing_tokens())));
@@ -265,12 +305,13 @@ impl<'a> Engine<'a> {
         &mut self,
         plans: &[Plan],
         running: &mut VecDeque<Running>,
+        ahead: u32,
         todo: &mut BTreeMap<(u64, usize), u32>,
         report: &mut Report,
     ) {
         let decoding = running.iter().filter(|one| one.to_prefill == 0).count() as u32;
-        let mut budget = BUDGET.saturating_sub(decoding);
-        let mut computed = 0;
+        let mut budget = BUDGET.saturating_sub(decoding + ahead);
+        let mut computed = ahead;
         let mut served = Vec::new();
         for one in running.iter_mut() {
             if one.to_prefill == 0 {
