@@ -10,7 +10,8 @@
 //!
 //! **Capacity.** It names at most [`BUSY_TOKENS`] missing tokens a step beside running calls: about what a step computes while it
 //! reads the weights anyway (piggybacking of chunks: Sarathi-Serve, OSDI 2024). Beside none it is [`IDLE_TOKENS`], so that a call
-//! that arrives waits for one short step. An engine does not ask while calls wait. Whoever is expected first goes first.
+//! that arrives waits for one short step. An engine does not ask while calls wait. Whoever is expected first goes first, and
+//! the others as far as the pool holds what all before them need.
 //!
 //! **Ends** with the session's next call, whoever makes it; when as many blocks have been prefilled as were expected (some
 //! twice, where the pool has lost them); or when the session has been silent for [`PATIENCE`] times the median predicted.
@@ -365,6 +366,8 @@ impl State {
     fn fill(&mut self, runtime: &Runtime, load: &Load, prefills: &mut [Prefill]) -> usize {
         let tokens = if load.running_calls > 0 { BUSY_TOKENS } else { IDLE_TOKENS };
         let mut room = (tokens.min(load.budget_tokens) / load.block_tokens.max(1)) as usize;
+        // What is due earlier has to fit beside it, or each would drive the other out.
+        let mut space = load.pool_blocks.saturating_sub(load.pinned_blocks) as usize;
         let mut filled = 0;
         let Self { sessions, references, line, accounts, .. } = self;
         line.retain(|&(_, key)| {
@@ -373,7 +376,9 @@ impl State {
             if load.now_us > expected.until_us {
                 return false;
             }
-            if room == 0 || filled == prefills.len() || !accounts[expected.kind as usize].is_on() {
+            let fits = expected.blocks <= space;
+            space = space.saturating_sub(expected.blocks);
+            if !fits || room == 0 || filled == prefills.len() || !accounts[expected.kind as usize].is_on() {
                 return true;
             }
             let Some(prompt) = Self::prompt(references, session, &expected) else { return false };
@@ -415,7 +420,7 @@ impl Policy for SpeculationPolicy {
     }
 
     fn needs(&self) -> Needs {
-        Needs::CALLS.and(Needs::IDLE_CAPACITY).and(Needs::PREDICTIONS).and(Needs::TIMES)
+        Needs::CALLS.and(Needs::POOL).and(Needs::IDLE_CAPACITY).and(Needs::PREDICTIONS).and(Needs::TIMES)
     }
 
     fn hear(&self, _: &Runtime, _: u64, happening: &Happening) {
@@ -572,7 +577,8 @@ mod tests {
             let blocks: u32 = wanted.iter().map(|prefill| prefill.blocks).sum();
             assert_eq!(blocks, tokens / 16, "nothing of these is resident, so all that is named is missing");
         }
-        let load = Load { now_us: bench.now_us, block_tokens: 16, budget_tokens: 15, ..Load::default() };
+        let load =
+            Load { now_us: bench.now_us, pool_blocks: 100_000, block_tokens: 16, budget_tokens: 15, ..Load::default() };
         assert_eq!(bench.policy.idle(&bench.runtime, &load, &mut [Prefill::default(); 8]), 0);
     }
 

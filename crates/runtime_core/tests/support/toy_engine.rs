@@ -79,6 +79,10 @@ fn key(plan: &Plan, session: usize, block: u32) -> u64 {
     mix(owner ^ mix(u64::from(block))) | 1
 }
 
+fn step_us(computed: u32, decoding: u32) -> u64 {
+    7_000 + 30 * u64::from(computed) + 20 * u64::from(decoding)
+}
+
 fn prompt_tokens(plan: &Plan, turn: u32) -> u32 {
     plan.shared + (turn + 1) * plan.added + turn * plan.output
 }
@@ -121,6 +125,21 @@ impl<'a> Engine<'a> {
             other => panic!("{other:?}"),
         });
         assert_eq!(gone.expect("one thread"), short, "the last policy names all that are wanted");
+    }
+
+    fn load(&self, running_calls: u32, budget_tokens: u32) -> Load {
+        Load {
+            now_us: self.now_us,
+            running_calls,
+            pool_blocks: self.capacity as u32,
+            block_tokens: BLOCK,
+            pinned_blocks: self.pins.len() as u32,
+            free_blocks: (self.capacity - self.resident.len()) as u32,
+            prompt_blocks: self.hits.0,
+            hit_blocks: self.hits.1,
+            budget_tokens,
+            host_bytes_per_s: 0,
+        }
     }
 
     /// Computes what the policies want in idle capacity; returns how many tokens.
@@ -168,7 +187,15 @@ impl<'a> Engine<'a> {
         let mut decisions = Vec::new();
         while !(todo.is_empty() && waiting.is_empty() && running.is_empty()) {
             if running.is_empty() && waiting.is_empty() {
-                self.now_us = self.now_us.max(todo.first_key_value().expect("something is to come").0 .0);
+                let next_us = todo.first_key_value().expect("something is to come").0 .0;
+                while self.now_us < next_us {
+                    let ahead = self.prefill_ahead(self.load(0, BUDGET));
+                    if ahead == 0 {
+                        self.now_us = next_us;
+                    }
+                    report.prefilled_ahead += ahead;
+                    self.now_us += if ahead > 0 { step_us(ahead, 0) } else { 0 };
+                }
             }
             while let Some(entry) = todo.first_entry().filter(|entry| entry.key().0 <= self.now_us) {
                 let ((arrived_us, plan), turn) = entry.remove_entry();
@@ -201,18 +228,7 @@ impl<'a> Engine<'a> {
                 asked.push(*call);
             }
             decisions.resize(asked.len(), Decision::default());
-            let load = Load {
-                now_us: self.now_us,
-                running_calls: running.len() as u32,
-                pool_blocks: self.capacity as u32,
-                block_tokens: BLOCK,
-                pinned_blocks: self.pins.len() as u32,
-                free_blocks: (self.capacity - self.resident.len()) as u32,
-                prompt_blocks: self.hits.0,
-                hit_blocks: self.hits.1,
-                budget_tokens: budget,
-                host_bytes_per_s: 0,
-            };
+            let load = self.load(running.len() as u32, budget);
             self.policies.schedule(&self.runtime, &load, &asked, &mut decisions);
             let mut ranks: Vec<u32> = decisions.iter().map(|decision| decision.rank).collect();
             ranks.sort_unstable();
@@ -238,7 +254,11 @@ impl<'a> Engine<'a> {
             }
             waiting.retain(|(_, call)| !admitted.contains(&call.call));
             report.lazy_steps += u32::from(running.is_empty() && !waiting.is_empty());
-            let ahead = if waiting.is_empty() { self.prefill_ahead(Load { budget_tokens: budget, ..load }) } else { 0 };
+            let ahead = if waiting.is_empty() {
+                self.prefill_ahead(Load { budget_tokens: budget, pinned_blocks: self.pins.len() as u32, ..load })
+            } else {
+                0
+            };
             report.prefilled_ahead += ahead;
             self.step(plans, &mut running, ahead, &mut todo, &mut report);
         }
@@ -323,7 +343,7 @@ impl<'a> Engine<'a> {
                 served.push((chunk, 0));
             }
         }
-        let step_us = 7_000 + 30 * u64::from(computed) + 20 * u64::from(decoding);
+        let step_us = step_us(computed, decoding);
         self.now_us += step_us;
         for (one, &(prefill_tokens, decoded_tokens)) in running.iter_mut().zip(&served) {
             one.kv_token_us += one.blocks.len() as u64 * u64::from(BLOCK) * step_us;
