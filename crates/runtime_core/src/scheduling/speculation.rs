@@ -415,7 +415,7 @@ impl Policy for SpeculationPolicy {
             name: "speculation".into(),
             observes: "calls and their blocks, ends of sessions where they are told",
             decides: "prefills in idle capacity",
-            costs: "a call: about a microsecond; a question: some hundred nanoseconds a session that is expected",
+            costs: "a call: a prediction and a copy of its keys; a question: a binary search for each expected session",
         }
     }
 
@@ -512,8 +512,14 @@ mod tests {
         }
 
         fn ask(&self, running_calls: u32) -> Vec<Prefill> {
-            let load =
-                Load { now_us: self.now_us, running_calls, block_tokens: 16, budget_tokens: 8_192, ..Load::default() };
+            let load = Load {
+                now_us: self.now_us,
+                running_calls,
+                pool_blocks: 100_000,
+                block_tokens: 16,
+                budget_tokens: 8_192,
+                ..Load::default()
+            };
             let mut prefills = [Prefill::default(); 8];
             let n = self.policy.idle(&self.runtime, &load, &mut prefills);
             prefills[..n].to_vec()
