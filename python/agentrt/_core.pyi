@@ -72,8 +72,8 @@ class Runtime:
         pool_blocks: KV blocks of the engine's pool, 1 to 2^31.
         sessions: Sessions remembered, 8 to 2^24; the least recently used is forgotten first.
         policies: Who decides, in order: ``"kv_cache"`` (learned), ``"lru"``, ``"fairness"``, ``"agent_fairness"``,
-            ``"batch_shaping"``, ``"speculation"`` (see :class:`Scheduler`), or objects that follow :class:`agentrt.Policy`. The first that
-            answers decides; the next one names what is missing. By default ``("kv_cache",)``.
+            ``"batch_shaping"``, ``"speculation"`` (see :class:`Scheduler`), or objects that follow
+            :class:`agentrt.Policy`. The first that answers decides; the next one names what is missing. By default ``("kv_cache",)``.
 
     Raises:
         OutOfRangeError: A size cannot be had.

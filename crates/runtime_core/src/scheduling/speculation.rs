@@ -341,12 +341,11 @@ impl State {
             return;
         }
         let history = session.prompts.iter().find(|prompt| prompt.agent == agent);
-        let (kind, blocks) = match history {
-            Some(prompt) => (Prefilled::History, prompt.keys.len()),
-            None => {
-                let known = self.references.get(&(event.workload.0, agent));
-                (Prefilled::Anchor, known.map_or(0, |known| known.anchor))
-            }
+        let (kind, blocks) = if let Some(prompt) = history {
+            (Prefilled::History, prompt.keys.len())
+        } else {
+            let known = self.references.get(&(event.workload.0, agent));
+            (Prefilled::Anchor, known.map_or(0, |known| known.anchor))
         };
         if blocks == 0 {
             return;
