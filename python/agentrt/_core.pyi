@@ -73,7 +73,8 @@ class Runtime:
         sessions: Sessions remembered, 8 to 2^24; the least recently used is forgotten first.
         policies: Who decides, in order: ``"kv_cache"`` (learned), ``"lru"``, ``"fairness"``, ``"agent_fairness"``,
             ``"batch_shaping"``, ``"speculation"`` (see :class:`Scheduler`), or objects that follow
-            :class:`agentrt.Policy`. The first that answers decides; the next one names what is missing. By default ``("kv_cache",)``.
+            :class:`agentrt.Policy`. The first that answers decides; the next one names what is missing. By default
+            ``("kv_cache",)``.
 
     Raises:
         OutOfRangeError: A size cannot be had.
