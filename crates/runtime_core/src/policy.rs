@@ -16,6 +16,7 @@ use crate::kv::Expected;
 use crate::runtime::{EventKind, Runtime};
 use crate::scheduling::batch_shaping::BatchShapingPolicy;
 use crate::scheduling::fairness::{FairnessPolicy, Per};
+use crate::scheduling::tool_gap::ToolGapPolicy;
 use crate::scheduling::{Decision, Gap, GapDecision, Happening, Load, Needs, Precedence, Prefill, Waiting};
 
 /// One event, after the core has applied it.
@@ -207,7 +208,7 @@ impl Policy for LruPolicy {
 }
 
 /// Names of the built-in policies.
-pub const BUILT_IN: [&str; 5] = ["kv_cache", "lru", "fairness", "agent_fairness", "batch_shaping"];
+pub const BUILT_IN: [&str; 6] = ["kv_cache", "lru", "fairness", "agent_fairness", "batch_shaping", "tool_gap"];
 
 /// A built-in policy by name.
 pub fn built_in(name: &str) -> Option<Box<dyn Policy>> {
@@ -216,6 +217,7 @@ pub fn built_in(name: &str) -> Option<Box<dyn Policy>> {
         "lru" => Some(Box::new(LruPolicy)),
         "batch_shaping" => Some(Box::new(BatchShapingPolicy::default())),
         "fairness" => Some(Box::new(FairnessPolicy::new(Per::Tenant))),
+        "tool_gap" => Some(Box::new(ToolGapPolicy::default())),
         "agent_fairness" => Some(Box::new(FairnessPolicy::new(Per::Agent))),
         _ => None,
     }

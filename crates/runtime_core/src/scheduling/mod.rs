@@ -25,6 +25,7 @@
 
 pub mod batch_shaping;
 pub mod fairness;
+pub mod tool_gap;
 
 use crate::error::{Error, Result};
 use crate::ids::WorkloadId;
