@@ -156,7 +156,7 @@ class Scheduler:
 
     The engine tells what its scheduler does, beside the events of its sessions, and asks :meth:`order` whenever it is
     about to admit calls. Call numbers are those of the sessions' events, unique among all calls in flight. Without a
-    policy that orders (``"batch_shaping"``, ``"fairness"``, ``"agent_fairness"``) the order is that of arrival.
+    policy that orders (``"batch_shaping"``, ``"fairness"``, ``"agent_fairness"``, ``"tool_gap"``) the order is that of arrival.
 
     Args:
         runtime: Whose policies decide.
