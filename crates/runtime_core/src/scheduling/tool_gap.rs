@@ -26,7 +26,7 @@
 //! back when one in ten has returned, if they and the older ones fit. (Ranking by how idle a session is: MORI.)
 //!
 //! **Turn.** What was kept pays when it is used soon. A call of a session that has used tools takes the turn of the
-//! session's beginning; other calls that of their arrival. A call that has waited for 300 s goes before all that have not.
+//! session's beginning; other calls that of their arrival. Nobody starves: who comes later passes nobody who is there.
 //!
 //! **What gives way, in this order**: what is released, what nobody decided about, what is kept. Nobody is ever held, and
 //! keeping takes nothing from a call that needs it.
@@ -55,8 +55,6 @@ const PRIOR_HAZARD: f64 = 0.125;
 const MEMORY: f32 = 512.0;
 /// A gap is long if it is so improbable that it ends so soon.
 const LONG: (f64, f64) = (0.1, 60e6);
-/// No call has to let others pass for longer than this.
-const MAX_WAIT_US: u64 = 300_000_000;
 
 /// How long tools of one class take.
 #[derive(Clone, Debug)]
@@ -151,8 +149,8 @@ struct State {
     sessions: FxHashMap<u64, Session>,
     latencies: FxHashMap<u64, Latency>,
     candidates: Vec<Candidate>,
-    /// Class, turn, rank so far, index.
-    order: Vec<(u8, u64, u32, u32)>,
+    /// Turn, rank so far, index.
+    order: Vec<(u64, u32, u32)>,
 }
 
 /// Keeps what comes back soon, and gives sessions that come back from a tool their turn.
@@ -316,14 +314,13 @@ impl State {
         self.candidates = candidates;
     }
 
-    fn rank(&mut self, now_us: u64, waiting: &[Waiting], decisions: &mut [Decision]) {
+    fn rank(&mut self, waiting: &[Waiting], decisions: &mut [Decision]) {
         let mut order = std::mem::take(&mut self.order);
         order.clear();
         for (index, (call, decision)) in waiting.iter().zip(&*decisions).enumerate() {
             let session = self.sessions.get(&key(call.workload, call.session)).filter(|session| session.tools);
-            let overdue = call.arrived_us.saturating_add(MAX_WAIT_US) <= now_us;
-            let turn = session.filter(|_| !overdue).map_or(call.arrived_us, |session| session.began_us);
-            order.push((u8::from(!overdue), turn, decision.rank, index as u32));
+            let turn = session.map_or(call.arrived_us, |session| session.began_us);
+            order.push((turn, decision.rank, index as u32));
         }
         order.sort_unstable();
         for (rank, &(.., index)) in order.iter().enumerate() {
@@ -360,8 +357,8 @@ impl Policy for ToolGapPolicy {
         }
     }
 
-    fn schedule(&self, _: &Runtime, load: &Load, waiting: &[Waiting], decisions: &mut [Decision]) {
-        self.lock().rank(load.now_us, waiting, decisions);
+    fn schedule(&self, _: &Runtime, _: &Load, waiting: &[Waiting], decisions: &mut [Decision]) {
+        self.lock().rank(waiting, decisions);
     }
 
     fn gaps(&self, _: &Runtime, load: &Load, gaps: &[Gap], decisions: &mut [GapDecision]) {
@@ -480,7 +477,7 @@ mod tests {
     }
 
     #[test]
-    fn a_session_back_from_its_tool_takes_its_old_turn_and_nobody_waits_for_ever() {
+    fn a_session_back_from_its_tool_takes_its_old_turn() {
         let policies = Policies::new(vec![Box::new(ToolGapPolicy::default())]);
         let runtime = Runtime::new(Options::for_pool(16)).unwrap();
         let arrive = |session, at| policies.hear(&runtime, at, &[Happening::Arrived(call(session, at))]);
@@ -497,7 +494,6 @@ mod tests {
         [(1, 9), (3, 8)].into_iter().for_each(|(session, at)| arrive(session, at * S));
         let calls = [call(2, 2 * S), call(3, 8 * S), call(1, 9 * S)];
         assert_eq!(ranks(9 * S, &calls), [(1, 0), (2, 0), (0, 0)]);
-        assert_eq!(ranks(2 * S + MAX_WAIT_US, &calls), [(0, 0), (2, 0), (1, 0)]);
     }
 
     #[test]
