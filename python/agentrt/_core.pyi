@@ -72,7 +72,7 @@ class Runtime:
         pool_blocks: KV blocks of the engine's pool, 1 to 2^31.
         sessions: Sessions remembered, 8 to 2^24; the least recently used is forgotten first.
         policies: Who decides, in order: ``"kv_cache"`` (learned), ``"lru"``, ``"fairness"``, ``"agent_fairness"``,
-            ``"batch_shaping"``, ``"speculation"`` (see :class:`Scheduler`), or objects that follow
+            ``"batch_shaping"``, ``"speculation"``, ``"tool_gap"`` (see :class:`Scheduler`), or objects that follow
             :class:`agentrt.Policy`. The first that answers decides; the next one names what is missing. By default
             ``("kv_cache",)``.
 
@@ -157,7 +157,8 @@ class Scheduler:
 
     The engine tells what its scheduler does, beside the events of its sessions, and asks :meth:`order` whenever it is
     about to admit calls. Call numbers are those of the sessions' events, unique among all calls in flight. Without a
-    policy that orders (``"batch_shaping"``, ``"fairness"``, ``"agent_fairness"``) the order is that of arrival.
+    policy that orders (``"batch_shaping"``, ``"fairness"``, ``"agent_fairness"``, ``"tool_gap"``) the order is that of
+    arrival.
 
     Args:
         runtime: Whose policies decide.

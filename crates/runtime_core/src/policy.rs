@@ -17,6 +17,7 @@ use crate::runtime::{EventKind, Runtime};
 use crate::scheduling::batch_shaping::BatchShapingPolicy;
 use crate::scheduling::fairness::{FairnessPolicy, Per};
 use crate::scheduling::speculation::SpeculationPolicy;
+use crate::scheduling::tool_gap::ToolGapPolicy;
 use crate::scheduling::{Decision, Gap, GapDecision, Happening, Load, Needs, Precedence, Prefill, Waiting};
 
 /// One event, after the core has applied it.
@@ -208,7 +209,8 @@ impl Policy for LruPolicy {
 }
 
 /// Names of the built-in policies.
-pub const BUILT_IN: [&str; 6] = ["kv_cache", "lru", "fairness", "agent_fairness", "batch_shaping", "speculation"];
+pub const BUILT_IN: [&str; 7] =
+    ["kv_cache", "lru", "fairness", "agent_fairness", "batch_shaping", "speculation", "tool_gap"];
 
 /// A built-in policy by name.
 pub fn built_in(name: &str) -> Option<Box<dyn Policy>> {
@@ -218,6 +220,7 @@ pub fn built_in(name: &str) -> Option<Box<dyn Policy>> {
         "batch_shaping" => Some(Box::new(BatchShapingPolicy::default())),
         "fairness" => Some(Box::new(FairnessPolicy::new(Per::Tenant))),
         "speculation" => Some(Box::new(SpeculationPolicy::default())),
+        "tool_gap" => Some(Box::new(ToolGapPolicy::default())),
         "agent_fairness" => Some(Box::new(FairnessPolicy::new(Per::Agent))),
         _ => None,
     }

@@ -741,14 +741,6 @@ impl Runtime {
         Ok(Self { published: Arc::clone(&pool.index.published), pool: Mutex::new(pool), ..runtime })
     }
 
-    /// How many calls were counted that followed another one of their session (exact up to 16,383 of a rank); for tests.
-    #[doc(hidden)]
-    pub fn transitions(&self, workload: WorkloadId) -> Result<u32> {
-        let mut counts = [0; 8];
-        self.learned(workload)?.ranks.snapshot(&mut counts);
-        Ok(counts.iter().map(|&count| u32::from(count)).sum())
-    }
-
     /// What a workload has taught, for reports.
     pub fn what_was_learned(&self, workload: WorkloadId) -> Result<&Workload> {
         self.learned(workload)

@@ -1,4 +1,4 @@
-//! What `batch_shaping`, `fairness` and `speculation` promise, alone and together, served by a toy engine.
+//! What the scheduling policies promise, alone and together, served by a toy engine.
 
 #[path = "support/toy_engine.rs"]
 mod toy_engine;
@@ -15,7 +15,7 @@ use runtime_core::{Result, Runtime};
 use toy_engine::{mean, widest_gap, Engine, Plan, Report, BLOCK};
 
 /// Names of the scheduling policies, each of which may be on or off.
-const SCHEDULING: [&str; 4] = ["fairness", "agent_fairness", "batch_shaping", "speculation"];
+const SCHEDULING: [&str; 5] = ["fairness", "agent_fairness", "batch_shaping", "speculation", "tool_gap"];
 
 /// Fairness that checks its own invariant at every question: the counters of accounts that wait differ by at most
 /// max(w_p L, w'_q M), from which the published bound on service, twice as much, follows.

@@ -960,7 +960,8 @@ impl<'a> Engine<'a> {
         }
         let Some(mut open) = self.gaps.remove(&session) else { return };
         let resident = self.memory.resident(&open.chain);
-        let on_host = self.memory.on_host(&open.chain, resident);
+        let allowed = self.memory.host.as_mut().map_or(0, |host| host.budget_blocks(self.now_us));
+        let on_host = self.memory.on_host(&open.chain, resident).min(allowed);
         let doing = Doing { call: 0, session, agent: open.gap.agent, now_us: self.now_us };
         let brought = self.memory.bring(&mut self.core, doing, &open.chain, resident, on_host);
         if let Some(host) = &mut self.memory.host {

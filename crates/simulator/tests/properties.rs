@@ -100,8 +100,8 @@ proptest! {
         cache in prop::sample::select(vec!["lru", "agentrt"]),
         policies in prop::sample::select(vec![
             "fcfs", "lpm", "priority", "cap-2", "drr", "vtc", "rate-limit-20000", "ttl-1", "keep", "continuum", "fickle",
-            "batch_shaping", "fairness", "batch_shaping+fairness+keep", "speculation",
-            "speculation+batch_shaping+fairness+keep",
+            "batch_shaping", "fairness", "tool_gap", "speculation", "batch_shaping+fairness+keep",
+            "batch_shaping+fairness+tool_gap", "speculation+batch_shaping+fairness+tool_gap",
         ]),
         pool in 0.3f64..3.0,
         token_budget in 64u32..4096,
@@ -196,5 +196,32 @@ fn what_a_policy_keeps_is_there_when_the_tool_returns_unless_nothing_else_is_lef
         assert!(hits(40, "fcfs") < 100, "{cache}");
         // A call of the others that needs what is kept gets it.
         assert!(hits(120, "keep") < 100, "{cache}");
+    }
+}
+
+#[test]
+fn in_a_pool_of_one_session_pins_give_way_and_all_calls_are_answered() {
+    let trace = support::generated("coding_team", 8, 3);
+    let blocks = |call: &replay::trace::Call| trace.blocks_in(call.prompt) + trace.blocks_in(call.output);
+    let capacity_blocks = trace.calls.iter().map(blocks).max().unwrap();
+    let workload = Workload::closed(Arc::clone(&trace), 6, 3).unwrap();
+    for policies in ["tool_gap", "tool_gap+batch_shaping+fairness"] {
+        for cache in ["lru", "agentrt"] {
+            for with_host in [false, true] {
+                let host = HostOptions {
+                    blocks: capacity_blocks,
+                    bytes_per_s: 1e9,
+                    prefetch_bytes_per_s: 5e8,
+                    block_bytes: 2e6,
+                };
+                let options = EngineOptions {
+                    host: with_host.then_some(host),
+                    record_events: true,
+                    cache: cache.into(),
+                    ..EngineOptions::new(capacity_blocks)
+                };
+                check(&workload, &options, &run(&workload, &options, policies));
+            }
+        }
     }
 }

@@ -26,6 +26,7 @@
 pub mod batch_shaping;
 pub mod fairness;
 pub mod speculation;
+pub mod tool_gap;
 
 use crate::error::{Error, Result};
 use crate::ids::WorkloadId;
