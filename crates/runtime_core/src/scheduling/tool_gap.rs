@@ -491,7 +491,9 @@ mod tests {
             decisions.iter().map(|decision| (decision.rank, decision.hold_until_us)).collect::<Vec<_>>()
         };
         // Session 1 has used a tool; 3 calls for the second time without one and queues as it comes.
-        [(1, 9), (3, 8)].into_iter().for_each(|(session, at)| arrive(session, at * S));
+        for (session, at) in [(1, 9), (3, 8)] {
+            arrive(session, at * S);
+        }
         let calls = [call(2, 2 * S), call(3, 8 * S), call(1, 9 * S)];
         assert_eq!(ranks(9 * S, &calls), [(1, 0), (2, 0), (0, 0)]);
     }
