@@ -43,6 +43,12 @@ pub const fn context_of_two(previous: AgentId, last: AgentId) -> u64 {
     2 << 32 | (previous.0 as u64) << 16 | last.0 as u64
 }
 
+/// The same context where a tool ran after the last call.
+#[inline]
+pub const fn after_tool(context: u64) -> u64 {
+    context | 1 << 48
+}
+
 /// Set-associative table of successor counts; see the module's page.
 ///
 /// A set halves when one of its counts reaches `HALVE_AT`, so a row follows the last

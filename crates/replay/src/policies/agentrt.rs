@@ -26,6 +26,7 @@ const VARIANTS: &[(&str, &str, fn(&mut Config))] = &[
     ("agentrt-no-session-end", "ablation: sessions never end", |c| c.session_end = false),
     ("agentrt-no-time-contexts", "ablation: gaps by agent only", |c| c.time_contexts = false),
     ("agentrt-no-density", "ablation: probability of reuse within the residence time", |c| c.density = false),
+    ("agentrt-no-tool-order", "ablation: the next agent regardless of tools", |c| c.tool_order = false),
     ("agentrt-no-sharing-classes", "ablation: private or shared, no finer", |c| c.sharing_classes = false),
     ("agentrt-no-anchors", "ablation: anchors are forgotten with their eviction", |c| c.anchors = false),
     ("agentrt-no-queue", "ablation: calls that wait are not heard of before they start", |c| c.queue = false),

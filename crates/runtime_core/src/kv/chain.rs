@@ -6,7 +6,7 @@
 //! P(b) = (n_b + kappa P'(b)) / (N + kappa), kappa 4 for order 1 and 3 for order 2.
 
 use crate::ids::AgentId;
-use crate::successors::{context_of, context_of_two};
+use crate::successors::{after_tool, context_of, context_of_two};
 
 use super::workload::{Workload, NEW, RANKS, SUCCESSORS};
 use super::Config;
@@ -33,8 +33,12 @@ pub(crate) struct Chain<'a> {
     workload: &'a Workload,
     config: &'a Config,
     agents: &'a [u16],
+    /// Whether a tool ran after the last call, where that is known.
+    tool: Option<bool>,
     rows: [Row; WIDTH * WIDTH],
     known: [bool; WIDTH * WIDTH],
+    /// The row after the session's last call, and its state.
+    first: Option<(usize, Row)>,
     /// Successors of each last agent, once looked up.
     order1: [Option<(Row, f32)>; WIDTH],
     rank_share: [f32; RANKS],
@@ -42,7 +46,7 @@ pub(crate) struct Chain<'a> {
 
 impl<'a> Chain<'a> {
     /// `agents` of the session's lanes, most recent first, at most [`LANES`].
-    pub(crate) fn new(workload: &'a Workload, config: &'a Config, agents: &'a [u16]) -> Self {
+    pub(crate) fn new(workload: &'a Workload, config: &'a Config, agents: &'a [u16], tool: Option<bool>) -> Self {
         let mut counts = [0u16; RANKS + 1];
         workload.ranks.snapshot(&mut counts);
         let total: f32 = counts.iter().map(|&c| f32::from(c)).sum::<f32>() + 4.0;
@@ -52,8 +56,10 @@ impl<'a> Chain<'a> {
             workload,
             config,
             agents,
+            tool: tool.filter(|_| config.tool_order),
             rows: [[0.0; WIDTH]; WIDTH * WIDTH],
             known: [false; WIDTH * WIDTH],
+            first: None,
             order1: [None; WIDTH],
             rank_share,
         }
@@ -69,12 +75,27 @@ impl<'a> Chain<'a> {
         let state = prev * WIDTH + last;
         if !self.known[state] {
             self.known[state] = true;
-            self.rows[state] = self.make_row(prev, last);
+            self.rows[state] = self.make_row(prev, last, None);
         }
         self.rows[state]
     }
 
-    fn make_row(&mut self, prev: usize, last: usize) -> Row {
+    /// The row of the next call.
+    fn first_row(&mut self, prev: usize, last: usize) -> Row {
+        if self.tool.is_none() {
+            return self.row(prev, last);
+        }
+        match self.first {
+            Some((state, row)) if state == prev * WIDTH + last => row,
+            _ => {
+                let row = self.make_row(prev, last, self.tool);
+                self.first = Some((prev * WIDTH + last, row));
+                row
+            }
+        }
+    }
+
+    fn make_row(&mut self, prev: usize, last: usize, tool: Option<bool>) -> Row {
         let n = self.agents.len();
         let mut row = [0.0; WIDTH];
         if !self.config.prediction {
@@ -95,40 +116,49 @@ impl<'a> Chain<'a> {
         row[n] = (1.0 - row[..n].iter().sum::<f32>()).max(0.01);
         if last < n {
             let last_agent = AgentId(self.agents[last]);
-            let first = match self.order1[last] {
+            let first = match self.order1[last].filter(|_| tool.is_none()) {
                 Some(counts) => counts,
-                None => *self.order1[last].insert(self.counts(context_of(last_agent))),
+                None => self.counts(context_of(last_agent), tool),
             };
+            if tool.is_none() {
+                self.order1[last] = Some(first);
+            }
             refine(&mut row, n, first, 4.0);
             if self.config.order2 {
                 let prev_agent = self.agents.get(prev).map_or(AgentId::UNKNOWN, |&a| AgentId(a));
-                let second = self.counts(context_of_two(prev_agent, last_agent));
+                let second = self.counts(context_of_two(prev_agent, last_agent), tool);
                 refine(&mut row, n, second, 3.0);
             }
         }
         row
     }
 
-    /// Successors of a context by lane, and their sum.
-    fn counts(&self, context: u64) -> (Row, f32) {
-        let mut successors = [(0u16, 0u32); SUCCESSORS];
-        let found = self.workload.transitions.row(context, &mut successors);
+    /// Successors of a context by lane, and their sum; with and without a tool where that is not known.
+    fn counts(&self, context: u64, tool: Option<bool>) -> (Row, f32) {
         let mut counts = [0.0; WIDTH];
         let mut total = 0.0;
-        for &(agent, count) in &successors[..found] {
-            counts[self.position(agent)] += count as f32;
-            total += count as f32;
+        for (context, ran) in [(context, false), (after_tool(context), true)] {
+            if tool.is_some_and(|tool| tool != ran) {
+                continue;
+            }
+            let mut successors = [(0u16, 0u32); SUCCESSORS];
+            let found = self.workload.transitions.row(context, &mut successors);
+            for &(agent, count) in &successors[..found] {
+                counts[self.position(agent)] += count as f32;
+                total += count as f32;
+            }
         }
         (counts, total)
     }
 
-    /// P(`target` is reached for the first time at the i-th next call), starting after (`prev`, `last`).
-    fn passage(&mut self, prev: usize, last: usize, target: usize) -> [f32; STEPS] {
+    /// P(`target` is reached for the first time at the i-th next call), starting after (`prev`, `last`), at which the session
+    /// stands now or may stand later.
+    fn passage(&mut self, prev: usize, last: usize, target: usize, stands: bool) -> [f32; STEPS] {
         let n = self.agents.len();
         let mut passage = [0.0; STEPS];
         let mut now: States = [0.0; WIDTH * WIDTH];
         now[prev * WIDTH + last] = 1.0;
-        for reached in &mut passage {
+        for (step, reached) in passage.iter_mut().enumerate() {
             let mut next: States = [0.0; WIDTH * WIDTH];
             for before in 0..=n {
                 for at in 0..=n {
@@ -136,7 +166,7 @@ impl<'a> Chain<'a> {
                     if mass < NEGLIGIBLE {
                         continue;
                     }
-                    let row = self.row(before, at);
+                    let row = if stands && step == 0 { self.first_row(before, at) } else { self.row(before, at) };
                     for (to, p) in next[at * WIDTH..][..WIDTH].iter_mut().zip(&row) {
                         *to += mass * p;
                     }
@@ -155,8 +185,8 @@ impl<'a> Chain<'a> {
         let (prev, last) = (self.position(prev), self.position(last));
         let mut weights = [Weights::default(); LANES];
         for lane in 0..self.agents.len() {
-            let first = self.passage(prev, last, lane);
-            let again = if lane == last { first } else { self.passage(last, lane, lane) };
+            let first = self.passage(prev, last, lane, true);
+            let again = if lane == last && self.tool.is_none() { first } else { self.passage(last, lane, lane, false) };
             let second = convolve(&first, &again);
             weights[lane] = Weights([first, second, convolve(&second, &again)]);
         }
@@ -168,7 +198,7 @@ impl<'a> Chain<'a> {
         let n = self.agents.len();
         let mut now: States = [0.0; WIDTH * WIDTH];
         now[self.position(prev) * WIDTH + self.position(last)] = 1.0;
-        for step in out {
+        for (i, step) in out.iter_mut().enumerate() {
             let mut next: States = [0.0; WIDTH * WIDTH];
             for before in 0..=n {
                 for at in 0..=n {
@@ -176,7 +206,7 @@ impl<'a> Chain<'a> {
                     if mass < 4.0 * NEGLIGIBLE {
                         continue;
                     }
-                    let row = self.row(before, at);
+                    let row = if i == 0 { self.first_row(before, at) } else { self.row(before, at) };
                     for (to, p) in next[at * WIDTH..][..WIDTH].iter_mut().zip(&row) {
                         *to += mass * p;
                     }
@@ -229,7 +259,7 @@ mod tests {
         cycle(&workload, &[0, 1, 2], 100);
         let config = Config::default();
         let agents = [2, 1, 0];
-        let mut chain = Chain::new(&workload, &config, &agents);
+        let mut chain = Chain::new(&workload, &config, &agents, None);
         let weights = chain.weights(1, 2);
         // After 2 comes 0 (position 2), then 1 (position 1), then 2 itself.
         assert!(weights[2].0[0][0] > 0.9, "{:?}", weights[2]);
@@ -240,12 +270,30 @@ mod tests {
     }
 
     #[test]
+    fn whether_a_tool_runs_tells_who_speaks_next() {
+        let workload = Workload::default();
+        // After 0 comes 0 where it has called a tool, else 1.
+        for _ in 0..50 {
+            for (context, next) in [(after_tool(context_of(AgentId(0))), 0), (context_of(AgentId(0)), 1)] {
+                workload.transitions.add(context, next);
+            }
+        }
+        let config = Config::default();
+        let next = |config, tool| Chain::new(&workload, config, &[0, 1], tool).weights(1, 0)[0].0[0][0];
+        assert!(next(&config, Some(true)) > 0.9 && next(&config, Some(false)) < 0.1);
+        let unknown = next(&config, None);
+        assert!((0.4..0.6).contains(&unknown), "{unknown}");
+        let off = Config { tool_order: false, ..config };
+        assert!((next(&off, Some(true)) - unknown).abs() < 1e-6);
+    }
+
+    #[test]
     fn rows_are_distributions() {
         let workload = Workload::default();
         cycle(&workload, &[0, 1, 0, 2, 5], 20);
         let config = Config::default();
         let agents = [5, 0, 1];
-        let mut chain = Chain::new(&workload, &config, &agents);
+        let mut chain = Chain::new(&workload, &config, &agents, None);
         for prev in 0..=3 {
             for last in 0..=3 {
                 let sum: f32 = chain.row(prev, last).iter().sum();

@@ -2,7 +2,7 @@
 //! path, and nothing here changes what the policy decides.
 
 use crate::ids::AgentId;
-use crate::successors::context_of;
+use crate::successors::{after_tool, context_of};
 
 use super::content::MISSES;
 use super::gaps::{self, BUCKETS};
@@ -31,9 +31,17 @@ pub struct Promise {
 impl Workload {
     /// The agents that have followed `last`, with their (fading) counts, most frequent first.
     pub fn successors(&self, last: u16) -> Vec<(u16, u32)> {
-        let mut row = [(0, 0); SUCCESSORS];
-        let found = self.transitions.row(context_of(AgentId(last)), &mut row);
-        let mut row = row[..found].to_vec();
+        let mut row: Vec<(u16, u32)> = Vec::new();
+        for context in [context_of(AgentId(last)), after_tool(context_of(AgentId(last)))] {
+            let mut found = [(0, 0); SUCCESSORS];
+            let n = self.transitions.row(context, &mut found);
+            for &(agent, count) in &found[..n] {
+                match row.iter_mut().find(|(known, _)| *known == agent) {
+                    Some((_, sum)) => *sum += count,
+                    None => row.push((agent, count)),
+                }
+            }
+        }
         row.sort_unstable_by_key(|&(agent, count)| (std::cmp::Reverse(count), agent));
         row
     }
@@ -99,7 +107,7 @@ impl KvCache {
         } else {
             let at = session as usize % self.plans.len();
             let plan = self.plans[at].clone();
-            self.plans[at].identity = (NONE, 0, 0);
+            self.plans[at].identity = (NONE, 0, 0, None);
             self.look(workload, sessions, session);
             let probability = self.score(segment, &x, workload, Some(horizon_s));
             self.plans[at] = plan;

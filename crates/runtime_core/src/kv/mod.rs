@@ -93,6 +93,8 @@ pub struct Config {
     pub prediction: bool,
     /// Transitions of order 2 over order 1.
     pub order2: bool,
+    /// Transitions by whether a tool runs.
+    pub tool_order: bool,
     /// Content by misses since the last use (superseded tails).
     pub superseded: bool,
     /// Content by class.
@@ -122,6 +124,7 @@ impl Default for Config {
         Self {
             prediction: true,
             order2: true,
+            tool_order: true,
             superseded: true,
             content_classes: true,
             session_end: true,
@@ -305,7 +308,7 @@ struct View {
 #[derive(Clone, Debug)]
 struct Plan {
     /// Slot, generation and step of the session.
-    identity: (u32, u16, u16),
+    identity: (u32, u16, u16, Option<bool>),
     n: usize,
     lanes: [u32; LANES],
     weights: [Weights; LANES],
@@ -399,7 +402,7 @@ impl KvCache {
             pressed: false,
             plans: vec![
                 Plan {
-                    identity: (NONE, 0, 0),
+                    identity: (NONE, 0, 0, None),
                     n: 0,
                     lanes: [NONE; LANES],
                     weights: [Weights::default(); LANES],
@@ -1273,7 +1276,7 @@ impl KvCache {
         self.lane_table.clear();
         self.view.slot = NONE;
         for plan in &mut self.plans {
-            plan.identity = (NONE, 0, 0);
+            plan.identity = (NONE, 0, 0, None);
         }
     }
 
@@ -1293,7 +1296,7 @@ impl KvCache {
         let Some(at) = standing(sessions, handle) else { return };
         // Who speaks next changes with the session's calls only, when it speaks with every moment.
         let plan = &mut self.plans[slot as usize % PLANS];
-        let identity = (slot, handle.generation(), at.features.steps);
+        let identity = (slot, handle.generation(), at.features.steps, at.tool_runs());
         if plan.identity != identity {
             plan.identity = identity;
             plan.phase = (false, u64::MAX, u64::MAX);
@@ -1306,7 +1309,8 @@ impl KvCache {
                 plan.n += 1;
                 lane = self.lanes[lane as usize].next;
             }
-            plan.weights = Chain::new(workload, &self.config, &agents[..plan.n]).weights(at.prev, at.last);
+            plan.weights =
+                Chain::new(workload, &self.config, &agents[..plan.n], at.tool_runs()).weights(at.prev, at.last);
         }
         (self.view.n, self.view.lanes, self.view.weights) = (plan.n, plan.lanes, plan.weights);
         let waiting = if at.in_flight && !self.queue.is_empty() { self.queue.first_of(handle) } else { None };
@@ -1736,7 +1740,7 @@ pub struct Prediction {
 /// The agents that may speak next in a session: recent ones and successors of the last ones.
 fn candidates(workload: &Workload, recent: workload::Recent, at: &Standing) -> ([u16; LANES], usize) {
     use crate::ids::AgentId;
-    use crate::successors::{context_of, context_of_two};
+    use crate::successors::{after_tool, context_of, context_of_two};
     let (mut agents, mut n) = ([0u16; LANES], 0);
     let mut add = |agent: u16| {
         if n < LANES && agent != AgentId::UNKNOWN.0 && !agents[..n].contains(&agent) {
@@ -1746,7 +1750,12 @@ fn candidates(workload: &Workload, recent: workload::Recent, at: &Standing) -> (
     };
     let recent = recent.agents();
     recent[..3].iter().for_each(|&agent| add(agent));
-    for context in [context_of_two(AgentId(at.prev), AgentId(at.last)), context_of(AgentId(at.last))] {
+    let (pair, one) = (context_of_two(AgentId(at.prev), AgentId(at.last)), context_of(AgentId(at.last)));
+    let contexts = match at.tool_runs() {
+        Some(true) => [after_tool(pair), after_tool(one)],
+        _ => [pair, one],
+    };
+    for context in contexts {
         let mut row = [(0u16, 0u32); workload::SUCCESSORS];
         let found = workload.transitions.row(context, &mut row);
         row[..found].sort_unstable_by_key(|&(_, count)| std::cmp::Reverse(count));
@@ -1796,7 +1805,7 @@ pub(crate) fn predict(
     let Some(at) = standing(sessions, handle) else { return 0 };
     let recent = workload::Recent::load(sessions, handle);
     let (agents, n) = candidates(workload, recent, &at);
-    let mut chain = Chain::new(workload, config, &agents[..n]);
+    let mut chain = Chain::new(workload, config, &agents[..n], at.tool_runs());
     let steps = steps.min(STEPS);
     let mut marginals = [[0.0; LANES + 1]; STEPS];
     chain.marginals(at.prev, at.last, &mut marginals[..steps]);
@@ -1852,7 +1861,7 @@ pub(crate) fn score_agents(
     };
     let recent = workload::Recent::load(sessions, handle);
     let (known, n) = candidates(workload, recent, &at);
-    let weights = Chain::new(workload, config, &known[..n]).weights(at.prev, at.last);
+    let weights = Chain::new(workload, config, &known[..n], at.tool_runs()).weights(at.prev, at.last);
     let times = call_times(workload, &at, now_us, (None, 0.0), config);
     for (agent, out) in agents.iter().zip(out) {
         *out = known[..n].iter().position(|a| a == agent).map_or(0.0, |i| {

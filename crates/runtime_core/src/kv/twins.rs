@@ -167,7 +167,7 @@ proptest! {
         }
         let agents: Vec<u16> = (0..n as u16).collect();
         let config = Config::default();
-        let mut chain = Chain::new(&workload, &config, &agents);
+        let mut chain = Chain::new(&workload, &config, &agents, None);
         // The last position stands for any other agent.
         let name = |at: usize| agents.get(at).copied().unwrap_or(9_999);
         let mut rows = vec![vec![vec![0.0; n + 1]; n + 1]; n + 1];

@@ -21,7 +21,7 @@ use std::sync::OnceLock;
 use crate::histogram::Counters;
 use crate::ids::{mix, AgentId, SessionKey};
 use crate::sessions::{SessionHandle, SessionTable, Word};
-use crate::successors::{context_of, context_of_two, SuccessorTable};
+use crate::successors::{after_tool, context_of, context_of_two, SuccessorTable};
 
 use super::content::Content;
 use super::drift::Drift;
@@ -217,6 +217,13 @@ pub(crate) struct Standing {
     pub(crate) doubted: bool,
 }
 
+impl Standing {
+    /// Whether a tool runs after the session's last call; not known before that has ended.
+    pub(crate) fn tool_runs(&self) -> Option<bool> {
+        (!self.in_flight).then_some(self.features.tool != 0)
+    }
+}
+
 /// Reads where a session stands; `None` if it is gone or has made no call.
 pub(crate) fn standing(sessions: &Sessions, handle: SessionHandle) -> Option<Standing> {
     let at = sessions.position(handle)?;
@@ -269,7 +276,10 @@ impl Workload {
                 }
             }
             sessions.store(handle, STATUS, after.pack());
-            let (pair, one) = (context_of_two(before.prev, before.last), context_of(before.last));
+            let (mut pair, mut one) = (context_of_two(before.prev, before.last), context_of(before.last));
+            if status.tool != 0 {
+                (pair, one) = (after_tool(pair), after_tool(one));
+            }
             let expected = self.transitions.likeliest(pair).or_else(|| self.transitions.likeliest(one));
             if expected.is_some_and(|expected| self.drift.guessed(expected == agent)) {
                 self.transitions.discount();
