@@ -13,7 +13,7 @@ use std::sync::LazyLock;
 
 use super::chain::STEPS;
 use super::gaps::{self, BUCKETS};
-use super::sharing::{self, AGES};
+use super::sharing::Curve;
 
 /// Points of the time grid.
 pub(crate) const GRID: usize = 24;
@@ -196,34 +196,34 @@ pub(crate) fn quantile_s(times: &[f32; GRID], share: f32) -> f32 {
     t0 + (grid.t[j] - t0) * ((target - f0) / (times[j] - f0).max(1e-9)).min(1.0)
 }
 
-/// Use by other sessions: learned hazards and the age, or the time that an oracle knows.
-pub(crate) enum Foreign {
-    Learned { hazards: [f32; AGES], age_s: f32 },
+/// Use by other sessions: the learned curve of a class, how much likelier a use is than that, and the age; or the time that
+/// an oracle knows.
+pub(crate) enum Foreign<'a> {
+    Learned { curve: &'a Curve, risk: f32, age_s: f32 },
     At(f32),
 }
 
+/// When a session that follows the owner calls next, and P(its i-th next call is the first to use the segment).
+pub(crate) type Followed<'a> = (&'a CallTimes, &'a [f32; STEPS]);
+
 /// The score, in hits per second; or, with a horizon, P(reuse within it).
-pub(crate) fn score(times: &CallTimes, first_use: &[f32; STEPS], foreign: &Foreign, horizon_s: Option<f32>) -> f32 {
+pub(crate) fn score(
+    times: &CallTimes,
+    first_use: &[f32; STEPS],
+    foreign: &Foreign<'_>,
+    follower: Option<Followed<'_>>,
+    horizon_s: Option<f32>,
+) -> f32 {
     let grid = &*GRID_TABLE;
-    let mut cumulative = [0.0f32; AGES + 1];
-    if let Foreign::Learned { hazards, .. } = foreign {
-        for a in 0..AGES {
-            cumulative[a + 1] = cumulative[a] - (1.0 - hazards[a]).ln();
-        }
-    }
-    let at = |age_s: f32| {
-        let position = sharing::position(age_s);
-        let a = position as usize;
-        cumulative[a] + (cumulative[a + 1] - cumulative[a]) * (position - a as f32)
-    };
     let (mut best, mut held, mut before, mut from) = (0.0f32, 0.0f32, 0.0f32, 0.0f32);
     for (j, &t) in grid.t.iter().enumerate() {
         let own: f32 = (0..STEPS).map(|i| first_use[i] * times[i][j]).sum();
         let not_foreign = match foreign {
-            Foreign::Learned { age_s, .. } => (at(*age_s) - at(age_s + t)).exp(),
+            Foreign::Learned { curve, risk, age_s } => (risk * (curve.at(*age_s) - curve.at(age_s + t))).exp(),
             Foreign::At(when) => f32::from(u8::from(*when > t)),
         };
-        let reuse = 1.0 - (1.0 - own) * not_foreign;
+        let followed: f32 = follower.map_or(0.0, |(times, first)| (0..STEPS).map(|i| first[i] * times[i][j]).sum());
+        let reuse = 1.0 - (1.0 - own) * not_foreign * (1.0 - followed);
         held += (t - from) * (1.0 - 0.5 * (reuse + before));
         (from, before) = (t, reuse);
         match horizon_s {
@@ -256,15 +256,15 @@ pub(crate) fn bucket_score(bucket: u16) -> f32 {
 mod tests {
     use super::*;
 
-    fn never() -> Foreign {
-        Foreign::Learned { hazards: [0.0; AGES], age_s: 0.0 }
+    fn never() -> Foreign<'static> {
+        Foreign::At(f32::INFINITY)
     }
 
     #[test]
     fn sooner_and_likelier_reuse_scores_higher() {
         let at = |seconds: f32, p: f32| {
             let times = known_call_times([seconds; STEPS]);
-            score(&times, &[p, 0.0, 0.0, 0.0, 0.0, 0.0], &never(), None)
+            score(&times, &[p, 0.0, 0.0, 0.0, 0.0, 0.0], &never(), None, None)
         };
         assert!(at(1.0, 0.9) > at(10.0, 0.9));
         assert!(at(10.0, 0.9) > at(10.0, 0.3));

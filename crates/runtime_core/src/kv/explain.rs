@@ -102,6 +102,7 @@ impl KvCache {
         let (before, view) = (self.now_us, self.view.clone());
         self.now_us = now_us.max(before);
         self.view.slot = NONE;
+        self.refresh_curves(x.lane, workload);
         let probability = if self.is_nobodys(x.lane) {
             self.score(segment, &x, workload, Some(horizon_s))
         } else {

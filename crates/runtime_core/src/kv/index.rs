@@ -141,6 +141,8 @@ pub(crate) struct Segment {
     pub(crate) touches: u8,
     /// Sessions that have used it, saturating.
     pub(crate) degree: u8,
+    /// Step class of the session's call that first used it.
+    pub(crate) born: u8,
     /// Brought back from a lower tier and not used since: the kind of offer, see `offers.rs`; else 0.
     pub(crate) restored: u8,
     /// Tickets of the first and the last waiting call that will use it, 0 for none; see `queue.rs`.
@@ -185,6 +187,7 @@ impl Segment {
         class: 0,
         touches: 0,
         degree: 0,
+        born: 0,
         restored: 0,
         awaited: (0, 0),
     };

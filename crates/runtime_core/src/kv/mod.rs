@@ -11,6 +11,7 @@
 //! | `drift.rs` | has the order of agents changed? |
 //! | `gaps.rs`, `ends.rs` | when does a session call again, if at all? |
 //! | `sharing.rs` | when does another session use a segment? |
+//! | `followers.rs` | when does a session that walks the owner's path? |
 //! | `offers.rs` | does it pay to bring blocks back? |
 //! | `queue.rs` | calls that wait: whose prompts are known already |
 //! | `guard.rs`, `shadow.rs` | a shadow LRU that takes over when the learned order loses |
@@ -30,6 +31,7 @@ mod density;
 mod drift;
 mod ends;
 mod explain;
+mod followers;
 mod gaps;
 mod guard;
 pub(crate) mod index;
@@ -50,10 +52,12 @@ use calls::Calls;
 use chain::{Chain, Weights, LANES, STEPS};
 use content::{CLASSES, MISSES};
 use density::{CallTimes, Foreign, Silence, GRID};
+use followers::Votes;
 use guard::Guard;
 use index::{Index, Segment, NONE, NOT_QUEUED};
 use offers::{Offers, NO_KIND};
 use queue::Queue;
+use sharing::{Curves, Owner};
 use table::Table;
 use workload::{standing, Sessions, Standing, MAX_WORKLOADS};
 
@@ -77,6 +81,8 @@ const FLOOR_LEAVES: usize = 256;
 const ABOVE_FLOOR: f32 = 1.4;
 /// Sessions whose plans are remembered, direct-mapped.
 const PLANS: usize = 256;
+/// Workloads whose curves of sharing are remembered, direct-mapped.
+const CURVES: usize = 4;
 /// Lanes of one session; the least recent gives way.
 const MAX_LANES: usize = 64;
 /// Sessions scored per eviction because something happened to them.
@@ -107,6 +113,10 @@ pub struct Config {
     pub density: bool,
     /// Sharing by degree and depth; off: private or shared.
     pub sharing_classes: bool,
+    /// Sessions that walk another's path.
+    pub followers: bool,
+    /// Sharing by the agent and step of the last user.
+    pub sharing_agents: bool,
     /// Remember anchors beyond their eviction.
     pub anchors: bool,
     /// Believe the engine's waiting queue.
@@ -131,6 +141,8 @@ impl Default for Config {
             time_contexts: true,
             density: true,
             sharing_classes: true,
+            sharing_agents: true,
+            followers: true,
             anchors: true,
             queue: true,
             guard: true,
@@ -214,6 +226,13 @@ struct Tenant {
     /// Its lanes: the most recent one, the least recent one, and how many there are.
     lanes: u32,
     last_lane: u32,
+    /// Calls so far.
+    calls: u16,
+    /// Slot and generation of the session it follows, and the number of its own call that last used anything of that.
+    leader: (u32, u16),
+    matched: u16,
+    /// The session that follows it.
+    follower: (u32, u16),
     n_lanes: u8,
     generation: u16,
     workload: u16,
@@ -302,6 +321,9 @@ struct View {
     weights: [Weights; LANES],
     /// The agent of the session's call that waits, if one does.
     waiting: Option<u16>,
+    /// Calls of its follower, how many of these since one used anything of the session; and when it calls next.
+    follower: Option<(u16, u16)>,
+    follower_times: CallTimes,
 }
 
 /// Which lane of a session calls when, as of its last call.
@@ -350,6 +372,8 @@ pub(crate) struct KvCache {
     last_eviction_us: u64,
     pool_blocks: usize,
     offers: Offers,
+    /// Curves of sharing by workload, direct-mapped.
+    curves: [Curves; CURVES],
     pub(crate) repairs: Repairs,
     hints: Vec<Hint>,
     starts: Vec<FutureStarts>,
@@ -370,6 +394,10 @@ impl KvCache {
             session: 0,
             lanes: NONE,
             last_lane: NONE,
+            calls: 0,
+            leader: (NONE, 0),
+            matched: 0,
+            follower: (NONE, 0),
             n_lanes: 0,
             generation: 0,
             workload: 0,
@@ -398,6 +426,8 @@ impl KvCache {
                 lanes: [NONE; LANES],
                 weights: [Weights::default(); LANES],
                 waiting: None,
+                follower: None,
+                follower_times: [[0.0; GRID]; STEPS],
             },
             pressed: false,
             plans: vec![
@@ -419,6 +449,7 @@ impl KvCache {
             last_eviction_us: 0,
             pool_blocks,
             offers: Offers::new(pool_blocks),
+            curves: std::array::from_fn(|_| Curves::new()),
             repairs: Repairs::default(),
             hints: if oracle { vec![Hint::NONE; index.n_segments()] } else { Vec::new() },
             starts: if oracle { vec![[u64::MAX; STEPS]; sessions] } else { Vec::new() },
@@ -469,11 +500,28 @@ impl KvCache {
         }
         let tenant = &mut self.tenants[slot];
         (tenant.lanes, tenant.last_lane, tenant.n_lanes) = (NONE, NONE, 0);
+        (tenant.calls, tenant.matched) = (0, 0);
+        (tenant.leader, tenant.follower) = ((NONE, 0), (NONE, 0));
         (tenant.next_refresh_us, tenant.session) = (u64::MAX, session);
         (tenant.generation, tenant.workload) = (handle.generation(), workload as u16);
         if let Some(starts) = self.starts.get_mut(slot) {
             *starts = [u64::MAX; STEPS];
         }
+    }
+
+    /// What a segment's use by other sessions depends on.
+    fn owner(&self, x: &Segment) -> Owner {
+        Owner { degree: x.degree, depth: x.depth, agent: self.lanes[x.lane as usize].agent, born: x.born }
+    }
+
+    fn curves(&self, lane: u32) -> &Curves {
+        &self.curves[self.workload_of(lane) as usize % CURVES]
+    }
+
+    /// Must have been called before segments of the lane's workload are scored or taught from.
+    fn refresh_curves(&mut self, lane: u32, workload: &Workload) {
+        let id = self.workload_of(lane);
+        self.curves[id as usize % CURVES].refresh(id, &workload.sharing, &self.config);
     }
 
     fn first_nobodys(&self) -> u32 {
@@ -661,6 +709,9 @@ impl KvCache {
         let hit = self.path.len();
         let shadow = if self.config.guard { self.guard.started(session, keys, hit) } else { NONE };
         let lane = self.lane(slot, agent);
+        let tenant = &mut self.tenants[slot as usize];
+        tenant.calls = tenant.calls.saturating_add(1);
+        self.refresh_curves(lane, workload.1);
         let whole = self.touch(workload.1, lane, slot, now_us, keys.len() as u32, hints);
         self.lanes[lane as usize].calls = self.lanes[lane as usize].calls.wrapping_add(1);
         self.ticket = 0;
@@ -835,6 +886,9 @@ impl KvCache {
             expected[misses(x.touch_call)][x.class as usize] += x.len;
             segment = x.lane_next;
         }
+        let Tenant { leader, calls: step, .. } = self.tenants[slot as usize];
+        let mut votes = self.expected_of_leader(slot);
+        let mut leads = NONE;
         let (mut at, mut previous, mut whole) = (0, NONE, true);
         while at < self.path.len() {
             let segment = self.index.segment_of(self.path[at]);
@@ -849,7 +903,15 @@ impl KvCache {
                 used[misses(old.touch_call)][old.class as usize] += n as u32;
             }
             let age_s = now_us.saturating_sub(old.last_use_us) as f32 / 1e6;
-            workload.sharing.learn(sharing::class(old.degree, old.depth), age_s, !same_session);
+            let owner = self.owner(&old);
+            let other = self.lanes[old.lane as usize].session;
+            if let Some(votes) = votes.as_mut().filter(|_| other == leader.0) {
+                votes.used(followers::offset(old.born, step), owner.agent, n as u32);
+            }
+            if !same_session && other != NONE && at * 3 >= prompt_len as usize {
+                leads = other;
+            }
+            workload.sharing.learn(self.curves(old.lane), owner, age_s, n as u32, !same_session);
             if n < old.len as usize {
                 let lower = self.split(segment, self.path[at + n - 1], n as u32);
                 if lower == NONE {
@@ -876,6 +938,7 @@ impl KvCache {
                 x.class = content::used_class(x.touches);
             } else {
                 x.touches = 1;
+                x.born = step.min(255) as u8;
                 x.degree = x.degree.saturating_add(1);
                 x.class = content::first_class(prompt_len - (at + n) as u32);
             }
@@ -887,6 +950,7 @@ impl KvCache {
                 previous = segment;
             }
         }
+        self.follow(workload, slot, votes.as_ref(), leads);
         for (misses, (expected, used)) in expected.iter().zip(&used).enumerate() {
             for (class, (&n, &m)) in expected.iter().zip(used).enumerate() {
                 if n > 0 {
@@ -895,6 +959,41 @@ impl KvCache {
             }
         }
         whole
+    }
+
+    /// The blocks that a session's leader holds now, which the session's call may use.
+    fn expected_of_leader(&self, slot: u32) -> Option<Votes> {
+        let Tenant { leader: (leader, generation), calls, .. } = self.tenants[slot as usize];
+        let x = self.tenants.get(leader as usize).filter(|x| x.generation == generation)?;
+        let (mut votes, mut lane) = (Votes::default(), x.lanes);
+        while lane != NONE {
+            let Lane { agent, head, next, .. } = self.lanes[lane as usize];
+            let mut segment = head;
+            while segment != NONE {
+                let x = self.index.seg(segment);
+                votes.expect(followers::offset(x.born, calls), agent, x.len);
+                segment = x.lane_next;
+            }
+            lane = next;
+        }
+        Some(votes)
+    }
+
+    /// Counts what a session's call used of its leader's, and makes `leads` its leader if it is one.
+    fn follow(&mut self, workload: &Workload, slot: u32, votes: Option<&Votes>, leads: u32) {
+        let Tenant { leader, calls, matched, generation, .. } = self.tenants[slot as usize];
+        if let Some(votes) = votes {
+            workload.followers.learn(votes, calls.saturating_sub(matched));
+            self.mark(leader.0);
+        }
+        if leads != NONE && self.config.followers {
+            let tenant = &mut self.tenants[leads as usize];
+            tenant.follower = (slot, generation);
+            let leader = (leads, tenant.generation);
+            let tenant = &mut self.tenants[slot as usize];
+            (tenant.leader, tenant.matched) = (leader, calls);
+            self.mark(leads);
+        }
     }
 
     /// Nothing tells a segment from the only one below it any more. Both were just used by the same call.
@@ -1056,6 +1155,10 @@ impl KvCache {
             }
             if fresh != NONE {
                 let touch_call = self.lanes[lane as usize].calls;
+                let born = match self.lanes[lane as usize].session {
+                    NONE => 0,
+                    slot => self.tenants[slot as usize].calls.min(255) as u8,
+                };
                 let x = self.index.seg_mut(fresh);
                 x.class = class;
                 (x.touches, x.restored) = match origin {
@@ -1064,6 +1167,7 @@ impl KvCache {
                 };
                 x.degree = if i < anchor_len { anchor_degree.saturating_add(1) } else { 1 };
                 x.depth = *len;
+                x.born = born;
                 x.touch_call = touch_call;
                 x.last_use_us = now_us;
                 if let Some(&hint) = hints.get(i) {
@@ -1199,7 +1303,7 @@ impl KvCache {
                 let agent = self.lanes[self.view.lanes[i] as usize].agent;
                 let rate = workload.content.rates(agent, 0, content::used_class(2), &self.config)[0];
                 let private = Foreign::At(f32::INFINITY);
-                let score = density::score(&self.view.times, &first.map(|p| p * rate), &private, None);
+                let score = density::score(&self.view.times, &first.map(|p| p * rate), &private, None, None);
                 if score > ABOVE_FLOOR * floor && self.offers.pays(probability) {
                     self.offers.made(slot, agent, probability);
                     let workload = u32::from(tenant.workload);
@@ -1220,8 +1324,12 @@ impl KvCache {
 
     /// Something about the session has changed.
     pub(crate) fn session_changed(&mut self, handle: SessionHandle) {
-        if self.tenants[handle.slot()].generation == handle.generation() {
+        let tenant = self.tenants[handle.slot()];
+        if tenant.generation == handle.generation() {
             self.mark(handle.slot() as u32);
+            if tenant.leader.0 != NONE {
+                self.mark(tenant.leader.0);
+            }
         }
     }
 
@@ -1290,10 +1398,31 @@ impl KvCache {
         self.view.now_us = self.now_us;
         self.view.n = 0;
         self.view.waiting = None;
+        self.view.follower = None;
         self.view.times = [[0.0; GRID]; STEPS];
+        if self.config.followers {
+            let (follower, generation) = self.tenants[slot as usize].follower;
+            if let Some(x) = self.tenants.get(follower as usize) {
+                if x.generation == generation && x.leader.0 == slot {
+                    let counts = (x.calls, x.calls.saturating_sub(x.matched));
+                    if let Some(times) = self.plan(workload, sessions, follower).map(|(plan, _)| plan.times) {
+                        self.view.follower = Some(counts);
+                        self.view.follower_times = times;
+                    }
+                }
+            }
+        }
+        let Some((plan, waiting)) = self.plan(workload, sessions, slot) else { return };
+        let (n, lanes, weights, times) = (plan.n, plan.lanes, plan.weights, plan.times);
+        (self.view.n, self.view.lanes, self.view.weights, self.view.times) = (n, lanes, weights, times);
+        self.view.waiting = waiting;
+    }
+
+    /// What is expected of a session, and the agent of its waiting call.
+    fn plan(&mut self, workload: &Workload, sessions: &Sessions, slot: u32) -> Option<(&Plan, Option<u16>)> {
         let tenant = self.tenants[slot as usize];
-        let Some(handle) = sessions.at(slot as usize).filter(|h| h.generation() == tenant.generation) else { return };
-        let Some(at) = standing(sessions, handle) else { return };
+        let handle = sessions.at(slot as usize).filter(|h| h.generation() == tenant.generation)?;
+        let at = standing(sessions, handle)?;
         // Who speaks next changes with the session's calls only, when it speaks with every moment.
         let plan = &mut self.plans[slot as usize % PLANS];
         let identity = (slot, handle.generation(), at.features.steps, at.tool_runs());
@@ -1312,18 +1441,17 @@ impl KvCache {
             plan.weights =
                 Chain::new(workload, &self.config, &agents[..plan.n], at.tool_runs()).weights(at.prev, at.last);
         }
-        (self.view.n, self.view.lanes, self.view.weights) = (plan.n, plan.lanes, plan.weights);
         let waiting = if at.in_flight && !self.queue.is_empty() { self.queue.first_of(handle) } else { None };
-        self.view.waiting = waiting.map(|waiting| waiting.agent);
         let wait_s = waiting.and_then(|waiting| self.queue.wait_s(waiting.ticket));
         let queue_s = self.queue.length_s();
         let now_us = self.now_us;
+        let waiting = waiting.map(|waiting| waiting.agent);
         if self.config.oracle.time {
-            self.view.times = density::known_call_times(self.starts[slot as usize].map(|start| match start {
+            plan.times = density::known_call_times(self.starts[slot as usize].map(|start| match start {
                 u64::MAX => f32::INFINITY,
                 start => start.saturating_sub(now_us) as f32 / 1e6,
             }));
-            return;
+            return Some((plan, waiting));
         }
         // Times hold for as long as the silence has hardly grown.
         let phase = (at.in_flight, at.last_start_us, at.last_finish_us);
@@ -1332,11 +1460,12 @@ impl KvCache {
             (plan.phase, plan.times_us) = (phase, now_us);
             plan.times = call_times(workload, &at, now_us, (wait_s, queue_s), &self.config);
         }
-        self.view.times = plan.times;
+        Some((plan, waiting))
     }
 
     /// Scores a leaf whose session's view is loaded, or that is nobody's, and queues it accordingly.
     fn score_leaf(&mut self, segment: u32, workload: &Workload) {
+        self.refresh_curves(self.index.seg(segment).lane, workload);
         let score = self.score(segment, self.index.seg(segment), workload, self.horizon_s());
         self.queue_scored(segment, score);
     }
@@ -1377,14 +1506,21 @@ impl KvCache {
                 first_use[i] = a * first[i] + b * second[i] + c * third[i];
             }
         }
+        let owner = self.owner(x);
         let mut foreign = Foreign::Learned {
-            hazards: workload.sharing.hazards(sharing::class(x.degree, x.depth), &self.config),
+            curve: self.curves(x.lane).of(owner.class()),
+            risk: workload.sharing.risk(owner, &self.config),
             age_s: self.now_us.saturating_sub(x.last_use_us) as f32 / 1e6,
         };
         if self.config.oracle.any() {
             self.foretold(segment, lane, &mut first_use, &mut foreign);
         }
-        let score = density::score(&self.view.times, &first_use, &foreign, horizon_s);
+        let mut follow = [0.0; STEPS];
+        if let Some((calls, since)) = self.view.follower {
+            follow = workload.followers.first_use(x.born, calls, since, lane.agent);
+        }
+        let follower = self.view.follower.map(|_| (&self.view.follower_times, &follow));
+        let score = density::score(&self.view.times, &first_use, &foreign, follower, horizon_s);
         let score = if self.config.sabotage { (1e3 * score).recip() } else { score };
         // What is awaited is worth one hit after that time, whatever else may happen.
         let awaited = |wait_s: f32| match horizon_s {
@@ -1394,7 +1530,7 @@ impl KvCache {
         self.queue.wait_s(x.awaited.0).map_or(score, |wait_s| score.max(awaited(wait_s)))
     }
 
-    fn foretold(&self, segment: u32, lane: &Lane, first_use: &mut [f32; STEPS], foreign: &mut Foreign) {
+    fn foretold(&self, segment: u32, lane: &Lane, first_use: &mut [f32; STEPS], foreign: &mut Foreign<'_>) {
         let hint = self.hints[segment as usize];
         if self.config.oracle.content {
             *first_use = [0.0; STEPS];
@@ -1550,6 +1686,7 @@ impl KvCache {
                     }
                     scored += 1;
                     self.look(workload, sessions, self.lanes[lane as usize].session);
+                    self.refresh_curves(lane, workload);
                     let score = self.score(segment, self.index.seg(segment), workload, self.horizon_s());
                     self.index.seg_mut(segment).set_own_score(Some(score));
                     score
@@ -1613,14 +1750,15 @@ impl KvCache {
         victim: &mut dyn FnMut(u64),
     ) -> usize {
         let x = *self.index.seg(segment);
+        let take = most.min(x.len as usize);
         if let Some(workload) = workloads.get(self.workload_of(x.lane) as usize) {
             let age_s = self.now_us.saturating_sub(x.last_use_us) as f32 / 1e6;
-            workload.sharing.learn(sharing::class(x.degree, x.depth), age_s, false);
+            self.refresh_curves(x.lane, workload);
+            workload.sharing.learn(self.curves(x.lane), self.owner(&x), age_s, take as u32, false);
             if x.degree > 1 {
                 workload.sharing.remember(self.index.key(x.tail), x.degree);
             }
         }
-        let take = most.min(x.len as usize);
         self.offers.resolved(x.restored, take, false);
         let exposed = self.take_from(segment, take, victim);
         if exposed != NONE {

@@ -9,8 +9,10 @@
 //! direct-mapped table, and blocks that are stored again above such a block take up where they left.
 
 use crate::histogram::Counters;
+use crate::ids::mix;
 use crate::sync::{AtomicU32, Ordering::Relaxed};
 
+use super::content::ROWS;
 use super::Config;
 
 /// Age buckets.
@@ -19,8 +21,110 @@ const DEGREES: usize = 7;
 const DEPTHS: usize = 4;
 const CLASSES: usize = DEGREES * DEPTHS;
 const GHOSTS: usize = 256;
+/// Steps to the vote in ratios, and where these halve.
+const STEPS_TO_VOTE: u32 = 4;
+pub(super) const RATIO_HALVES: u32 = 0x2000;
+/// Agents and steps with a ratio of their own, for private and for shared segments.
+const AGENTS: usize = ROWS + 1;
+const STEPS: usize = 12;
+const RATIOS: usize = 2 * (AGENTS + STEPS);
 /// Weight of the pooled hazard.
 const KAPPA: f32 = 4.0;
+
+/// Weight, in blocks' votes, of "as its class says".
+const RATIO_PRIOR: f32 = 8.0;
+
+/// Class of a session's step: exact up to eight, then octaves.
+fn step_class(step: u8) -> usize {
+    match step {
+        0..=8 => usize::from(step),
+        _ => (9 + (u32::from(step) / 9).ilog2() as usize).min(STEPS - 1),
+    }
+}
+
+/// What a segment's use by others depends on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Owner {
+    /// Sessions that have used it; depth of its first block.
+    pub(crate) degree: u8,
+    pub(crate) depth: u32,
+    /// Agent of the lane that used it last.
+    pub(crate) agent: u16,
+    /// The session's step at which it used it first.
+    pub(crate) born: u8,
+}
+
+impl Owner {
+    pub(crate) fn class(self) -> usize {
+        class(self.degree, self.depth)
+    }
+
+    fn cells(self) -> [usize; 2] {
+        let group = if self.degree > 1 { AGENTS + STEPS } else { 0 };
+        [group + usize::from(self.agent).min(AGENTS - 1), group + AGENTS + step_class(self.born)]
+    }
+}
+
+/// Hazards of a class, cumulated.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Curve {
+    /// -ln P(no use) up to each age bucket.
+    cumulative: [f32; AGES + 1],
+    /// Uses that an observation which ends in a bucket was due: one trial in each bucket that it reached.
+    due: [f32; AGES],
+}
+
+impl Curve {
+    const NEVER: Self = Self { cumulative: [0.0; AGES + 1], due: [0.0; AGES] };
+
+    pub(crate) fn new(hazards: &[f32; AGES]) -> Self {
+        let mut curve = Self::NEVER;
+        let mut due = 0.0;
+        for (age, hazard) in hazards.iter().enumerate() {
+            due += hazard;
+            curve.due[age] = due;
+            curve.cumulative[age + 1] = curve.cumulative[age] - (1.0 - hazard).ln();
+        }
+        curve
+    }
+
+    pub(crate) fn at(&self, age_s: f32) -> f32 {
+        let position = position(age_s);
+        let age = position as usize;
+        self.cumulative[age] + (self.cumulative[age + 1] - self.cumulative[age]) * (position - age as f32)
+    }
+}
+
+/// The curves of all classes of one workload, as of a few dozen observations ago: they change slowly and cost microseconds.
+#[derive(Clone, Debug)]
+pub(crate) struct Curves {
+    workload: u32,
+    left: u32,
+    classes: [Curve; CLASSES],
+}
+
+impl Curves {
+    /// Observations, or leaves scored, between two looks at the counts.
+    const HOLD: u32 = 64;
+
+    pub(crate) fn new() -> Self {
+        Self { workload: u32::MAX, left: 0, classes: [Curve::NEVER; CLASSES] }
+    }
+
+    /// Brings the curves up to date for a workload, if it is time.
+    pub(crate) fn refresh(&mut self, workload: u32, sharing: &Sharing, config: &Config) {
+        if self.workload == workload && self.left > 0 {
+            self.left -= 1;
+            return;
+        }
+        (self.workload, self.left) = (workload, Self::HOLD);
+        sharing.curves(&mut self.classes, config);
+    }
+
+    pub(crate) fn of(&self, class: usize) -> &Curve {
+        &self.classes[class]
+    }
+}
 
 /// Class of a segment at `depth` that `degree` sessions have used.
 pub(crate) fn class(degree: u8, depth: u32) -> usize {
@@ -63,6 +167,8 @@ pub(crate) struct Sharing {
     /// Events in the first half of the lanes, ends of observation in the second.
     counts: [Counters<{ AGES * 2 / 4 }>; CLASSES],
     ghosts: [AtomicU32; GHOSTS],
+    /// Uses by other sessions that were seen and that were due, by agent and by step; two cells a word.
+    ratios: [Counters<1, RATIO_HALVES>; RATIOS / 2],
 }
 
 impl Default for Sharing {
@@ -70,6 +176,7 @@ impl Default for Sharing {
         Self {
             counts: std::array::from_fn(|_| Counters::default()),
             ghosts: std::array::from_fn(|_| AtomicU32::new(0)),
+            ratios: std::array::from_fn(|_| Counters::default()),
         }
     }
 }
@@ -79,20 +186,71 @@ impl Sharing {
         self.counts.iter()
     }
 
-    /// An observation ended at `age_s`: by another session's use, or otherwise.
-    pub(crate) fn learn(&self, class: usize, age_s: f32, shared: bool) {
-        self.counts[class].add(bucket(age_s) + if shared { 0 } else { AGES });
+    pub(super) fn ratios(&self) -> impl Iterator<Item = &Counters<1, RATIO_HALVES>> {
+        self.ratios.iter()
+    }
+
+    /// An observation of `n` blocks ended at `age_s`: by another session's use, or otherwise.
+    pub(crate) fn learn(&self, curves: &Curves, of: Owner, age_s: f32, n: u32, shared: bool) {
+        let weight = n.ilog2() + 1;
+        let class = of.class();
+        self.counts[class].add_step(bucket(age_s) + if shared { 0 } else { AGES }, weight);
+        let cells = of.cells();
+        let ratios = cells.map(|cell| self.ratio(cell));
+        let all: f32 = ratios.iter().product();
+        let weight = (STEPS_TO_VOTE * weight) as f32;
+        let due = weight * curves.of(class).due[bucket(age_s)];
+        let seen = if shared { weight } else { 0.0 };
+        for (cell, ratio) in cells.into_iter().zip(ratios) {
+            // Steps are whole, what is due is not: it is rounded up as often as it must be, by the bits of the age.
+            let chance = (mix(u64::from(age_s.to_bits()) ^ cell as u64) >> 40) as f32 / (1u64 << 24) as f32;
+            let due = (due * all / ratio + chance) as u32;
+            self.ratios[cell / 2].add_steps(cell % 2 * 2, [seen as u32, due], 1);
+        }
+    }
+
+    /// Uses seen over uses due in a cell.
+    fn ratio(&self, cell: usize) -> f32 {
+        let get = |i: usize| f32::from(self.ratios[cell / 2].get(cell % 2 * 2 + i)) / STEPS_TO_VOTE as f32;
+        ((get(0) + RATIO_PRIOR) / (get(1) + RATIO_PRIOR)).clamp(0.02, 50.0)
+    }
+
+    /// How much likelier than its class says a use is, by the owner's agent and the session's step.
+    pub(crate) fn risk(&self, of: Owner, config: &Config) -> f32 {
+        if config.sharing_agents {
+            of.cells().map(|cell| self.ratio(cell)).iter().product()
+        } else {
+            1.0
+        }
     }
 
     /// Hazard per age bucket of a class.
+    #[cfg(test)]
     pub(crate) fn hazards(&self, class: usize, config: &Config) -> [f32; AGES] {
-        let group = if class < DEPTHS { 0..DEPTHS } else { DEPTHS..CLASSES };
+        self.refined(class, &self.pooled(usize::from(class >= DEPTHS)), config)
+    }
+
+    fn curves(&self, out: &mut [Curve; CLASSES], config: &Config) {
+        let pooled = [self.pooled(0), self.pooled(1)];
+        for (class, curve) in out.iter_mut().enumerate() {
+            *curve = Curve::new(&self.refined(class, &pooled[usize::from(class >= DEPTHS)], config));
+        }
+    }
+
+    /// Hazards of all private (0) or all shared (1) segments.
+    fn pooled(&self, group: usize) -> [f32; AGES] {
+        let group = if group == 0 { 0..DEPTHS } else { DEPTHS..CLASSES };
         let (mut events, mut ends) = ([0.0f32; AGES], [0.0f32; AGES]);
         for class in group {
             add_counts(&self.counts[class], &mut events, &mut ends);
         }
         let mut hazards = [0.0; AGES];
         refine(&mut hazards, &events, &ends, 1.0, 0.001);
+        hazards
+    }
+
+    fn refined(&self, class: usize, pooled: &[f32; AGES], config: &Config) -> [f32; AGES] {
+        let mut hazards = *pooled;
         if config.sharing_classes {
             let (mut events, mut ends) = ([0.0f32; AGES], [0.0f32; AGES]);
             add_counts(&self.counts[class], &mut events, &mut ends);
@@ -102,7 +260,7 @@ impl Sharing {
     }
 
     fn ghost(key: u64) -> (usize, u32) {
-        let hash = crate::ids::mix(key);
+        let hash = mix(key);
         ((hash >> 40) as usize % GHOSTS, (hash as u32) & 0xFF_FFFF)
     }
 
@@ -145,18 +303,56 @@ fn refine(hazards: &mut [f32; AGES], events: &[f32; AGES], ends: &[f32; AGES], k
 mod tests {
     use super::*;
 
+    fn owner(degree: u8, depth: u32, agent: u16, born: u8) -> Owner {
+        Owner { degree, depth, agent, born }
+    }
+
     #[test]
     fn shared_classes_learn_their_own_pace() {
         let sharing = Sharing::default();
+        let (anchor, tail) = (owner(20, 0, 0, 1), owner(1, 100, 0, 1));
         for _ in 0..200 {
-            sharing.learn(class(20, 0), 1.0, true);
-            sharing.learn(class(1, 100), 50.0, false);
+            sharing.learn(&Curves::new(), anchor, 1.0, 1, true);
+            sharing.learn(&Curves::new(), tail, 50.0, 1, false);
         }
         let config = Config::default();
-        let anchor = sharing.hazards(class(20, 0), &config);
-        let tail = sharing.hazards(class(1, 100), &config);
+        let anchor = sharing.hazards(anchor.class(), &config);
+        let tail = sharing.hazards(tail.class(), &config);
         assert!(anchor[bucket(1.0)] > 0.9, "{anchor:?}");
         assert!(tail.iter().all(|&h| h < 0.05), "{tail:?}");
+    }
+
+    #[test]
+    fn agents_and_steps_whose_blocks_others_use_are_told_from_those_whose_they_do_not() {
+        let (sharing, config, mut curves) = (Sharing::default(), Config::default(), Curves::new());
+        // Others use what agent 0 wrote, in its session's first step more than in its ninth.
+        for round in 0..2_000 {
+            curves.refresh(0, &sharing, &config);
+            sharing.learn(&curves, owner(1, 100, 0, 1), 2.0, 16, true);
+            sharing.learn(&curves, owner(1, 100, 0, 9), 2.0, 16, round % 3 == 0);
+            sharing.learn(&curves, owner(1, 100, 1, 1), 2.0, 16, round % 20 == 0);
+            sharing.learn(&curves, owner(1, 100, 1, 9), 2.0, 16, round % 50 == 0);
+        }
+        let risk = |agent, born| sharing.risk(owner(1, 100, agent, born), &config);
+        assert!(risk(0, 1) > 1.3 && risk(1, 9) < 0.3, "{} {}", risk(0, 1), risk(1, 9));
+        assert!(risk(0, 1) > risk(0, 9) && risk(0, 1) > risk(1, 1), "{} {}", risk(0, 9), risk(1, 1));
+        let off = Config { sharing_agents: false, ..config };
+        assert!((sharing.risk(owner(1, 100, 1, 9), &off) - 1.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn what_is_due_is_what_is_seen_where_nothing_tells_agents_apart() {
+        let (sharing, config, mut curves) = (Sharing::default(), Config::default(), Curves::new());
+        for round in 0..20_000u32 {
+            curves.refresh(0, &sharing, &config);
+            let x = mix(u64::from(round));
+            let of = owner(1, 100, (x % 5) as u16, (x / 5 % 7) as u8);
+            sharing.learn(&curves, of, (x / 35 % 60) as f32, 8, x / 2_100 % 4 == 0);
+        }
+        for agent in 0..5 {
+            let risk = sharing.risk(owner(1, 100, agent, 3), &config);
+            assert!((0.8..1.25).contains(&risk), "agent {agent}: {risk}");
+        }
     }
 
     #[test]

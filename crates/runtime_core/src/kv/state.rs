@@ -69,6 +69,10 @@ impl Workload {
         rows.push(self.services.row());
         rows.push(self.ends.row());
         self.sharing.rows().for_each(|row| rows.push(row));
+        self.sharing.ratios().for_each(|row| rows.push(row));
+        let (cells, agents) = self.followers.rows();
+        rows.push(cells);
+        rows.push(agents);
         rows
     }
 

@@ -12,7 +12,7 @@ use super::content::Content;
 use super::density::{self, Foreign, GRID};
 use super::ends::{Ends, Features};
 use super::gaps::{self, Context, Gaps, BUCKETS};
-use super::sharing::{self, Sharing, AGES};
+use super::sharing::{self, Curve, Curves, Owner, Sharing, AGES};
 use super::{Config, Workload};
 use crate::ids::AgentId;
 use crate::successors::{context_of, context_of_two};
@@ -98,7 +98,7 @@ proptest! {
         let mut counts: HashMap<usize, [Vec<f64>; 2]> = HashMap::new();
         for &(degree, depth, age_s, shared) in &seen {
             let class = sharing::class(degree, depth);
-            sharing.learn(class, age_s, shared);
+            sharing.learn(&Curves::new(), Owner { degree, depth, agent: 0, born: 0 }, age_s, 1, shared);
             let bucket = sharing::position(age_s) as usize;
             let rows = counts.entry(class).or_insert_with(|| [vec![0.0; AGES], vec![0.0; AGES]]);
             rows[usize::from(!shared)][bucket] += 1.0;
@@ -198,7 +198,7 @@ proptest! {
 
     #[test]
     fn scores_are_near_a_fine_integration_and_never_nan(
-        p in 0.0f32..1.0, mean_s in 0.3f64..60.0, hazard in 0.0f32..0.3, age_s in 0.0f32..100.0
+        p in 0.0f32..1.0, mean_s in 0.3f64..60.0, hazard in 0.0f32..0.3, risk in 0.1f32..5.0, age_s in 0.0f32..100.0
     ) {
         // The session's next call is exponential, another session comes with one hazard per bucket of age.
         let t = |j: usize| 0.03 * (j as f64 * 0.75).exp2();
@@ -206,9 +206,10 @@ proptest! {
         times[0] = std::array::from_fn(|j| (1.0 - (-t(j) / mean_s).exp()) as f32);
         let mut first_use = [0.0; STEPS];
         first_use[0] = p;
-        let ours = density::score(&times, &first_use, &Foreign::Learned { hazards: [hazard; AGES], age_s }, None);
+        let curve = Curve::new(&[hazard; AGES]);
+        let ours = density::score(&times, &first_use, &Foreign::Learned { curve: &curve, risk, age_s }, None, None);
         let position = |x: f64| if x <= 1.0 { x.max(0.0) * 0.999 } else { (x.log2() + 1.0).min(AGES as f64 - 0.001) };
-        let cumulative = |age: f64| -position(16.0 * age) * (1.0 - f64::from(hazard)).ln();
+        let cumulative = |age: f64| -f64::from(risk) * position(16.0 * age) * (1.0 - f64::from(hazard)).ln();
         let reuse = |x: f64| {
             let own = f64::from(p) * (1.0 - (-x / mean_s).exp());
             1.0 - (1.0 - own) * (cumulative(f64::from(age_s)) - cumulative(f64::from(age_s) + x)).exp()

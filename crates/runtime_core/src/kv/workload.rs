@@ -9,7 +9,8 @@
 //! | `gaps` | gap histograms by agent, pace, tool; skill of four chains | 3,888 |
 //! | `services` | histogram of durations of calls | 88 |
 //! | `ends` | trials and successes by agent, step, size, tool | 256 |
-//! | `sharing` | uses by other sessions by degree, depth and age; remembered anchors | 3,040 |
+//! | `sharing` | uses by other sessions by degree, depth and age, agent and step; remembered anchors | 3,232 |
+//! | `followers` | uses by sessions that follow the owner, by offset, lag and agent | 96 |
 //! | | padding to a cache line | |
 //! | victim queue | heads of 256 score classes (kept beside the index, counted here) | 1,056 |
 //!
@@ -26,6 +27,7 @@ use crate::successors::{after_tool, context_of, context_of_two, SuccessorTable};
 use super::content::Content;
 use super::drift::Drift;
 use super::ends::{Ends, Features};
+use super::followers::Followers;
 use super::gaps::{self, Context, Gaps, Services};
 use super::index::QUEUE_BYTES;
 use super::sharing::Sharing;
@@ -57,6 +59,7 @@ pub struct Workload {
     pub(crate) services: Services,
     pub(crate) ends: Ends,
     pub(crate) sharing: Sharing,
+    pub(crate) followers: Followers,
 }
 
 impl Workload {
