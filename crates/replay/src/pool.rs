@@ -10,6 +10,7 @@ pub struct Pool {
     capacity: usize,
     resident: usize,
     pinned: usize,
+    reserved: usize,
     /// Bit 31: resident. Bits 0..16: pins.
     state: Vec<u32>,
     children: Vec<u32>,
@@ -45,6 +46,7 @@ impl Pool {
             capacity,
             resident: 0,
             pinned: 0,
+            reserved: 0,
             state: vec![0; n],
             children: vec![0; n],
             parents: trace.parents.clone(),
@@ -66,7 +68,7 @@ impl Pool {
 
     /// Blocks that can be inserted without an eviction.
     pub fn free(&self) -> usize {
-        self.capacity - self.resident
+        self.capacity - self.resident - self.reserved
     }
 
     /// Blocks evicted so far.
@@ -142,7 +144,7 @@ impl Pool {
 
     /// Puts a block that is not there into a pool with room for it, below its resident parent.
     pub fn insert(&mut self, block: u32) {
-        debug_assert!(!self.is_resident(block) && self.resident < self.capacity);
+        debug_assert!(!self.is_resident(block) && self.free() > 0);
         let parent = self.parents[block as usize];
         debug_assert!(parent == NO_BLOCK || self.is_resident(parent));
         self.state[block as usize] |= RESIDENT;
@@ -160,7 +162,18 @@ impl Pool {
 
     /// Blocks that running calls use.
     pub fn pinned(&self) -> usize {
-        self.pinned
+        self.pinned + self.reserved
+    }
+
+    /// Running calls use `n` more blocks without content that another call could use; there must be room.
+    pub fn reserve(&mut self, n: usize) {
+        debug_assert!(n <= self.free());
+        self.reserved += n;
+    }
+
+    /// Gives back what was reserved.
+    pub fn release(&mut self, n: usize) {
+        self.reserved -= n;
     }
 
     /// Returns true when no call uses the block any more.

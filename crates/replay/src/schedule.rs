@@ -26,7 +26,7 @@ use crate::trace::{Clock, Trace};
 pub enum Order {
     /// N sessions at a time, each sending its next call after the previous answer plus think or tool time.
     Closed,
-    /// Sessions and calls arrive at their recorded times.
+    /// Sessions and calls arrive at their recorded times; what an engine recorded of itself also starts and ends at them.
     Open,
     /// One call at a time in file order, nothing concurrent, nothing pinned meanwhile.
     File,
@@ -56,6 +56,8 @@ pub enum EventKind {
     Start,
     /// The call ends; its output enters the cache, its blocks are unpinned.
     Finish,
+    /// The call needs a block more, for tokens that fill none yet.
+    Grow,
     /// The call is larger than the pool and runs without the cache.
     Bypass,
 }
@@ -116,11 +118,107 @@ impl Schedule {
         Ok(match options.order {
             Order::File => schedule.file_order(trace),
             Order::Closed => schedule.run_sessions(trace, &[]),
+            Order::Open if trace.is_recording() => schedule.follow_recording(trace),
             Order::Open => {
                 let starts = session_starts(trace, &schedule, &mut rng);
                 schedule.run_sessions(trace, &starts)
             }
         })
+    }
+
+    /// Does this schedule follow the times at which an engine started and ended the calls of `trace`?
+    pub fn follows(&self, trace: &Trace) -> bool {
+        self.options.order == Order::Open && trace.is_recording()
+    }
+
+    /// Every call arrives, starts and ends when it did, whatever others of its session do, and occupies what it did:
+    /// its partial last block at once, the blocks of its answer as it grows, evenly over its time.
+    ///
+    /// In a pool smaller than the recorded one a call may have to wait for room; it then takes as long as it did.
+    fn follow_recording(mut self, trace: &Trace) -> Self {
+        #[derive(PartialEq, Eq, PartialOrd, Ord)]
+        enum Todo {
+            Finish,
+            Grow,
+            Arrive,
+            Start,
+        }
+        let capacity = self.options.capacity_blocks;
+        let mut heap: BinaryHeap<Reverse<(u64, Todo, u32)>> = BinaryHeap::new();
+        for (call, c) in (0..).zip(&trace.calls) {
+            let arrived_s = c.arrival_s.unwrap_or_default();
+            let started_s = arrived_s + c.queue_s.unwrap_or_default();
+            heap.push(Reverse((us(started_s), Todo::Start, call)));
+            if us(started_s) > us(arrived_s) && trace.occupied(call).1 <= capacity {
+                heap.push(Reverse((us(arrived_s), Todo::Arrive, call)));
+            }
+        }
+        let mut queue: VecDeque<u32> = VecDeque::new();
+        let mut pins = vec![0u16; trace.n_blocks as usize];
+        let mut held = vec![0usize; trace.calls.len()];
+        // Pinned blocks, and those held beside them.
+        let mut used = 0;
+        while let Some(Reverse((now, todo, call))) = heap.pop() {
+            let c = &trace.calls[call as usize];
+            match todo {
+                Todo::Arrive => self.events.push(Event { time_us: now, call, kind: EventKind::Queued }),
+                Todo::Start => queue.push_back(call),
+                Todo::Grow if used < capacity => {
+                    self.events.push(Event { time_us: now, call, kind: EventKind::Grow });
+                    held[call as usize] += 1;
+                    used += 1;
+                }
+                // The engine would take another call's blocks away.
+                Todo::Grow => {}
+                Todo::Finish => {
+                    self.events.push(Event { time_us: now, call, kind: EventKind::Finish });
+                    used -= held[call as usize];
+                    for b in trace.blocks(c.prompt) {
+                        pins[b as usize] -= 1;
+                        used -= usize::from(pins[b as usize] == 0);
+                    }
+                }
+            }
+            while let Some(&call) = queue.front() {
+                let c = &trace.calls[call as usize];
+                let latency_us = us(c.llm_latency_s.unwrap_or_default()).max(1);
+                let (start, end) = trace.occupied(call);
+                if end > capacity {
+                    self.events.push(Event { time_us: now, call, kind: EventKind::Bypass });
+                    queue.pop_front();
+                    continue;
+                }
+                let tail = start - trace.blocks_in(c.prompt);
+                let new = trace.blocks(c.prompt).filter(|&b| pins[b as usize] == 0).count();
+                if used + new + tail > capacity {
+                    break;
+                }
+                queue.pop_front();
+                for b in trace.blocks(c.prompt) {
+                    pins[b as usize] += 1;
+                }
+                used += new;
+                self.events.push(Event { time_us: now, call, kind: EventKind::Start });
+                for _ in 0..tail {
+                    self.events.push(Event { time_us: now, call, kind: EventKind::Grow });
+                }
+                held[call as usize] = tail;
+                used += tail;
+                let size = trace.block_size as usize;
+                for block in start..end {
+                    let token = (block * size + 1).saturating_sub(c.prompt_tokens as usize);
+                    let share = token as f64 / f64::from(c.output_tokens.max(1));
+                    let at = now + (latency_us as f64 * share.min(1.0)) as u64;
+                    heap.push(Reverse((at.min(now + latency_us - 1), Todo::Grow, call)));
+                }
+                heap.push(Reverse((now + latency_us, Todo::Finish, call)));
+            }
+            let waits = todo == Todo::Start && queue.back() == Some(&call);
+            if waits && c.queue_s.is_none_or(|queue_s| us(queue_s) == 0) {
+                self.events.push(Event { time_us: now, call, kind: EventKind::Queued });
+            }
+        }
+        self
     }
 
     /// Seconds that a call occupies its blocks in the schedule.
@@ -275,7 +373,8 @@ fn draw_gaps(trace: &Trace, rng: &mut StdRng) -> Vec<f64> {
                 None => drawn_think,
                 Some(before) => match (trace.clock, before.arrival_s, call.arrival_s) {
                     (Clock::Session | Clock::Global, Some(from), Some(to)) => {
-                        (to - from - before.llm_latency_s.unwrap_or(0.0)).clamp(GAP_RANGE_S.0, GAP_RANGE_S.1)
+                        let busy_s = before.queue_s.unwrap_or(0.0) + before.llm_latency_s.unwrap_or(0.0);
+                        (to - from - busy_s).clamp(GAP_RANGE_S.0, GAP_RANGE_S.1)
                     }
                     _ => match (before.tool, before.tool_latency_s) {
                         (_, Some(latency)) => latency.clamp(GAP_RANGE_S.0, GAP_RANGE_S.1),

@@ -1,6 +1,6 @@
 //! Runs one policy over one schedule.
 
-use rustc_hash::FxHashSet;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::host::{HostCounts, HostOptions, HostTier};
 use crate::latency::LatencyModel;
@@ -72,6 +72,8 @@ pub fn run_with_host(
         pool: Pool::new(trace, schedule.options.capacity_blocks),
         host: host.map(|options| HostTier::new(options, trace.n_blocks as usize)),
         outcome: Outcome { call_hits: vec![u32::MAX; trace.calls.len()], ..Outcome::default() },
+        recorded: schedule.follows(trace),
+        held: FxHashMap::default(),
     };
     if let Some(options) = host {
         run.policy.host_tier(schedule.options.capacity_blocks, options.blocks);
@@ -105,6 +107,10 @@ struct Run<'a> {
     pool: Pool,
     host: Option<HostTier>,
     outcome: Outcome,
+    /// Whether the calls' times were recorded by an engine: then what an engine cannot hit does not count.
+    recorded: bool,
+    /// Blocks without content that calls use, by call.
+    held: FxHashMap<u32, usize>,
 }
 
 impl Run<'_> {
@@ -125,6 +131,12 @@ impl Run<'_> {
         };
         match event.kind {
             EventKind::Queued => return self.policy.call_queued(&view, &self.pool),
+            EventKind::Grow => {
+                make_room(1, event.time_us, &mut self.pool, self.policy, &mut self.outcome);
+                self.pool.reserve(1);
+                *self.held.entry(event.call).or_default() += 1;
+                return self.write_back(event.time_us);
+            }
             EventKind::Bypass => {
                 self.outcome.bypassed_calls += 1;
                 self.policy.call_bypassed(&view);
@@ -134,6 +146,9 @@ impl Run<'_> {
                 self.outcome.calls += 1;
                 self.outcome.prompt_blocks += prompt.len() as u64;
                 self.outcome.hit_blocks += view.hit as u64;
+                // An engine computes at least the last token of a prompt.
+                let all = view.hit as u64 * u64::from(self.trace.block_size) >= u64::from(call.prompt_tokens);
+                self.outcome.hit_blocks -= u64::from(self.recorded && all && view.hit > 0);
                 self.outcome.call_hits[event.call as usize] = view.hit as u32;
                 prompt[..view.hit].iter().for_each(|&b| self.pool.pin(b));
                 self.load(event, &prompt[..view.hit], &prompt[view.hit..]);
@@ -146,12 +161,17 @@ impl Run<'_> {
                 view.tool = call.tool;
                 output.clear();
                 self.trace.expand(call.output, output);
-                let known = output.iter().take_while(|&&b| self.pool.is_resident(b)).count();
-                output[..known].iter().for_each(|&b| self.pool.pin(b));
-                self.insert_pinned(&output[known..], event.time_us);
-                self.policy.inserted(&view, &output[known..], &self.pool);
+                self.pool.release(self.held.remove(&event.call).unwrap_or(0));
+                // An answer that found no room to grow is kept as far as it got.
+                let room = self.pool.capacity() - self.pool.pinned();
+                let in_use = output.iter().take_while(|&&b| self.pool.is_pinned(b)).count();
+                let kept = &output[..output.len().min(in_use + room)];
+                let known = kept.iter().take_while(|&&b| self.pool.is_resident(b)).count();
+                kept[..known].iter().for_each(|&b| self.pool.pin(b));
+                self.insert_pinned(&kept[known..], event.time_us);
+                self.policy.inserted(&view, &kept[known..], &self.pool);
                 released.clear();
-                released.extend(prompt.iter().chain(&*output).copied().filter(|&b| self.pool.unpin(b)));
+                released.extend(prompt.iter().chain(kept).copied().filter(|&b| self.pool.unpin(b)));
                 self.policy.call_finish(&view, output, released, &self.pool);
             }
         }

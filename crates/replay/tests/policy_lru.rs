@@ -35,7 +35,7 @@ fn hits_of_vllm(trace: &Trace, schedule: &Schedule) -> Vec<u32> {
             found as u32
         };
         match event.kind {
-            EventKind::Queued | EventKind::Bypass => {}
+            EventKind::Queued | EventKind::Grow | EventKind::Bypass => {}
             EventKind::Start => hits[event.call as usize] = allocate(&prompt, &mut free),
             EventKind::Finish => {
                 allocate(&output, &mut free);

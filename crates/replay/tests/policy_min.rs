@@ -28,7 +28,7 @@ impl Exhaustive<'_> {
         let mask = |span| self.trace.blocks(span).fold(0u64, |m, b| m | 1 << b);
         let (prompt, output) = (mask(call.prompt), mask(call.output));
         let (needed, in_use, gain) = match event.kind {
-            EventKind::Queued | EventKind::Bypass => (0, 0, 0),
+            EventKind::Queued | EventKind::Grow | EventKind::Bypass => (0, 0, 0),
             EventKind::Start => (prompt, prompt, (prompt & resident).count_ones()),
             EventKind::Finish => (output, prompt | output, 0),
         };

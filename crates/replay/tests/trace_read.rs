@@ -386,6 +386,7 @@ fn build(clock: Clock, draws: &[Draw]) -> Trace {
             prompt_tokens: chain.len() as u32 * 16 + u32::from(keep as u8 % 16),
             output_tokens: u32::from(answer) * 16,
             arrival_s: if clock == Clock::None { None } else { time.map(|_| *arrival) },
+            queue_s: time.filter(|t| t % 2 == 0).map(|t| f64::from(t) / 7.0),
             llm_latency_s: time.map(|t| f64::from(t) / 3.0),
             tool: tool.map(|t| builder.tool(&format!("tool {}", t % 4)).unwrap()),
             tool_latency_s: tool.map(|t| f64::from(t) * 0.1),

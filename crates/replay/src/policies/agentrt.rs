@@ -143,7 +143,8 @@ impl Future {
         // Next use by each session: (session, step); and the next two distinct sessions with times.
         let mut own: FxHashMap<(u32, u32), u32> = FxHashMap::default();
         let mut soon: Vec<[(u32, u64); 2]> = vec![[(u32::MAX, u64::MAX); 2]; trace.n_blocks as usize];
-        for event in schedule.events.iter().rev().filter(|event| event.kind != EventKind::Queued) {
+        let uses = |kind| !matches!(kind, EventKind::Queued | EventKind::Grow);
+        for event in schedule.events.iter().rev().filter(|event| uses(event.kind)) {
             let i = event.call as usize;
             let call = &trace.calls[i];
             let (span, at) = match event.kind {

@@ -37,6 +37,7 @@ fn flat_trace(keys: &[u32]) -> Trace {
         prompt_tokens: 1,
         output_tokens: 1,
         arrival_s: None,
+        queue_s: None,
         llm_latency_s: None,
         tool: None,
         tool_latency_s: None,

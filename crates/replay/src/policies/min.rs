@@ -48,7 +48,7 @@ impl Min {
         for (position, event) in schedule.events.iter().enumerate().rev() {
             let call = &trace.calls[event.call as usize];
             let (span, use_at) = match event.kind {
-                EventKind::Queued | EventKind::Bypass => continue,
+                EventKind::Queued | EventKind::Grow | EventKind::Bypass => continue,
                 EventKind::Start => (call.prompt, position as u32),
                 EventKind::Finish => (call.output, NEVER),
             };

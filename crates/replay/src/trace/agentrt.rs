@@ -69,6 +69,7 @@ impl LineParser for Parser {
             prompt_tokens: fields.u32("prompt_tokens")?,
             output_tokens: fields.u32("output_tokens")?,
             arrival_s: fields.opt_time("t_arrival", MAX_ARRIVAL_S)?,
+            queue_s: fields.opt_time("queue_s", MAX_DURATION_S)?,
             llm_latency_s: fields.opt_time("llm_latency_s", MAX_DURATION_S)?,
             tool_latency_s: fields.opt_time("tool_latency_s", MAX_DURATION_S)?,
             ..Call::default()

@@ -77,7 +77,9 @@ pub struct Call {
     pub output_tokens: u32,
     /// Arrival in seconds on [`Trace::clock`].
     pub arrival_s: Option<f64>,
-    /// Duration of the call in seconds, where recorded.
+    /// Seconds between its arrival and its start, where an engine recorded them.
+    pub queue_s: Option<f64>,
+    /// Duration of the call from its start in seconds, where recorded.
     pub llm_latency_s: Option<f64>,
     /// Tool that runs after this call: index into [`Trace::tools`].
     pub tool: Option<u16>,
@@ -142,6 +144,24 @@ impl Trace {
         for r in self.runs_of(span) {
             out.extend(r.first..r.first + r.len);
         }
+    }
+
+    /// Does every call say when it arrived, started and ended, as in what an engine recorded of itself?
+    pub fn is_recording(&self) -> bool {
+        let timed = |c: &Call| c.arrival_s.is_some() && c.queue_s.is_some() && c.llm_latency_s.is_some();
+        self.clock == Clock::Global && self.calls.iter().all(timed)
+    }
+
+    /// Blocks that a call occupies in an engine, partial ones included: when it starts, and when it ends.
+    ///
+    /// The last token of an answer is never fed back, so it takes no place.
+    pub fn occupied(&self, call: u32) -> (usize, usize) {
+        let c = &self.calls[call as usize];
+        let blocks = |tokens: u32| tokens.div_ceil(self.block_size.max(1)) as usize;
+        let full = self.blocks_in(c.prompt);
+        let start = blocks(c.prompt_tokens).max(full);
+        let end = blocks(c.prompt_tokens.saturating_add(c.output_tokens.saturating_sub(1)));
+        (start, end.max(start).max(full + self.blocks_in(c.output)))
     }
 
     /// Mean number of distinct blocks (prompt and output) that a session references.

@@ -24,6 +24,8 @@ struct Row<'a> {
     parent: Option<u32>,
     t_arrival: Option<f64>,
     t_scope: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    queue_s: Option<f64>,
     llm_latency_s: Option<f64>,
     tool_name: Option<&'a str>,
     tool_latency_s: Option<f64>,
@@ -88,6 +90,7 @@ pub fn write_to(trace: &Trace, out: &mut impl Write) -> io::Result<()> {
                 Clock::Session => "session",
                 Clock::None => "none",
             },
+            queue_s: call.queue_s,
             llm_latency_s: call.llm_latency_s,
             tool_name: call.tool.map(|t| trace.tools[t as usize].as_str()),
             tool_latency_s: call.tool_latency_s,

@@ -54,6 +54,7 @@ impl TraceBuilder {
             prompt_tokens: prompt.len() as u32 * 16 + 3,
             output_tokens: output.len() as u32 * 16 + 3,
             arrival_s: None,
+            queue_s: None,
             llm_latency_s: None,
             tool: (agent == 1).then_some(0),
             tool_latency_s: None,
