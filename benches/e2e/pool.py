@@ -59,6 +59,7 @@ def closed_loop(calls: list[Call], engine: Engine, blocks: int, concurrency: int
     for _ in range(concurrency):
         call_next(0.0, None, 0)
     waiting: list[tuple[Any, Call, str, int]] = []
+    # Blocks still to be decoded, and one that is never full.
     running: dict[str, int] = {}
     while events:
         now_s, _, (session, step, request) = heapq.heappop(events)
@@ -67,10 +68,14 @@ def closed_loop(calls: list[Call], engine: Engine, blocks: int, concurrency: int
         if request is None:
             waiting.append((engine.request(call), call, session, step))
         else:
-            assert engine.decode(request, max(len(call.output) * BLOCK, 1))
-            engine.finish(request)
-            del running[request.request_id]
-            call_next(now_s, session, step + 1)
+            assert engine.decode(request, BLOCK if call.output else 1)
+            running[request.request_id] -= 1
+            if running[request.request_id] > 1:
+                at(now_s + 0.1, (session, step, request))
+            else:
+                engine.finish(request)
+                del running[request.request_id]
+                call_next(now_s, session, step + 1)
         while waiting:
             request, call, session, step = waiting[0]
             needed = len(call.prompt) + len(call.output) + 2 + sum(running.values())
@@ -78,7 +83,7 @@ def closed_loop(calls: list[Call], engine: Engine, blocks: int, concurrency: int
                 break
             waiting.pop(0)
             running[request.request_id] = len(call.output) + 1
-            at(now_s + 0.2 + 0.1 * len(call.output), (session, step, request))
+            at(now_s + (0.3 if call.output else 0.2), (session, step, request))
     engine.check()
 
 

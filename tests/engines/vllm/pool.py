@@ -228,6 +228,11 @@ class Engine:
         assert all((b.block_id in free) == (b.ref_cnt == 0) for b in self.pool.blocks if not b.is_null)
 
 
+def faults(connector: Any) -> dict[str, int]:
+    """What went wrong, but for hooks that took long: on a busy machine any may."""
+    return {kind: n for kind, n in connector.guard.faults.items() if not kind.endswith(": slow")}
+
+
 def fits(calls: Sequence[Call], blocks: int) -> list[Call]:
     """The calls that a pool of so many blocks can hold."""
     return [call for call in calls if len(call.prompt) + len(call.output) + 1 <= blocks]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.engines.vllm.pool import BLOCK, Call, Engine
+from tests.engines.vllm.pool import BLOCK, Call, Engine, faults
 from tests.engines.vllm.test_ranker import cached, engine, key
 
 from agentrt.engines.vllm.adapter import Adapter, Settings
@@ -24,7 +24,7 @@ def adapter_of(made: Engine) -> Adapter:
 def quiet(made: Engine) -> None:
     """No fault, no request left behind, a whole queue."""
     assert made.connector is not None
-    assert not made.connector.guard.faults
+    assert not faults(made.connector)
     assert not adapter_of(made).calls
     assert not adapter_of(made)._prefilling
     made.check()
@@ -51,17 +51,18 @@ def test_a_request_aborted_while_it_waits_leaves_nothing() -> None:
     assert made.connector is not None
     made.step({})
     made.connector.request_finished_all_groups(request, ([],))
-    assert [kind for kind, _ in core.events] == ["start", "end"]
+    assert [kind for kind, _ in core.events] == ["queued", "end"]
     quiet(made)
 
 
-def test_beyond_some_waiting_requests_the_core_weighs_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentrt.engines.vllm.adapter.MAX_EARLY", 1)
+def test_the_core_weighs_what_waiting_requests_need_before_one_takes_room() -> None:
     made, core = engine(16)
     requests = [made.request(Call(f"s{n}", "a", [10 * n, 10 * n + 1], [])) for n in range(3)]
-    made.step({})
-    assert [kind for kind, _ in core.events] == ["start", "queued", "queued"]
-    for request in requests:
+    assert core.events == []
+    assert made.admit(requests[0])
+    assert [kind for kind, _ in core.events] == ["queued", "queued", "start", "stored"]
+    made.finish(requests[0])
+    for request in requests[1:]:
         assert made.admit(request)
         made.finish(request)
     assert [kind for kind, _ in core.events].count("start") == 3
@@ -89,6 +90,24 @@ def test_a_chunked_prompt_finds_its_victims_ready_at_every_chunk() -> None:
         assert made.prefill(request, 3 * BLOCK)
     assert all(cached(made, b) for b in (0, 1, 2, 3))
     made.finish(request)
+    quiet(made)
+
+
+def test_prompts_admitted_in_one_step_make_room_for_themselves_alone() -> None:
+    made, core = engine(16)
+    for session, first in (("s", 0), ("t", 10), ("u", 20)):
+        made.call(Call(session, "a", list(range(first, first + 5)), []))
+    requests = [made.request(Call(f"v{n}", "a", [30 + 2 * n, 31 + 2 * n], [])) for n in range(2)]
+    step, made.step = made.step, lambda scheduled: None  # type: ignore[method-assign]
+    core.victims = [key(first + i) for first in (0, 10, 20) for i in (4, 3, 2, 1, 0)]
+    core.asked.clear()
+    for request in requests:
+        assert made.admit(request)
+    # Three blocks each, the first of them an empty one.
+    assert core.asked == [2, 3]
+    step({request.request_id: 33 for request in requests})
+    for request in requests:
+        made.finish(request)
     quiet(made)
 
 

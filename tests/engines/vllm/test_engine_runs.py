@@ -84,10 +84,10 @@ def test_the_offline_order_hits_most(engines: Engines, stock: dict[str, Any]) ->
 @pytest.mark.parametrize(("core", "policy"), [("lru", "lru"), ("agentrt", "agentrt")])
 def test_a_recording_replays_to_the_measured_hits(engines: Engines, core: str, policy: str) -> None:
     path = engines.folder / "recording.jsonl"
-    run = engines.run(core, extra={"record": str(path)})
+    run = engines.run(core, extra={"record": str(path)}, step_clock_us=50_000)
     assert len(path.read_text().splitlines()) == CALLS
     replayed = predict(path, BLOCKS, {"it": policy})["it"]
-    assert replayed == pytest.approx(run["hit_rate"], abs=0.01)
+    assert replayed == pytest.approx(run["hit_rate"], abs=0.003)
 
 
 class Broken:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from benches.e2e.pool import closed_loop
-from tests.engines.vllm.pool import Engine, fits, read_calls
+from tests.engines.vllm.pool import Engine, faults, fits, read_calls
 
 from agentrt.replay import run
 
@@ -28,7 +28,7 @@ def test_lru_hits_and_evicts_as_stock_vllm_does(recorded_traces: list[Path], wor
     neutral.check()
     assert neutral.connector is not None
     assert neutral.connector.adapter is not None
-    assert not neutral.connector.guard.faults
+    assert not faults(neutral.connector)
     assert neutral.connector.adapter.ranker.ranked_blocks > 1000
     assert neutral.hits == stock.hits
     assert neutral.evicted == stock.evicted

@@ -2,8 +2,8 @@
 
 | vLLM calls | the adapter |
 |---|---|
-| ``on_new_request`` | finds session and agent; the call starts, which pins its resident prefix while it waits |
-| ``get_num_new_matched_tokens`` | right before the allocation: victims are put in place for it |
+| ``on_new_request`` | finds session and agent |
+| ``get_num_new_matched_tokens`` | before an allocation: who else waits is told, the call starts, victims are named |
 | ``update_state_after_alloc`` | the prompt's new blocks are stored |
 | ``build_connector_meta`` | end of the step: prepares what running requests will take in the next one |
 | ``request_finished`` | the call ends: the answer's blocks are stored, the prefix is unpinned |
@@ -43,10 +43,10 @@ _NO_KEYS: NDArray[np.uint64] = np.zeros(0, np.uint64)
 STARTS = (0, False)
 ASK_AGAIN = (None, False)
 MAX_TENANTS = 4_096
-# Waiting calls whose hits are pinned; later ones are told to the core as waiting, which weighs what they will need.
-MAX_EARLY = 64
 FREES = (False, None)
+# Blocks named at once beyond what is needed, and their share of the pool: what is named too early may be wanted yet.
 MAX_BATCH = 64
+BATCH_SHARE = 1024
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,26 @@ class Settings:
 class _Call:
     """A request that vLLM holds."""
 
-    __slots__ = ("allocated", "arrived_us", "core_hit", "hit", "identity", "keys", "low", "number", "told")
+    __slots__ = (
+        "allocated",
+        "arrived_us",
+        "core_hit",
+        "hit",
+        "identity",
+        "keys",
+        "low",
+        "number",
+        "started_us",
+        "told",
+    )
 
     def __init__(self, number: int, identity: Identity, keys: NDArray[np.uint64], arrived_us: int) -> None:
         self.number = number
         self.identity = identity
         self.keys = keys
-        # From its admission on, when it was admitted.
+        # From when it was told to the core as waiting, or started: that moment.
         self.arrived_us = arrived_us
+        self.started_us = arrived_us
         # Whether the core knows of it.
         self.told = False
         # Leading blocks the core held to be resident when the call started; None before.
@@ -165,8 +177,6 @@ class Adapter:
             else None
         )
         self.calls: dict[str, _Call] = {}
-        # Calls that were started when they arrived, so that what they hit is pinned while they wait.
-        self._early: set[int] = set()
         # Calls that the core does not know of yet, by number.
         self._untold: dict[int, _Call] = {}
         # Blocks that admitted prompts will still take in later chunks.
@@ -181,7 +191,7 @@ class Adapter:
         return make_core(settings.policy, pool.num_gpu_blocks, settings.workload, beside)
 
     def _queue(self, pool: Any) -> FreeQueue | None:
-        batch = min(MAX_BATCH, pool.num_gpu_blocks // 128)
+        batch = min(MAX_BATCH, pool.num_gpu_blocks // BATCH_SHARE)
         source: Any = None
         if isinstance(self.core, RuntimeCore):
             source = self.core.runtime
@@ -212,40 +222,46 @@ class Adapter:
         self._numbers += 1
         call = _Call(self._numbers, identity, keys, self.now_us())
         self.calls[request.request_id] = call
+        self._untold[call.number] = call
+        if self.recorder is not None:
+            self.recorder.arrived(call.number, identity.session, call.arrived_us)
         if CALLERS.wanted:
             CALLERS.put(request.request_id, identity)
         counters = self.counters
         counters.requests += 1
         counters.sessions_inferred += identity.session_inferred
         counters.agents_inferred += identity.agent_inferred
-        if len(self._early) < MAX_EARLY:
-            self._early.add(call.number)
-            self._start(call)
-        else:
-            self._untold[call.number] = call
         if self.gate is not None:
             session, agent, *_ = identity
             tokens, tenant = request.num_prompt_tokens, self._tenant(request)
             self.gate.arrived(Waiting(call.number, session, agent, call.arrived_us, tokens, 0, 0, tenant))
         return call
 
-    def _tell_queued(self) -> None:
-        """What has arrived since and could not start at once is certain to be needed."""
+    def _tell_queued(self, starting: _Call | None = None) -> None:
+        """What has arrived since and does not start at once is certain to be needed."""
         tell: Callable[..., None] | None = getattr(self.core, "call_queued", None)
-        if tell is not None:
-            for call in self._untold.values():
+        now_us = self.now_us()
+        untold, self._untold = self._untold, {}
+        for call in untold.values():
+            if call is starting:
+                self._untold[call.number] = call
+                continue
+            call.arrived_us = now_us
+            if tell is not None:
                 call.told = True
                 session, agent, *_ = call.identity
-                tell(session, agent, call.number, call.arrived_us, call.keys)
-        self._untold.clear()
+                tell(session, agent, call.number, now_us, call.keys)
 
-    def _start(self, call: _Call) -> None:
+    def _start(self, call: _Call, now_us: int) -> None:
+        if self._untold.pop(call.number, None) is not None:
+            # It did not have to wait.
+            call.arrived_us = now_us
         if self.core is None:
             call.core_hit = 0
             return
         call.told = True
         session, agent, *_ = call.identity
-        call.core_hit = self.core.call_started(session, agent, call.number, self.now_us(), call.keys)
+        call.core_hit = self.core.call_started(session, agent, call.number, now_us, call.keys)
 
     def before_allocation(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Blocks for the request's prompt are about to be allocated; so many of its tokens are hits.
@@ -254,10 +270,9 @@ class Adapter:
         """
         self._check_reset()
         call = self.calls.get(request.request_id) or self._arrive(request)
-        untold = self._untold
-        if untold and (len(untold) > 1 or call.number not in untold):
+        if self._untold and (len(self._untold) > 1 or call.number not in self._untold):
             # Others wait, too: their blocks must not make room for this one.
-            self._tell_queued()
+            self._tell_queued(call)
         call.hit = hit = num_computed_tokens // self.block_size
         if self.gate is not None:
             group = int(call.keys[hit - 1]) if 0 < hit <= len(call.keys) else 0
@@ -267,9 +282,11 @@ class Adapter:
         if need > self.pool.get_num_free_blocks():
             # It will have to wait.
             return STARTS
+        now_us = self.now_us()
+        if not call.allocated:
+            call.started_us = now_us
         if call.core_hit is None:
-            untold.pop(call.number, None)
-            self._start(call)
+            self._start(call, now_us)
         if need <= 0 or not self.acting or self.ranker is None:
             return STARTS
         self._prefilling.pop(request.request_id, None)
@@ -277,7 +294,7 @@ class Adapter:
         if hit > (call.core_hit or 0) and self.ranker.pending_blocks:
             spare = self._hit_ids(request, call)
         total = need if not self._prefilling else need + sum(self._prefilling.values())
-        self.ranker.prepare(total, self.now_us(), spare)
+        self.ranker.prepare(total, now_us, spare)
         self._prefilling[request.request_id] = need
         return STARTS
 
@@ -319,6 +336,7 @@ class Adapter:
         call = self.calls.get(request.request_id)
         if call is None:
             return
+        self._has_blocks(request, blocks)
         core_hit = call.core_hit or 0
         # Admitted again after a preemption: what is not a hit has new blocks.
         call.low = min(call.low, core_hit, call.hit)
@@ -329,20 +347,27 @@ class Adapter:
                 self._register(call.keys[core_hit : call.hit], 0, hit_ids)
         if not call.allocated:
             call.allocated = True
-            self._early.discard(call.number)
             counters = self.counters
             counters.prompt_tokens += request.num_prompt_tokens
             counters.hit_tokens += call.hit * self.block_size
             if self.gate is not None:
-                self.gate.admitted(call.number, self.now_us())
-            # What is recorded: a replay must not hold blocks for a call that still waits.
-            call.arrived_us = self.now_us()
+                self.gate.admitted(call.number, call.started_us)
             if self.core is not None:
                 if call.core_hit is None:
                     # Its start was missed, by a fault or a pause.
-                    self._start(call)
+                    self._start(call, call.started_us)
                 if core_hit < len(call.keys):
-                    self.core.stored(call.number, call.arrived_us, call.keys[core_hit:])
+                    self.core.stored(call.number, call.started_us, call.keys[core_hit:])
+
+    def _has_blocks(self, request: Any, blocks: Any) -> None:
+        """Of an admitted prompt, only what later chunks take is still to come; a MultiConnector does not tell."""
+        groups = getattr(blocks, "blocks", None)
+        if groups and groups[0] and request.request_id in self._prefilling:
+            left = -(-request.num_tokens // self.block_size) - len(groups[0])
+            if left > 0:
+                self._prefilling[request.request_id] = left
+            else:
+                del self._prefilling[request.request_id]
 
     def _register(self, keys: NDArray[np.uint64], start: int, block_ids: list[int]) -> None:
         """``block_ids[start:]`` carry these keys; what vLLM evicted for them by itself, the core hears of now."""
@@ -409,7 +434,6 @@ class Adapter:
                 output = keys[n_prompt - low :]
         self.identities.ended(call.identity, output)
         self._untold.pop(call.number, None)
-        self._early.discard(call.number)
         if core is not None and call.told:
             core.call_ended(call.identity.session, call.number, now_us, output)
             if computed < n_prompt:
@@ -419,13 +443,15 @@ class Adapter:
             core.session_ended(call.identity.session, now_us)
         if self.gate is not None:
             prompt, decoded = request.num_prompt_tokens, request.num_tokens - request.num_prompt_tokens
-            held = (prompt + decoded // 2) * max(now_us - call.arrived_us, 0) if call.allocated else 0
+            held = (prompt + decoded // 2) * max(now_us - call.started_us, 0) if call.allocated else 0
             self.gate.ended(call.number, now_us, Service(prompt - call.hit * self.block_size, decoded, held))
-        if self.recorder is not None and call.allocated:
+        if self.recorder is not None:
             self.recorder.call(
+                number=call.number,
                 session=call.identity.session,
                 agent=self.identities.name(call.identity.agent),
                 arrived_us=call.arrived_us,
+                started_us=call.started_us if call.allocated else None,
                 ended_us=now_us,
                 prompt_tokens=request.num_prompt_tokens,
                 output_tokens=request.num_tokens - request.num_prompt_tokens,
@@ -455,7 +481,6 @@ class Adapter:
                 self.core.call_ended(call.identity.session, call.number, self.now_us(), _NO_KEYS)
         self.calls.clear()
         self._untold.clear()
-        self._early.clear()
         if self.gate is not None:
             self.gate.clear()
         self.reset()
