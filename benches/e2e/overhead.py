@@ -7,6 +7,8 @@ allocation evicts. That is 1.3 arrivals a step; steps without an arrival are als
 
 Counted: every hook vLLM calls during a step, together. Every run does exactly the same work, so on a machine with other
 work the least time of each step over ``--repeat`` runs is what the step costs; the times as they came are printed too.
+`record` is `observe` that also writes a trace, as `agentrt record` does; what the writing thread takes shows in
+`cpu_us_per_step`, the processor time of the whole process, harness and vLLM included.
 
     python benches/e2e/overhead.py
 """
@@ -18,6 +20,7 @@ import gc
 import json
 import random
 import sys
+import tempfile
 import time
 from itertools import count
 from pathlib import Path
@@ -56,11 +59,18 @@ class Times(NamedTuple):
 
     spent: list[int]
     arrivals: list[int]
+    cpu_us_per_step: float
     facts: dict[str, Any]
 
 
 def run(policy: str, steps: int, warm_up: int) -> Times:
-    load, engine = Load(), Engine(POOL, policy)
+    with tempfile.TemporaryDirectory() as folder:
+        extra = {"record": f"{folder}/trace.jsonl"} if policy == "record" else {}
+        return measure(Engine(POOL, "observe" if extra else policy, **extra), steps, warm_up)
+
+
+def measure(engine: Engine, steps: int, warm_up: int) -> Times:
+    load = Load()
     connector = engine.connector
     assert connector is not None
     spent = 0
@@ -89,8 +99,11 @@ def run(policy: str, steps: int, warm_up: int) -> Times:
     engine.step = lambda scheduled: None  # type: ignore[method-assign]
     gc.collect()
     gc.freeze()
+    cpu_start = 0.0
     for i in range(warm_up + steps):
         spent = 0
+        if i == warm_up:
+            cpu_start = time.process_time()
         engine.now_us += 30_000
         scheduled: dict[str, int] = {}
         still = []
@@ -119,8 +132,10 @@ def run(policy: str, steps: int, warm_up: int) -> Times:
         if i >= warm_up:
             per_step.append(spent)
             arrivals.append(admitted)
-    engine.check()
     assert connector.adapter is not None
+    connector.adapter.close()
+    cpu_us_per_step = (time.process_time() - cpu_start) * 1e6 / steps
+    engine.check()
     assert connector.adapter.ranker is not None
     facts = {
         "hit_rate": round(engine.hit_blocks / engine.prompt_blocks, 3),
@@ -130,7 +145,7 @@ def run(policy: str, steps: int, warm_up: int) -> Times:
         "faults": {kind: n for kind, n in connector.guard.faults.items() if not kind.endswith("slow")},
     }
     gc.unfreeze()
-    return Times(per_step, arrivals, facts)
+    return Times(per_step, arrivals, cpu_us_per_step, facts)
 
 
 def percentiles(spent: list[int], arrivals: list[int]) -> dict[str, Any]:
@@ -165,6 +180,7 @@ def main() -> None:
             "steps": arguments.steps,
             "arrivals_per_step": round(sum(arrivals) / len(arrivals), 2),
             "least_of_runs": percentiles(least, arrivals),
+            "cpu_us_per_step": round(min(one.cpu_us_per_step for one in runs), 1),
             "first_run": percentiles(runs[0].spent, arrivals),
             **runs[0].facts,
         }

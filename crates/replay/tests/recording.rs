@@ -5,22 +5,24 @@ use replay::policies;
 use replay::schedule::{EventKind, Order, Schedule, ScheduleOptions};
 use replay::sim;
 use replay::trace::{read_from, ReadOptions, Trace};
+use serde_json::json;
 
 /// (session, `t_arrival`, `queue_s`, `llm_latency_s`, prompt and answer in tokens, first block of prompt and of answer)
 type Row = (u32, f64, f64, f64, (u32, u32), (u32, u32));
 
 fn trace(rows: &[Row]) -> Trace {
-    let mut text = String::new();
-    for (session, arrival, queue, latency, (prompt, output), (first, answer)) in rows {
-        let (blocks, answers) = (prompt / 16, (prompt + output - 1) / 16 - prompt / 16);
-        let list = |first: &u32, n: u32| if n == 0 { "[]".into() } else { format!("[[{first},{n}]]") };
-        text += &format!(
-            r#"{{"workload":"w","session_id":"s{session}","agent":"a","t_arrival":{arrival},"t_scope":"global","#
-        );
-        text += &format!(r#""queue_s":{queue},"llm_latency_s":{latency},"prompt_tokens":{prompt},"#);
-        text += &format!(r#""output_tokens":{output},"block_size":16,"blocks":{},"#, list(first, blocks));
-        text += &format!("\"out_blocks\":{}}}\n", list(answer, answers));
-    }
+    let line = |&(session, arrival, queue, latency, (prompt, output), (first, answer)): &Row| {
+        let runs = |first: u32, n: u32| if n == 0 { json!([]) } else { json!([[first, n]]) };
+        let blocks = prompt / 16;
+        let row = json!({
+            "workload": "w", "session_id": format!("s{session}"), "agent": "a", "t_arrival": arrival, "t_scope": "global",
+            "queue_s": queue, "llm_latency_s": latency, "prompt_tokens": prompt, "output_tokens": output,
+            "block_size": 16, "blocks": runs(first, blocks),
+            "out_blocks": runs(answer, (prompt + output - 1) / 16 - blocks),
+        });
+        row.to_string()
+    };
+    let text = rows.iter().map(line).collect::<Vec<_>>().join("\n");
     read_from(text.as_bytes(), "recorded.jsonl".as_ref(), &ReadOptions::default()).unwrap()
 }
 
