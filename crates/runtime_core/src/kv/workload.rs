@@ -350,3 +350,34 @@ impl Workload {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::histogram::UNIT;
+
+    #[test]
+    fn after_many_gaps_votes_are_sampled_but_those_of_a_new_agent_all_count() {
+        let (workload, sessions) = (Workload::default(), Sessions::new(64).unwrap());
+        let mut now_us = 1_000_000;
+        let mut call = |key: u64, agent: u16| {
+            now_us += 1_000 + mix(now_us) % 1_000;
+            let handle = workload.call_started(&sessions, SessionKey(key), agent, now_us);
+            now_us += 1_000;
+            Workload::call_finished(&sessions, handle, now_us, 0, 0);
+        };
+        for step in 0..20_000 {
+            call(step % 16, 0);
+        }
+        let handle = sessions.enter(SessionKey(1)).0;
+        let drawn = (0..4_000).filter(|&at| !workload.often(handle, at).is_never()).count();
+        assert!((900..1_100).contains(&drawn), "{drawn} of 4,000 votes count");
+        for key in 0..20 {
+            // Two calls of an agent that nobody called before: one gap of its own each.
+            call(100 + key, 7);
+            call(100 + key, 7);
+        }
+        let successes = (0..2 * 8).map(|cell| workload.ends.row().get(2 * cell + 1)).collect::<Vec<_>>();
+        assert_eq!(u32::from(successes[1 + 7]), 20 * UNIT, "{successes:?}");
+    }
+}
