@@ -8,10 +8,10 @@
 //! Counts are in units the caller chooses. A vote worth a fraction is a step in sixteenths:
 //! [`UNIT`] is one whole vote, [`MAX_STEP`] the largest step.
 //!
-//! A count that is large already need not see every vote: [`Counters::add_steps`] lets a caller count one in four,
-//! fourfold, and save the others.
+//! A count that is large already need not see every vote: [`Often`] lets a caller count one in four, fourfold, and save
+//! the others.
 //!
-//! Invariants: nothing is lost, and no lane carries into its neighbour. A lane is at most
+//! Invariants: nothing is lost that is counted one by one, and no lane carries into its neighbour. A lane is at most
 //! `HALVE_AT` plus one step per thread inside `add`, because whoever sees the limit brings the lane
 //! below it before returning; with steps of at most 256 and a limit of at most 0x4000, 192 threads
 //! fit into the 49,151 of slack.
@@ -19,22 +19,60 @@
 //! | operation | progress | allocates | worst case |
 //! |---|---|---|---|
 //! | `Counters::add` | wait-free but for halving (lock-free) | no | one `fetch_add`; halving: `WORDS` exchanges |
-//! | `Counters::add_steps` | as `add` | no | two loads and two `fetch_add`, one where both lanes share a word |
+//! | `Counters::add_steps` | as `add` | no | a load and a `fetch_add`, two where the lanes lie in two words |
 //! | `Ratio::add` | wait-free but for halving (lock-free) | no | one `fetch_add`; halving: one exchange |
 //! | reads | wait-free | no | one load a word |
 //!
 //! A snapshot reads words one by one: it may hold one word from before a halving and the next from
 //! after, a factor of two for the moment.
 
-use crate::protocol::{lane, lanes_add, lanes_halve, ratio_add, LANES};
+use crate::protocol::{lane, lanes_add, lanes_halve, lanes_put, ratio_add, LANES};
 use crate::sync::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 /// One whole vote when steps are sixteenths.
 pub const UNIT: u32 = 16;
 /// Largest step of one `add`; larger ones count as this.
 pub const MAX_STEP: u32 = 256;
-/// A count of so many steps of [`UNIT`] needs only every so many-th vote: see [`Counters::add_steps`].
+/// A count of so many steps of [`UNIT`] is large: see [`Often`].
 pub const OFTEN: u32 = 64 * UNIT;
+/// Set in the lowest two lanes by counts of [`OFTEN`] and more, and by no smaller ones.
+const TWO_REACHED: u64 = {
+    assert!(OFTEN.is_power_of_two());
+    (0x1_0000 - OFTEN as u64) * 0x1_0001
+};
+
+/// What a vote weighs where counts are small, and where one of its counts is large.
+///
+/// A caller that draws a weight at random with mean one, and 0 mostly, saves most additions: expectations stay what they
+/// are and variances grow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Often {
+    /// While both counts that a vote goes to are below [`OFTEN`].
+    pub small: u32,
+    /// Where one of them is not.
+    pub large: u32,
+}
+
+impl Often {
+    /// Every vote counts once.
+    pub const ALWAYS: Self = Self { small: 1, large: 1 };
+
+    /// Whether this vote counts nowhere.
+    #[inline]
+    pub const fn is_never(self) -> bool {
+        self.small | self.large == 0
+    }
+
+    /// The weight for counts of which the two lanes are the lowest of `lanes`.
+    #[inline(always)]
+    const fn weight(self, lanes: u64) -> u32 {
+        if lanes & TWO_REACHED == 0 {
+            self.small
+        } else {
+            self.large
+        }
+    }
+}
 
 /// A histogram of `4 * WORDS` 16-bit counts (8 bytes a word) that halves as a whole when one count
 /// reaches `HALVE_AT`. For several independent rows use an array of these.
@@ -69,44 +107,40 @@ impl<const WORDS: usize, const HALVE_AT: u32> Counters<WORDS, HALVE_AT> {
         lanes_add(&self.words, index / LANES, addend, HALVE_AT as u64);
     }
 
-    /// Count `steps[0]` at `index` and `steps[1]` at the lane after it, if there is one; where one of the two counts has
-    /// reached [`OFTEN`], `often` times that.
-    ///
-    /// A caller that draws `often` at random with mean one, and 0 mostly, saves most additions to large counts: their
-    /// expectation stays what it is and their variance grows, while small counts stay exact.
+    /// Count `steps[0]` at `index` and `steps[1]` at the lane after it, if there is one, as often as `often` says (each at
+    /// most [`MAX_STEP`] then).
     #[inline(always)]
-    pub fn add_steps(&self, index: usize, steps: [u32; 2], often: u32) {
+    pub fn add_steps(&self, index: usize, steps: [u32; 2], often: Often) {
         let index = index.min(Self::LEN - 1);
         let (word, shift) = (index / LANES, (index % LANES * 16) as u32);
-        let seen = self.words[word].load(Relaxed);
-        if often == 0 && lane(seen, shift) >= OFTEN as u64 {
-            return;
+        if shift == 48 {
+            return self.add_across(word, steps, often);
         }
-        self.add_weighed(word, shift, steps, often);
+        let weight = often.weight(self.words[word].load(Relaxed) >> shift);
+        if weight > 0 {
+            let [first, second] = steps.map(|step| (step * weight).min(MAX_STEP) as u64);
+            self.count_weighed(word, (first | second << 16) << shift, weight);
+        }
     }
 
-    fn add_weighed(&self, word: usize, shift: u32, steps: [u32; 2], often: u32) {
-        let seen = self.words[word].load(Relaxed);
-        let mut large = lane(seen, shift) >= OFTEN as u64;
-        // Two lanes of one word are one addition.
-        if shift < 48 {
-            large |= lane(seen, shift + 16) >= OFTEN as u64;
-            let weight = if large { often } else { 1 };
-            let [first, second] = steps.map(|step| (step * weight).min(MAX_STEP) as u64);
-            if first | second > 0 {
-                lanes_add(&self.words, word, (first | second << 16) << shift, HALVE_AT as u64);
-            }
-            return;
+    #[inline(always)]
+    fn count_weighed(&self, word: usize, addend: u64, weight: u32) {
+        match weight {
+            _ if addend == 0 => {}
+            1 => lanes_add(&self.words, word, addend, HALVE_AT as u64),
+            // A sample already.
+            _ => lanes_put(&self.words, word, addend, HALVE_AT as u64),
         }
-        let next = self.words.get(word + 1);
-        large |= next.is_some_and(|next| lane(next.load(Relaxed), 0) >= OFTEN as u64);
-        let weight = if large { often } else { 1 };
+    }
+
+    /// [`Self::add_steps`] to the last lane of a word and the first of the next.
+    fn add_across(&self, word: usize, steps: [u32; 2], often: Often) {
+        let next = self.words.get(word + 1).map_or(0, |next| next.load(Relaxed) << 16);
+        let weight = often.weight(self.words[word].load(Relaxed) >> 48 | next);
         let [first, second] = steps.map(|step| (step * weight).min(MAX_STEP) as u64);
-        if first > 0 {
-            lanes_add(&self.words, word, first << shift, HALVE_AT as u64);
-        }
-        if second > 0 && next.is_some() {
-            lanes_add(&self.words, word + 1, second, HALVE_AT as u64);
+        self.count_weighed(word, first << 48, weight);
+        if word + 1 < WORDS {
+            self.count_weighed(word + 1, second, weight);
         }
     }
 
@@ -189,6 +223,9 @@ impl<const N: usize, const HALVE_AT: u32> Ratio<N, HALVE_AT> {
 mod tests {
     use super::*;
 
+    /// Not drawn; small counts see it all the same.
+    const EXACT: Often = Often { small: 1, large: 0 };
+
     #[test]
     fn counts_are_kept_per_lane() {
         let counters = Counters::<2>::default();
@@ -220,7 +257,7 @@ mod tests {
     fn two_lanes_count_together_within_a_word_and_across_two() {
         let counters = Counters::<2>::default();
         for index in [0, 2, 3, 6, 7, 99] {
-            counters.add_steps(index, [5, 11], 0);
+            counters.add_steps(index, [5, 11], EXACT);
         }
         let mut counts = [0; 8];
         counters.snapshot(&mut counts);
@@ -232,14 +269,14 @@ mod tests {
     fn small_counts_are_exact_and_large_ones_right_on_average() {
         let counters = Counters::<2>::default();
         for vote in 1..=64 {
-            counters.add_steps(1, [UNIT, 0], 0);
+            counters.add_steps(1, [UNIT, 0], EXACT);
             assert_eq!(u32::from(counters.get(1)), vote * UNIT);
         }
-        counters.add_steps(1, [UNIT, UNIT], 0);
+        counters.add_steps(1, [UNIT, UNIT], EXACT);
         assert_eq!((counters.get(1), counters.get(2)), (64 * 16, 0), "a vote that is not drawn");
         for vote in 0..800 {
-            let often = if crate::ids::mix(vote) % 4 == 0 { 4 } else { 0 };
-            counters.add_steps(1, [UNIT, 0], often);
+            let large = if crate::ids::mix(vote) % 4 == 0 { 4 } else { 0 };
+            counters.add_steps(1, [UNIT, 0], Often { large, ..EXACT });
         }
         let votes = counters.get(1) / UNIT as u16;
         assert!((804..=924).contains(&votes), "{votes} of 864");

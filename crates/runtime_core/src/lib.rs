@@ -22,20 +22,26 @@
 //!
 //! | operation | progress | allocates | worst case |
 //! |---|---|---|---|
-//! | [`Runtime::observe`], events without blocks | lock-free; never refused | no | a start 4 exchanges and, while counts are small, 14 additions (a quarter of that later), an end 1 exchange and 2 additions; every 32nd gap, 4 histograms; two hash probes |
-//! | [`Runtime::observe`], events with blocks; [`Runtime::call_started`], [`Runtime::stored`], [`Runtime::call_ended`] | one writer | no | two hash probes a block, one visit a segment of the agent's |
+//! | [`Runtime::observe`], events without blocks | lock-free; never refused | no | a start 4 exchanges and, while counts are small, 14 additions (later, in one of four, by load and store), an end 1 exchange and 2 additions; every 32nd gap, 4 histograms; two hash probes |
+//! | [`Runtime::observe`] and [`Runtime::observe_each`], events with blocks; [`Runtime::call_started`], [`Runtime::stored`], [`Runtime::call_ended`] | one writer | no | two hash probes a block (two more for the guard's shadow), one visit a segment of the agent's |
+//! | of these: `CallQueued`; [`Runtime::call_queued`] | one writer | no | one hash probe a block, one visit a segment of the prompt |
+//! | of these, while calls wait: a start, a call that gives up | | no | 1,024 calls that wait |
+//! | of these: `SessionEnd` | | no | 4,096 calls in flight and 1,024 that wait |
 //! | of these: a session's slot goes to another | | no | once a segment it had |
 //! | of these: `Removed` | | no | 16 n probes |
 //! | of these: `Reset` | | no | once the pool |
 //! | of these, once anything was evicted | | no | 64 sessions that changed and 4 that aged scored, each 5 s steps; 16 segments above the next victims |
 //! | [`Runtime::evict`] | one writer | no | n hash deletions; one scoring for each segment that loses its last child and was not prepared for |
-//! | [`Runtime::expected`] | one writer | no | 64 sessions |
+//! | [`Runtime::evict_oldest`], and [`Runtime::evict`] while LRU has taken over | one writer | no | n hash deletions, two list steps a segment; a segment that calls in flight need is passed over once |
+//! | [`Runtime::evict_blocks`] | one writer | no | a hash probe and a deletion a block |
+//! | [`Runtime::expected`] | one writer | no | 64 sessions, 256 leaves |
 //! | [`Runtime::restored`] | one writer | no | two hash probes a block |
-//! | [`Runtime::score_blocks`] | wait-free | no | one hash probe a block |
+//! | [`Runtime::score_blocks`], [`Runtime::is_resident`] | wait-free | no | one hash probe a block |
 //! | [`Runtime::score_agents`], [`Runtime::predict`], [`Runtime::predict_times`] | wait-free | no | 64 rows of 8 successors |
-//! | [`Runtime::knows`], [`Runtime::now_us`], [`Runtime::options`], [`Runtime::workload_name`] | wait-free | no | one cache line |
+//! | [`Runtime::knows`], [`Runtime::session_calls`], [`Runtime::now_us`], [`Runtime::options`], [`Runtime::workload_name`], [`Runtime::what_was_learned`] | wait-free | no | one cache line |
 //! | [`Runtime::known_sessions`] | wait-free | no | once the session table |
-//! | [`Runtime::memory`], [`Runtime::resident_blocks`], [`Runtime::repairs`] | one writer | no | |
+//! | [`Runtime::memory`], [`Runtime::resident_blocks`], [`Runtime::repairs`], [`Runtime::takeovers`] | one writer | no | |
+//! | [`Runtime::survival`] | one writer | no | one scoring; for the measurement of calibration |
 //! | [`Runtime::foretell`] | one writer | no | as one event; for offline studies |
 //! | [`Runtime::publish`], [`Runtime::merged`], [`Runtime::absorb`] | wait-free, but for halving (lock-free) | yes, off the hot path | once the learned state |
 //! | [`Runtime::new`], [`Runtime::workload`] | blocking, cold | yes | |

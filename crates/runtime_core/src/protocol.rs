@@ -21,94 +21,138 @@ use super::sync::{fence, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use Ordering::{Acquire, Relaxed, Release};
 
 // ---------------------------------------------------------------------------------------------
-// Successor sets: a few ways of `key (40 bits) | count (24 bits)`; 0 is vacant.
+// Successor sets: a few ways of `context (24 bits) | successor (16 bits) | count (24 bits)`; 0 is vacant.
 // ---------------------------------------------------------------------------------------------
 
 /// Bits of a way's count; the key lies above.
 pub(crate) const COUNT_BITS: u32 = 24;
+/// The low bits of a key that name the successor; the context lies above.
+pub(crate) const SUCCESSOR_BITS: u32 = 16;
+const SUCCESSOR_MASK: u64 = (1 << SUCCESSOR_BITS) - 1;
 /// Mask of a way's count.
 pub(crate) const COUNT_MASK: u64 = (1 << COUNT_BITS) - 1;
 /// Misses of a full set between two halvings of it. Divides 256, so a wrapping `u8` counts them.
 const MISSES_PER_HALVING: u8 = 32;
 
-/// Count `key` (below 2^40) once in `ways`; `true` unless the set was full of stronger keys.
+/// What [`set_add`] did and saw.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Added {
+    /// False where the set was full of stronger keys.
+    pub(crate) counted: bool,
+    /// The strongest way of the key's context before, as `count | successor` (24 + 16 bits) with 24 bits between; 0 if
+    /// there was none.
+    pub(crate) strongest: u64,
+}
+
+/// Count `key` (below 2^40, its low 16 bits a successor and the others a context) once in `ways`.
 ///
 /// Ways fill from the first to the last and never become vacant again, so two threads that claim
-/// for the same key aim at the same way: one wins, the other looks at that way again and counts
-/// there. In a full set the weakest way's count is halved by a miss and taken over at 1 (equally weak
-/// ways in turn), and every
-/// 32nd miss halves the whole set, so that keys which stopped coming give way.
+/// for the same key aim at the same way: one wins, the other scans again and counts there. In a
+/// full set the weakest way's count is halved by a miss and taken over at 1 (equally weak ways in
+/// turn), and every 32nd miss halves the whole set, so that keys which stopped coming give way.
 /// A count that reaches `limit` halves the whole set; a count never exceeds `limit` plus one per
-/// thread inside this call.
-#[inline]
-pub(crate) fn set_add(ways: &[AtomicU64], misses: &AtomicU8, key: u64, limit: u64) -> bool {
-    set_add_with::<true, true>(ways, misses, key, limit)
+/// thread inside this call. Misses are counted by load and store: of two at once one may go uncounted.
+#[inline(always)]
+pub(crate) fn set_add<const WAYS: usize>(ways: &[AtomicU64; WAYS], misses: &AtomicU8, key: u64, limit: u64) -> Added {
+    set_add_with::<true, true, WAYS>(ways, misses, key, limit)
 }
 
 /// [`set_add`]; without `REEXAMINE` a lost claim goes on to the next way and splits a key in two,
 /// without `ONCE` every thread that saw the limit halves, not the first.
-#[inline]
-pub(crate) fn set_add_with<const REEXAMINE: bool, const ONCE: bool>(
-    ways: &[AtomicU64],
+#[inline(always)]
+pub(crate) fn set_add_with<const REEXAMINE: bool, const ONCE: bool, const WAYS: usize>(
+    ways: &[AtomicU64; WAYS],
     misses: &AtomicU8,
     key: u64,
     limit: u64,
-) -> bool {
-    'scan: loop {
-        'ways: for (index, way) in ways.iter().enumerate() {
-            let mut seen = way.load(Relaxed);
-            loop {
-                let (from, to) = if seen == 0 {
-                    (0, key << COUNT_BITS | 1)
-                } else if seen >> COUNT_BITS == key {
-                    (seen, seen + 1)
-                } else {
-                    continue 'ways;
-                };
-                match way.compare_exchange(from, to, Relaxed, Relaxed) {
-                    Ok(_) => {
-                        if to & COUNT_MASK >= limit {
-                            set_settle::<ONCE>(ways, index, limit);
-                        }
-                        return true;
-                    }
-                    Err(now) if REEXAMINE => seen = now,
-                    Err(_) => continue 'ways,
-                }
+) -> Added {
+    let (context, successor) = (key >> SUCCESSOR_BITS << (COUNT_BITS + SUCCESSOR_BITS), key & SUCCESSOR_MASK);
+    let mut from = 0;
+    loop {
+        let (mut at, mut strongest) = (usize::MAX, 0);
+        // Whole, backwards and by selection alone: where a key lies is anybody's guess, a branch's above all.
+        for (index, way) in ways.iter().enumerate().skip(from).rev() {
+            let seen = way.load(Relaxed) ^ context;
+            let pair = seen >> COUNT_BITS;
+            at = if pair == successor { index } else { at };
+            strongest = strongest.max(if pair <= SUCCESSOR_MASK { seen.rotate_right(COUNT_BITS) } else { 0 });
+        }
+        if at == usize::MAX {
+            match set_claim(ways, misses, key, from) {
+                Claim::Vacant(index) => at = index,
+                Claim::Done(counted) => return Added { counted, strongest },
+                Claim::Lost => continue,
             }
         }
-        // Equally weak ways take turns, or the first would change hands for ever beside dead ones.
-        let turn = misses.load(Relaxed) as usize % ways.len();
-        let (mut weakest, mut weakest_word, mut least) = (0, 0, u64::MAX);
-        for (index, way) in ways.iter().enumerate() {
-            let seen = way.load(Relaxed);
-            let order = if index < turn { index + ways.len() - turn } else { index - turn };
-            let weight = (seen & COUNT_MASK) << 32 | order as u64;
-            if weight < least {
-                (weakest, weakest_word, least) = (index, seen, weight);
-            }
+        let seen = ways[at].load(Relaxed);
+        let to = if seen == 0 { key << COUNT_BITS | 1 } else { seen + 1 };
+        // Somebody else's by now, or will be.
+        if to >> COUNT_BITS != key || ways[at].compare_exchange(seen, to, Relaxed, Relaxed).is_err() {
+            from = if REEXAMINE { 0 } else { at + 1 };
+            continue;
         }
-        if weakest_word >> COUNT_BITS == key {
-            continue 'scan;
+        if to & COUNT_MASK >= limit {
+            set_settle::<ONCE>(ways, at, limit);
         }
-        let kept = (weakest_word & COUNT_MASK) >> 1;
-        let (to, counted) =
-            if kept == 0 { (key << COUNT_BITS | 1, true) } else { (weakest_word & !COUNT_MASK | kept, false) };
-        if ways[weakest].compare_exchange(weakest_word, to, Relaxed, Relaxed).is_err() {
-            // Somebody counted or claimed there, perhaps for this very key.
-            continue 'scan;
-        }
-        if misses.fetch_add(1, Relaxed) % MISSES_PER_HALVING == MISSES_PER_HALVING - 1 {
-            for way in ways {
-                way_halve(way);
-            }
-        }
-        return counted;
+        return Added { counted: true, strongest };
     }
+}
+
+/// What there is for a key that no way holds.
+enum Claim {
+    /// The first vacant way.
+    Vacant(usize),
+    /// The weakest way was halved, or taken over and counted in.
+    Done(bool),
+    /// The set has changed meanwhile: perhaps it holds the key.
+    Lost,
+}
+
+/// Looks for a vacant way from the way `from` on; in a full set weakens the weakest way, or takes it over.
+#[inline(never)]
+fn set_claim<const WAYS: usize>(ways: &[AtomicU64; WAYS], misses: &AtomicU8, key: u64, from: usize) -> Claim {
+    if ways[WAYS - 1].load(Relaxed) == 0 {
+        // Looks at every way before the vacant one once more: whoever claimed one of them meanwhile may have done it for
+        // this very key.
+        for (index, way) in ways.iter().enumerate().skip(from) {
+            match way.load(Relaxed) {
+                0 => return Claim::Vacant(index),
+                seen if seen >> COUNT_BITS == key => return Claim::Lost,
+                _ => {}
+            }
+        }
+        return Claim::Lost;
+    }
+    let missed = misses.load(Relaxed);
+    // Equally weak ways take turns, or the first would change hands for ever beside dead ones.
+    let turn = missed as usize % WAYS;
+    let mut least = u64::MAX;
+    for order in 0..WAYS {
+        let count = ways[(turn + order) % WAYS].load(Relaxed) << (64 - COUNT_BITS);
+        least = least.min(count | order as u64);
+    }
+    let weakest = &ways[(turn + (least as u32 & COUNT_MASK as u32) as usize) % WAYS];
+    let seen = weakest.load(Relaxed);
+    let kept = (seen & COUNT_MASK) >> 1;
+    let (to, counted) = if kept == 0 { (key << COUNT_BITS | 1, true) } else { (seen & !COUNT_MASK | kept, false) };
+    if seen & COUNT_MASK != least >> (64 - COUNT_BITS)
+        || seen >> COUNT_BITS == key
+        || weakest.compare_exchange(seen, to, Relaxed, Relaxed).is_err()
+    {
+        return Claim::Lost;
+    }
+    misses.store(missed.wrapping_add(1), Relaxed);
+    if missed % MISSES_PER_HALVING == MISSES_PER_HALVING - 1 {
+        for way in ways {
+            way_halve(way);
+        }
+    }
+    Claim::Done(counted)
 }
 
 /// Halve a set whose way `index` reached `limit`: whoever brings that way below halves the rest.
 /// Everyone who saw the limit helps, so a preempted thread lets no count run away.
+#[cold]
 fn set_settle<const ONCE: bool>(ways: &[AtomicU64], index: usize, limit: u64) {
     let mut seen = ways[index].load(Relaxed);
     while !ONCE || seen & COUNT_MASK >= limit {
@@ -180,6 +224,24 @@ pub(crate) fn lanes_add_with<const ONCE: bool>(words: &[AtomicU64], word: usize,
     let after = words[word].fetch_add(addend, Relaxed) + addend;
     if lanes_reach(after, limit) {
         lanes_settle::<ONCE>(words, word, limit);
+    }
+}
+
+/// [`lanes_add`] by a load and a store: of what others add or halve meanwhile something may be lost.
+///
+/// What is stored is a value that the word had, below the limit, plus one step; so lanes stay as small as with `lanes_add`.
+#[inline]
+pub(crate) fn lanes_put(words: &[AtomicU64], word: usize, addend: u64, limit: u64) {
+    lanes_put_with::<true>(words, word, addend, limit);
+}
+
+/// [`lanes_put`]; without `SETTLE` lanes grow beyond the limit.
+#[inline]
+pub(crate) fn lanes_put_with<const SETTLE: bool>(words: &[AtomicU64], word: usize, addend: u64, limit: u64) {
+    let after = words[word].load(Relaxed) + addend;
+    words[word].store(after, Relaxed);
+    if SETTLE && lanes_reach(after, limit) {
+        lanes_settle::<true>(words, word, limit);
     }
 }
 
@@ -310,7 +372,8 @@ const fn next_generation(generation: u16) -> u16 {
 
 /// Whether `stamp` was written after tenancy `generation` ended (modulo 2^15 recyclings of a slot).
 const fn is_newer(stamp: u16, generation: u16) -> bool {
-    stamp != 0 && (stamp.wrapping_sub(generation) as i16) > 0
+    // In this order: most stamps are the generation itself.
+    (stamp.wrapping_sub(generation) as i16) > 0 && stamp != 0
 }
 
 /// A slot of a set held by a key: the way, its generation, and whether this call claimed it.
@@ -355,7 +418,34 @@ fn name_slot<const EXCHANGE: bool>(identity: &AtomicU64, generation: u16, rest: 
 /// Find the key `(tag, rest)` (24 + 48 bits) in a set without claiming.
 #[inline]
 pub(crate) fn session_find(heads: &[AtomicU64], identities: &[AtomicU64], tag: u64, rest: u64) -> Option<Tenancy> {
-    for (way, head) in heads.iter().enumerate() {
+    // By selection alone, as in `set_add_with`: of ways with the same tag (one key in two million has such a neighbour)
+    // the first is looked at here, the others below.
+    let (mut first, mut found) = (0, 0);
+    for (way, head) in heads.iter().enumerate().rev() {
+        let seen = head.load(Relaxed);
+        (first, found) = if seen >> TAG_SHIFT == tag { (way, seen) } else { (first, found) };
+    }
+    let generation = head_generation(found);
+    if generation != 0 && identities[first].load(Relaxed) == rest << 16 | generation as u64 {
+        return Some(Tenancy { way: first, generation, fresh: false });
+    }
+    // Vacant ways have tag 0.
+    if generation != 0 || tag == 0 {
+        return session_find_beyond(heads, identities, tag, rest, first + 1);
+    }
+    None
+}
+
+/// [`session_find`] from the way `from` on.
+#[cold]
+fn session_find_beyond(
+    heads: &[AtomicU64],
+    identities: &[AtomicU64],
+    tag: u64,
+    rest: u64,
+    from: usize,
+) -> Option<Tenancy> {
+    for (way, head) in heads.iter().enumerate().skip(from) {
         let seen = head.load(Relaxed);
         if seen >> TAG_SHIFT == tag {
             let generation = head_generation(seen);
@@ -389,6 +479,11 @@ pub(crate) fn session_enter(heads: &[AtomicU64], identities: &[AtomicU64], tag: 
         }
         return held;
     }
+    session_claim(heads, identities, tag, rest)
+}
+
+#[cold]
+fn session_claim(heads: &[AtomicU64], identities: &[AtomicU64], tag: u64, rest: u64) -> Tenancy {
     session_enter_with::<true, true>(heads, identities, tag, rest)
 }
 

@@ -256,7 +256,10 @@ impl Runtime {
     fn writer(&self) -> Result<MutexGuard<'_, KvCache>> {
         match self.pool.try_lock() {
             Ok(mut guard) => {
-                self.missed.take(|call| guard.call_finished(None, call, self.now_us()));
+                self.missed.take(|call| match guard.find_call(call) {
+                    Some(at) => guard.call_finished(None, at, self.now_us()),
+                    None => guard.call_cancelled(call, self.now_us()),
+                });
                 Ok(guard)
             }
             Err(TryLockError::WouldBlock) => Err(Error::Busy { what: "the pool" }),
@@ -308,13 +311,14 @@ impl Runtime {
                 last = offset;
             }
         }
-        let mut blocks = false;
-        for (i, &code) in events.kinds.iter().enumerate() {
-            let kind = EventKind::from_code(code).ok_or(out_of_range("event kind", 0, 8, u64::from(code)))?;
-            blocks |=
-                matches!(kind, EventKind::Reset | EventKind::CallQueued) || !Self::blocks_of(events, i).is_empty();
+        // The last two kinds are the pool's business, blocks or not.
+        const { assert!(EventKind::Reset as u8 == 7 && EventKind::CallQueued as u8 == 8) };
+        let largest = events.kinds.iter().copied().max().unwrap_or(0);
+        if EventKind::from_code(largest).is_none() {
+            return Err(out_of_range("event kind", 0, 8, u64::from(largest)));
         }
-        Ok(blocks)
+        let blocks = matches!(events.offsets, [first, .., last] if first < last);
+        Ok(blocks || largest >= EventKind::Reset as u8)
     }
 
     #[inline]
@@ -354,16 +358,19 @@ impl Runtime {
             self.heard_at(last);
         }
         let salt = Salt::of(workload);
-        let mut observed = Observed { events: events.kinds.len(), ..Observed::default() };
+        let n = events.kinds.len();
+        let (sessions, agents) = (&events.sessions[..n], &events.agents[..n]);
+        let (calls, times_us) = (&events.calls[..n], &events.times_us[..n]);
+        let mut observed = Observed { events: n, ..Observed::default() };
         for (i, &code) in events.kinds.iter().enumerate() {
             let Some(kind) = EventKind::from_code(code) else { continue };
             let blocks = Self::blocks_of(events, i);
             let one = One {
-                name: events.sessions[i],
-                session: salt.session(events.sessions[i]),
-                agent: events.agents[i],
-                call: salt.call(events.calls[i]),
-                time_us: events.times_us[i],
+                name: sessions[i],
+                session: salt.session(sessions[i]),
+                agent: agents[i],
+                call: salt.call(calls[i]),
+                time_us: times_us[i],
                 blocks,
                 hints: &[],
             };
@@ -391,9 +398,9 @@ impl Runtime {
             EventKind::CallStart => {
                 let mut pool = pool;
                 if let Some(pool) = pool.as_deref_mut() {
-                    if let Some(handle) = pool.running(event.call) {
-                        Workload::call_finished(&self.sessions, handle, event.time_us, 0, 0);
-                        pool.call_finished(None, event.call, event.time_us);
+                    if let Some(at) = pool.find_call(event.call) {
+                        Workload::call_finished(&self.sessions, pool.session_of(at), event.time_us, 0, 0);
+                        pool.call_finished(None, at, event.time_us);
                         pool.repairs.duplicate_calls += 1;
                     }
                 }
@@ -427,12 +434,20 @@ impl Runtime {
                 }
             }
             EventKind::CallEnd => {
-                if let Some(handle) = self.sessions.find(event.session) {
+                let at = pool.as_deref().and_then(|pool| pool.find_call(event.call));
+                let known = pool.as_deref().zip(at).and_then(|(pool, at)| pool.caller(at, id.0, event.name));
+                let known = known.filter(|&handle| self.sessions.is_current(handle));
+                if let Some(handle) = known.or_else(|| self.sessions.find(event.session)) {
                     Workload::call_finished(&self.sessions, handle, event.time_us, 0, event.blocks.len() as u32);
                 }
                 if let Some(pool) = pool {
-                    pool.stored(learned, event.call, event.time_us, event.blocks, event.hints, true);
-                    pool.call_finished(Some(learned), event.call, event.time_us);
+                    if !event.blocks.is_empty() {
+                        pool.stored(learned, event.call, event.time_us, event.blocks, event.hints, true);
+                    }
+                    match at {
+                        Some(at) => pool.call_finished(Some(learned), at, event.time_us),
+                        None => pool.call_cancelled(event.call, event.time_us),
+                    }
                 } else {
                     self.missed.post(event.call);
                 }

@@ -17,7 +17,7 @@
 //!
 //! | operation | progress | allocates | worst case |
 //! |---|---|---|---|
-//! | `add` | lock-free | no | `WAYS` loads and one exchange, per retry; every 32nd miss `WAYS` exchanges |
+//! | `add`, `learn` | lock-free | no | `WAYS` loads and one exchange, per retry; every 32nd miss `WAYS` exchanges |
 //! | `row`, `count`, `total`, `likeliest` | wait-free | no | `WAYS` loads |
 //! | `discount` | lock-free | no | three exchanges a way |
 //!
@@ -25,7 +25,7 @@
 //! after, which moves a probability by at most the change itself.
 
 use crate::ids::{mix, AgentId};
-use crate::protocol::{set_add, way_halve, COUNT_BITS, COUNT_MASK};
+use crate::protocol::{set_add, way_halve, Added, COUNT_BITS, COUNT_MASK, SUCCESSOR_BITS};
 use crate::sync::{AtomicU64, AtomicU8, Ordering::Relaxed};
 
 /// Hash of the empty context (unigram).
@@ -84,11 +84,20 @@ impl<const SETS: usize, const WAYS: usize, const HALVE_AT: u32> SuccessorTable<S
 
     /// Count `successor` after `context`. `false`: the set was full of stronger pairs, whose weakest
     /// lost half its count instead.
-    #[inline]
     pub fn add(&self, context: u64, successor: u16) -> bool {
+        self.count_one(context, successor).counted
+    }
+
+    /// [`Self::add`]; returns what [`Self::likeliest`] said before.
+    pub fn learn(&self, context: u64, successor: u16) -> Option<u16> {
+        let strongest = self.count_one(context, successor).strongest;
+        (strongest > 0).then_some(strongest as u16)
+    }
+
+    #[inline(always)]
+    fn count_one(&self, context: u64, successor: u16) -> Added {
         let (set, tag) = Self::locate(context);
-        let key = tag << 16 | successor as u64;
-        set_add(&self.ways[set], &self.misses[set], key, HALVE_AT as u64)
+        set_add(&self.ways[set], &self.misses[set], tag << SUCCESSOR_BITS | successor as u64, HALVE_AT as u64)
     }
 
     /// Write the successors of `context` with their counts into `out`; returns how many there are
@@ -109,16 +118,12 @@ impl<const SETS: usize, const WAYS: usize, const HALVE_AT: u32> SuccessorTable<S
         length
     }
 
-    /// The most frequent successor of `context`; of equally frequent ones the first that was claimed.
+    /// The most frequent successor of `context`; of equally frequent ones that of the largest number.
     #[inline]
     pub fn likeliest(&self, context: u64) -> Option<u16> {
-        let (mut best, mut most) = (None, 0);
-        self.visit(context, |successor, count| {
-            if count > most {
-                (best, most) = (Some(successor), count);
-            }
-        });
-        best
+        let mut strongest = (0, 0);
+        self.visit(context, |successor, count| strongest = strongest.max((count, successor)));
+        (strongest.0 > 0).then_some(strongest.1)
     }
 
     /// Brings all counts down to an eighth (at least 1), because what they count is over.

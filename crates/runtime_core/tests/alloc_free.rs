@@ -6,7 +6,7 @@
 mod allocations;
 
 use allocations::allocations;
-use runtime_core::histogram::{Counters, Ratio};
+use runtime_core::histogram::{Counters, Often, Ratio};
 use runtime_core::identity::{Identity, Options};
 use runtime_core::ids::{AgentId, SessionKey};
 use runtime_core::protocol::{PublishedEntry, Seqlock, SingleWriter};
@@ -41,7 +41,7 @@ fn hot_operations_allocate_nothing() {
         for index in 0..1000 {
             counters.add(index % 24);
             counters.add_step(3, 16);
-            counters.add_steps(index % 24, [9, 7], 4 * u32::from(index % 4 == 0));
+            counters.add_steps(index % 24, [9, 7], Often { small: 1, large: 4 * u32::from(index % 4 == 0) });
             ratio.vote(index % 8, 5, 2);
             black_box((counters.get(3), counters.total(), ratio.get(2)));
         }

@@ -49,3 +49,50 @@ fn a_block_is_worth_at_least_what_hangs_below_it() {
     }
     assert!(checked > 1_000, "scores of {checked} blocks were compared");
 }
+
+/// Calls in flight hold what would be oldest: it is passed over, and goes first once they give it up unused.
+#[test]
+fn the_oldest_leaves_go_in_order_of_last_use_whatever_calls_in_flight_hold() {
+    use runtime_core::runtime::Options;
+    use runtime_core::Runtime;
+
+    let runtime = Runtime::new(Options::for_pool(1_000)).unwrap();
+    let workload = runtime.workload("many sessions").unwrap();
+    let block = |call: u64, i: u64| 1 + call * 10 + i;
+    let start = |call: u64| {
+        let prompt: Vec<u64> = (0..3).map(|i| block(call, i)).collect();
+        assert_eq!(runtime.call_started(workload, call, call, 0, call, &prompt, &[]).unwrap(), 0);
+        runtime.stored(workload, call, call, &prompt, &[]).unwrap();
+    };
+    let end = |call: u64, at: u64| runtime.call_ended(workload, call, call, 0, at, &[], &[]).unwrap();
+    let evict = |n: usize| {
+        let mut victims = Vec::new();
+        runtime.evict_oldest(n, 2_000, |key| victims.push(key)).unwrap();
+        runtime.audit().unwrap();
+        victims
+    };
+    (0..200).for_each(start);
+    // Every second one ends, the last one first.
+    (0..200).rev().filter(|call| call % 2 == 1).for_each(|call| end(call, 1_000 + 200 - call));
+    for call in [199, 197] {
+        assert_eq!(evict(2), [block(call, 2), block(call, 1)]);
+        assert_eq!(evict(1), [block(call, 0)]);
+    }
+    // One that is still in flight ends, and is the most recent; one more is let go with its session.
+    end(100, 1_900);
+    let over = runtime_core::runtime::Events {
+        kinds: &[runtime_core::runtime::EventKind::SessionEnd as u8],
+        sessions: &[40],
+        agents: &[0],
+        calls: &[0],
+        times_us: &[1_950],
+        offsets: &[],
+        blocks: &[],
+    };
+    runtime.observe(workload, &over).unwrap();
+    assert_eq!(evict(3), [block(40, 2), block(40, 1), block(40, 0)]);
+    let rest = evict(1_000);
+    assert_eq!(rest[..3], [block(195, 2), block(195, 1), block(195, 0)]);
+    assert_eq!(rest[rest.len() - 3..], [block(100, 2), block(100, 1), block(100, 0)]);
+    assert_eq!(rest.len(), (98 + 1) * 3, "the other calls in flight keep theirs");
+}

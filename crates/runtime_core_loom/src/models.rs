@@ -1,7 +1,7 @@
 //! One model per step, each followed by its negative controls.
 
 use crate::protocol::{
-    head_generation, lane, lanes_add_with, lanes_halve_with, ratio_add_with, session_begin, session_end, session_enter,
+    head_generation, lane, lanes_add_with, lanes_halve_with, lanes_put_with, ratio_add_with, session_begin, session_end, session_enter,
     session_enter_with, session_find, set_add_with, stamped_load, stamped_put_with, stamped_update,
     stamped_update_with, way_halve_with, PublishedEntry, Seqlock, SingleWriter, COUNT_MASK,
 };
@@ -43,19 +43,18 @@ fn values(words: &[AtomicU64]) -> Vec<u64> {
 
 // --- successor sets ---------------------------------------------------------------------------
 
-struct Set {
-    ways: Vec<AtomicU64>,
+struct Set<const WAYS: usize> {
+    ways: [AtomicU64; WAYS],
     misses: AtomicU8,
 }
 
-impl Set {
-    fn new(ways: usize) -> Arc<Self> {
-        let (ways, misses) = (zeros(ways), AtomicU8::new(0));
-        Arc::new(Self { ways, misses })
+impl<const WAYS: usize> Set<WAYS> {
+    fn new() -> Arc<Self> {
+        Arc::new(Self { ways: std::array::from_fn(|_| AtomicU64::new(0)), misses: AtomicU8::new(0) })
     }
 
     fn add<const REEXAMINE: bool, const ONCE: bool>(&self, key: u64, limit: u64) -> bool {
-        set_add_with::<REEXAMINE, ONCE>(&self.ways, &self.misses, key, limit)
+        set_add_with::<REEXAMINE, ONCE, WAYS>(&self.ways, &self.misses, key, limit).counted
     }
 
     fn counts(&self) -> Vec<(u64, u64)> {
@@ -65,7 +64,7 @@ impl Set {
 }
 
 fn two_threads_claim_one_key<const REEXAMINE: bool>() {
-    let set = Set::new(3);
+    let set = Set::<3>::new();
     let other = set.clone();
     let thread = thread::spawn(move || {
         other.add::<REEXAMINE, true>(7, 100);
@@ -85,7 +84,7 @@ model! {
 }
 
 fn halving_against_counting<const EXCHANGE: bool>() {
-    let set = Set::new(1);
+    let set = Set::<1>::new();
     for _ in 0..4 {
         set.add::<true, true>(7, 100);
     }
@@ -103,7 +102,7 @@ model! {
 }
 
 fn two_threads_reach_the_limit<const ONCE: bool>() {
-    let set = Set::new(2);
+    let set = Set::<2>::new();
     for _ in 0..3 {
         set.add::<true, true>(7, 4);
     }
@@ -122,7 +121,7 @@ model! {
 
 /// Two newcomers in a full set: each is counted, or halves the weakest; nothing is invented.
 fn take_over_of_a_full_set() {
-    let set = Set::new(2);
+    let set = Set::<2>::new();
     set.ways[0].store(1 << 24 | 9, Relaxed);
     set.ways[1].store(2 << 24 | 1, Relaxed);
     let other = set.clone();
@@ -172,6 +171,24 @@ fn lanes_reach_the_limit<const ONCE: bool>() {
 model! {
     lanes_at_the_limit_halve_once_and_together: lanes_reach_the_limit::<true>;
     without_a_check_lanes_halve_twice: lanes_reach_the_limit::<false> => "halved twice";
+}
+
+fn a_put_beside_an_addition<const SETTLE: bool>() {
+    let words = Arc::new(zeros(1));
+    words[0].store(4 << 16 | 7, Relaxed);
+    let other = words.clone();
+    let thread = thread::spawn(move || lanes_put_with::<SETTLE>(&other, 0, 1, 8));
+    lanes_add_with::<true>(&words, 0, 1, 8);
+    thread.join().unwrap();
+    let word = words[0].load(Relaxed);
+    assert!(lane(word, 0) < 8, "a lane stays at its limit");
+    // One of the two at least was counted, and the neighbour has been halved with it.
+    assert!(lane(word, 0) >= 4 && [1, 2].contains(&lane(word, 16)), "{word:x}");
+}
+
+model! {
+    a_put_leaves_lanes_below_the_limit: a_put_beside_an_addition::<true>;
+    without_a_check_a_put_leaves_one_there: a_put_beside_an_addition::<false> => "a lane stays at its limit";
 }
 
 fn a_reader_of_a_ratio<const TOGETHER: bool>() {

@@ -40,12 +40,14 @@ impl Index {
     /// Segments in use.
     fn audit_segments(&self) -> Vec<u32> {
         let n = self.segments.len();
-        let used = chain(self.oldest, n, |s| self.seg(s).newer, "segments by recency");
+        let mut used = chain(self.oldest, n, |s| self.seg(s).newer, "segments by recency");
         let mut backwards = chain(self.newest, n, |s| self.seg(s).older, "segments by recency, backwards");
         backwards.reverse();
         assert_eq!(used, backwards, "recency links disagree");
         let free = chain(self.free_segment, n, |s| self.seg(s).queue_next, "free segments");
-        assert!(once(&used, "segments").is_disjoint(&once(&free, "free segments")), "a free segment is in use");
+        let unused = once(&free, "free segments");
+        used.extend((0..n as u32).filter(|s| self.is_aside(*s) && !unused.contains(s)));
+        assert!(once(&used, "segments").is_disjoint(&unused), "a free segment is in use");
         assert_eq!(used.len() + free.len(), n, "a segment is lost");
         used
     }

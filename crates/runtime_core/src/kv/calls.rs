@@ -5,9 +5,7 @@
 
 use std::ops::{Index, IndexMut};
 
-use crate::ids::mix;
-
-use super::table::{Table, EMPTY};
+use super::table::{hash, Table, EMPTY};
 use super::Running;
 
 /// Calls in flight that are tracked; the oldest gives way.
@@ -61,7 +59,7 @@ impl Calls {
         if self.len == 0 {
             return None;
         }
-        let slot = self.table.find(mix(call), |slot| self.slots[slot as usize].call == call);
+        let slot = self.table.find(hash(call), |slot| self.slots[slot as usize].call == call);
         (slot != EMPTY).then_some(slot as usize)
     }
 
@@ -102,7 +100,7 @@ impl Calls {
             self.links[usize::from(self.newest)].newer = slot;
         }
         self.newest = slot;
-        self.table.insert(mix(run.call), u32::from(slot));
+        self.table.insert(hash(run.call), u32::from(slot));
         self.len += 1;
     }
 
@@ -123,7 +121,7 @@ impl Calls {
         self.free = slot as u16;
         self.len -= 1;
         let slots = &self.slots;
-        self.table.remove(mix(run.call), slot as u32, |slot| mix(slots[slot as usize].call));
+        self.table.remove(hash(run.call), slot as u32, |slot| hash(slots[slot as usize].call));
         run
     }
 
@@ -155,6 +153,7 @@ impl IndexMut<usize> for Calls {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ids::mix;
     use crate::kv::workload::Sessions;
 
     fn run(call: u64) -> Running {

@@ -7,11 +7,11 @@
 use crate::sync::{AtomicU64, Ordering::Relaxed};
 
 /// Guesses over which the quick share is taken.
-const QUICK: f32 = 48.0;
+const QUICK: i32 = 48;
 /// Guesses over which the slow share is taken.
-const SLOW: f32 = 512.0;
-/// So much may chance take from the quick share: its standard deviation is at most 0.05.
-const CHANCE: f32 = 0.18;
+const SLOW: i32 = 512;
+/// So much may chance take from the quick share: 0.18, when its standard deviation is at most 0.05.
+const CHANCE: i32 = 18 * 65_535 / 100;
 
 /// The two shares (16 bits each) and the guesses so far (up to `SLOW`), in one word.
 #[derive(Debug, Default)]
@@ -19,24 +19,35 @@ const CHANCE: f32 = 0.18;
 pub(crate) struct Drift(AtomicU64);
 
 impl Drift {
-    /// Counts a guess; true where the past should be discounted. Of two guesses at once one may be lost.
+    /// Counts a guess; true where the past should be discounted. Of two guesses at once one may be lost,
+    /// and with it that an alarm has been raised: then it is raised again.
+    #[inline]
     pub(crate) fn guessed(&self, right: bool) -> bool {
-        const ONE: f32 = 65_535.0;
+        const ONE: i32 = 65_535;
         let word = self.0.load(Relaxed);
-        let (quick, slow) = (f32::from(word as u16), f32::from((word >> 16) as u16));
+        let (quick, slow) = (i32::from(word as u16), i32::from((word >> 16) as u16));
         // Plain means at first, or the start would weigh on the slow share for long.
-        let n = f32::from((word >> 32) as u16) + 1.0;
-        let outcome = if right { ONE } else { 0.0 };
-        let quick = quick + (outcome - quick) / n.min(QUICK);
-        let mut slow = slow + (outcome - slow) / n.min(SLOW);
-        let changed = slow - quick > CHANCE * ONE;
-        if changed {
-            slow = quick;
+        let n = i32::from((word >> 32) as u16) + 1;
+        let outcome = if right { ONE } else { 0 };
+        let (quick, slow) = if n >= SLOW {
+            (quick + nearest(outcome - quick, QUICK), slow + nearest(outcome - slow, SLOW))
+        } else {
+            (quick + nearest(outcome - quick, n.min(QUICK)), slow + nearest(outcome - slow, n))
+        };
+        let next = |slow: i32| (n.min(SLOW) as u64) << 32 | (slow as u64) << 16 | quick as u64;
+        if slow - quick <= CHANCE {
+            self.0.store(next(slow), Relaxed);
+            return false;
         }
-        let next = (n.min(SLOW) as u64) << 32 | (slow.round() as u64) << 16 | quick.round() as u64;
         // Whoever stores the alarm raises it: one discount for one change.
-        self.0.compare_exchange(word, next, Relaxed, Relaxed).is_ok() && changed
+        self.0.compare_exchange(word, next(quick), Relaxed, Relaxed).is_ok()
     }
+}
+
+/// The quotient's nearest integer.
+#[inline(always)]
+const fn nearest(dividend: i32, divisor: i32) -> i32 {
+    (2 * dividend + if dividend < 0 { -divisor } else { divisor }) / (2 * divisor)
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 //! of the last answer (octaves) and the tool that runs (its result has to go somewhere), combined in log-odds around the global rate:
 //! logit p = logit p_0 + sum over features f of (logit p_f - logit p_0).
 
-use crate::histogram::{Counters, UNIT};
+use crate::histogram::{Counters, Often, OFTEN, UNIT};
 
 use super::content::ROWS;
 use super::gaps::TOOLS;
@@ -62,20 +62,27 @@ impl Ends {
         ]
     }
 
-    /// The session called again. `doubted`: its end had been counted already. `often`: see [`Counters::add_steps`].
-    pub(crate) fn went_on(&self, features: Features, doubted: bool, often: u32) {
+    /// Whether calls of the agent were counted many times, if they are counted by themselves.
+    #[inline]
+    pub(crate) fn are_many(&self, agent: u16) -> bool {
+        let agent = agent as usize;
+        agent >= ROWS || u32::from(self.lanes.get(2 * (1 + agent))) >= OFTEN
+    }
+
+    /// The session called again. `doubted`: its end had been counted already.
+    pub(crate) fn went_on(&self, features: Features, doubted: bool, often: Often) {
         // A doubted call was counted as a trial; only the success is missing.
         let trial = if doubted { 0 } else { UNIT };
         self.add(features, [trial, UNIT], often);
     }
 
     /// The session has been silent for too long.
-    pub(crate) fn ended(&self, features: Features, often: u32) {
+    pub(crate) fn ended(&self, features: Features, often: Often) {
         self.add(features, [UNIT, 0], often);
     }
 
     #[inline]
-    fn add(&self, features: Features, steps: [u32; 2], often: u32) {
+    fn add(&self, features: Features, steps: [u32; 2], often: Often) {
         let [all, agent, step, size, tool] = Self::cells_of(features);
         let add = |cell: Option<usize>| {
             if let Some(cell) = cell {
@@ -131,9 +138,9 @@ mod tests {
         let ends = Ends::default();
         for _ in 0..40 {
             for steps in 1..5 {
-                ends.went_on(Features { agent: 0, steps, size: 3, tool: 0 }, false, 1);
+                ends.went_on(Features { agent: 0, steps, size: 3, tool: 0 }, false, Often::ALWAYS);
             }
-            ends.ended(Features { agent: 0, steps: 5, size: 3, tool: 0 }, 1);
+            ends.ended(Features { agent: 0, steps: 5, size: 3, tool: 0 }, Often::ALWAYS);
         }
         let config = Config::default();
         let at = |steps| ends.continues(Features { agent: 0, steps, size: 3, tool: 0 }, &config);
@@ -144,8 +151,8 @@ mod tests {
     fn a_session_whose_tool_runs_is_expected_to_go_on() {
         let ends = Ends::default();
         for _ in 0..40 {
-            ends.went_on(Features { agent: 0, steps: 9, size: 3, tool: 2 }, false, 1);
-            ends.ended(Features { agent: 0, steps: 9, size: 3, tool: 0 }, 1);
+            ends.went_on(Features { agent: 0, steps: 9, size: 3, tool: 2 }, false, Often::ALWAYS);
+            ends.ended(Features { agent: 0, steps: 9, size: 3, tool: 0 }, Often::ALWAYS);
         }
         let at = |tool| ends.continues(Features { agent: 0, steps: 9, size: 3, tool }, &Config::default());
         assert!(at(2) > 0.9 && at(0) < 0.2, "{} {}", at(2), at(0));
@@ -156,8 +163,8 @@ mod tests {
         let ends = Ends::default();
         let features = Features { agent: 0, steps: 1, size: 0, tool: 0 };
         for _ in 0..100 {
-            ends.ended(features, 1);
-            ends.went_on(features, true, 1);
+            ends.ended(features, Often::ALWAYS);
+            ends.went_on(features, true, Often::ALWAYS);
         }
         assert!(ends.overall() > 0.95);
     }

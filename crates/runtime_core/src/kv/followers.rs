@@ -5,7 +5,7 @@
 //! first used lies ahead of the follower's own step, and by how many calls ago the follower last used anything of the
 //! leader's. One vote per cell and call, worth the share of the blocks that the call used.
 
-use crate::histogram::{Counters, UNIT};
+use crate::histogram::{Counters, Often, UNIT};
 
 use super::chain::STEPS;
 
@@ -85,10 +85,10 @@ impl Followers {
     pub(crate) fn learn(&self, votes: &Votes, since: u16) {
         let vote = |n: u32, used: u32| [UNIT, (UNIT * used.min(n) + n / 2) / n];
         for (offset, &(n, used)) in votes.offsets.iter().enumerate().filter(|(_, (n, _))| *n > 0) {
-            self.cells.add_steps(2 * cell(offset, since), vote(n, used), 1);
+            self.cells.add_steps(2 * cell(offset, since), vote(n, used), Often::ALWAYS);
         }
         for (agent, &(n, used)) in votes.agents.iter().enumerate().filter(|(_, (n, _))| *n > 0) {
-            self.agents.add_steps(2 * agent, vote(n, used), 1);
+            self.agents.add_steps(2 * agent, vote(n, used), Often::ALWAYS);
         }
     }
 

@@ -9,7 +9,7 @@
 //! again at all is `ends.rs`'s question: gaps are conditional on a next call, so the two form a mixture cure model
 //! (Boag 1949): P(alive | silent for t) = p S(t) / (p S(t) + 1 - p).
 
-use crate::histogram::{Counters, UNIT};
+use crate::histogram::{Counters, Often, UNIT};
 use crate::sync::{AtomicU32, Ordering::Relaxed};
 
 use super::content::PerAgent;
@@ -26,6 +26,8 @@ const KAPPA: f32 = 2.0;
 /// So many gaps are foreseen by every chain, then every `COMPARED`th.
 const ALL_COMPARED: u32 = 512;
 const COMPARED: u32 = 32;
+/// So many gaps are many.
+const MANY: u32 = 8192;
 
 pub(super) type Histogram = Counters<{ BUCKETS / 4 }>;
 
@@ -41,7 +43,21 @@ pub(crate) struct Context {
 
 /// Log2 of a gap in milliseconds, at least 0.
 pub(crate) fn log2_ms(seconds: f32) -> f32 {
-    (seconds * 1000.0).max(1.0).log2()
+    log2((seconds * 1000.0).max(1.0))
+}
+
+/// Log2 of a number from 1 on, to 1e-5: the exponent, and three terms of a series for the mantissa, between sqrt(1/2) and sqrt(2).
+#[inline]
+fn log2(x: f32) -> f32 {
+    const SQRT_HALF: u32 = 0x3F35_04F3;
+    let above = x.to_bits().wrapping_sub(SQRT_HALF);
+    let exponent = (above as i32 >> 23) as f32;
+    let mantissa = f32::from_bits((above & 0x7F_FFFF) + SQRT_HALF);
+    // ln m = 2 artanh t, t = (m - 1) / (m + 1), |t| < 0.172.
+    let t = (mantissa - 1.0) / (mantissa + 1.0);
+    let square = t * t;
+    let ln = t * (2.0 + square * (2.0 / 3.0 + square * (2.0 / 5.0)));
+    (exponent + ln * std::f32::consts::LOG2_E).max(0.0)
 }
 
 /// Position of a gap on the bucket axis, fractional.
@@ -122,18 +138,26 @@ impl Gaps {
         self.chain_hazards(best, context)
     }
 
-    /// Counts a gap of so many [`log2_ms`], and how well each chain foresaw it. `often`: see [`Counters::add_steps`].
-    pub(crate) fn learn(&self, context: Context, log2_ms: f32, often: u32) {
+    /// Whether many gaps have been learned.
+    #[inline]
+    pub(crate) fn are_many(&self) -> bool {
+        self.seen.load(Relaxed) >= MANY
+    }
+
+    /// Counts a gap of so many [`log2_ms`], and how well each chain foresaw it.
+    pub(crate) fn learn(&self, context: Context, log2_ms: f32, often: Often) {
         let position = position_of(log2_ms);
         let at = (position - 0.5).max(0.0);
-        let (bucket, reached) = ((at as usize).min(BUCKETS - 2), position as usize);
+        let (bucket, reached) = ((at as u8 as usize).min(BUCKETS - 2), position as u8 as usize);
         let seen = self.seen.load(Relaxed).wrapping_add(1);
         self.seen.store(seen, Relaxed);
         if seen < ALL_COMPARED || seen % COMPARED == 0 {
             let fade = if seen < ALL_COMPARED { 0.999 } else { 0.999f32.powi(COMPARED as i32) };
             self.compare(context, reached, fade);
         }
-        self.count(context, bucket, at - bucket as f32, often);
+        if !often.is_never() {
+            self.count(context, bucket, at - bucket as f32, often);
+        }
     }
 
     /// Counts how well each chain (see [`Self::chain`]) foresaw a gap that ended in bucket `reached`.
@@ -160,8 +184,8 @@ impl Gaps {
         }
     }
 
-    fn count(&self, context: Context, bucket: usize, above: f32, often: u32) {
-        let high = (above.clamp(0.0, 1.0) * UNIT as f32) as u32;
+    fn count(&self, context: Context, bucket: usize, above: f32, often: Often) {
+        let high = u32::from((above.clamp(0.0, 1.0) * UNIT as f32) as u8);
         let add = |histogram: Option<&Histogram>| {
             if let Some(histogram) = histogram {
                 histogram.add_steps(bucket, [UNIT - high, high], often);
@@ -202,11 +226,11 @@ impl Services {
         &self.0
     }
 
-    /// A call took so long. `often`: see [`Counters::add_steps`].
-    pub(crate) fn learn(&self, seconds: f32, often: u32) {
+    /// A call took so long.
+    pub(crate) fn learn(&self, seconds: f32, often: Often) {
         let at = (position(seconds) - 0.5).max(0.0);
-        let bucket = (at as usize).min(BUCKETS - 2);
-        let high = ((at - bucket as f32).clamp(0.0, 1.0) * UNIT as f32) as u32;
+        let bucket = (at as u8 as usize).min(BUCKETS - 2);
+        let high = u32::from(((at - bucket as f32).clamp(0.0, 1.0) * UNIT as f32) as u8);
         self.0.add_steps(bucket, [UNIT - high, high], often);
     }
 
@@ -269,7 +293,7 @@ mod tests {
         let gaps = Gaps::default();
         let context = Context { agent: 1, tool: 0, pace: 5 };
         for i in 0..400 {
-            gaps.learn(context, log2_ms(if i % 4 == 0 { 8.0 } else { 0.5 }), 1);
+            gaps.learn(context, log2_ms(if i % 4 == 0 { 8.0 } else { 0.5 }), Often::ALWAYS);
         }
         let hazards = gaps.hazards(context, &Config::default());
         let surviving: f32 = (0..position(2.0) as usize).map(|b| 1.0 - hazards[b]).product();
@@ -284,7 +308,7 @@ mod tests {
             // The pace tells, the agent does not.
             let pace = (i % 2) as u8 * 8 + 1;
             let context = Context { agent: 0, tool: 0, pace };
-            gaps.learn(context, log2_ms(if pace == 1 { 0.1 } else { 30.0 }), 1);
+            gaps.learn(context, log2_ms(if pace == 1 { 0.1 } else { 30.0 }), Often::ALWAYS);
         }
         let quick = gaps.hazards(Context { agent: 0, tool: 0, pace: 1 }, &Config::default());
         let surviving: f32 = (0..position(5.0) as usize).map(|b| 1.0 - quick[b]).product();

@@ -557,6 +557,9 @@ impl Index {
             seg.queue_next = head;
         }
         self.seg_mut(s).bucket = bucket;
+        if self.is_aside(s) {
+            self.recency_push_oldest(s);
+        }
     }
 
     pub(crate) fn dequeue(&mut self, s: u32) {
@@ -635,7 +638,33 @@ impl Index {
         self.newest = s;
     }
 
+    /// Not in the list: see [`Self::oldest_leaf`].
+    #[inline]
+    pub(super) fn is_aside(&self, s: u32) -> bool {
+        self.seg(s).older == s
+    }
+
+    fn set_aside(&mut self, s: u32) {
+        self.recency_remove(s);
+        self.seg_mut(s).older = s;
+    }
+
+    fn recency_push_oldest(&mut self, s: u32) {
+        let oldest = self.oldest;
+        let seg = self.seg_mut(s);
+        (seg.older, seg.newer) = (NONE, oldest);
+        if oldest == NONE {
+            self.newest = s;
+        } else {
+            self.seg_mut(oldest).older = s;
+        }
+        self.oldest = s;
+    }
+
     fn recency_insert_before(&mut self, s: u32, anchor: u32) {
+        if self.is_aside(anchor) {
+            return self.recency_push_oldest(s);
+        }
         // `s` becomes the older neighbour of `anchor`.
         let older = self.seg(anchor).older;
         {
@@ -652,6 +681,9 @@ impl Index {
     }
 
     pub(crate) fn recency_remove(&mut self, s: u32) {
+        if self.is_aside(s) {
+            return;
+        }
         let Segment { older, newer, .. } = *self.seg(s);
         if older == NONE {
             self.oldest = newer;
@@ -666,11 +698,13 @@ impl Index {
     }
 
     /// The least recently used leaf.
-    pub(crate) fn oldest_leaf(&self) -> u32 {
-        let mut s = self.oldest;
-        while s != NONE && self.seg(s).bucket == NOT_QUEUED {
-            s = self.seg(s).newer;
+    ///
+    /// What is older and no leaf, because a call in flight needs it, is set aside until it is used again or becomes a leaf,
+    /// the oldest then: it is passed over once, not by every search.
+    pub(crate) fn oldest_leaf(&mut self) -> u32 {
+        while self.oldest != NONE && self.seg(self.oldest).bucket == NOT_QUEUED {
+            self.set_aside(self.oldest);
         }
-        s
+        self.oldest
     }
 }

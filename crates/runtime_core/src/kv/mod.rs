@@ -45,7 +45,6 @@ mod table;
 mod twins;
 pub(crate) mod workload;
 
-use crate::ids::mix;
 use crate::sessions::SessionHandle;
 
 use calls::Calls;
@@ -247,7 +246,7 @@ struct Running {
     started_us: u64,
     handle: SessionHandle,
     workload: u32,
-    /// Its lane, as long as that is this agent's: see [`KvCache::lane_of`].
+    /// Its lane, as long as that is this agent's ([`NONE`] before the session's first blocks): see [`KvCache::lane_of`].
     lane: u32,
     agent: u16,
     /// Last block of the call that is indexed, always the last of its segment, which is pinned; and how many there are.
@@ -471,6 +470,7 @@ impl KvCache {
         (self.index.bytes(), beside)
     }
 
+    #[inline]
     fn clock(&mut self, now_us: u64) -> u64 {
         if now_us < self.now_us {
             self.repairs.backward_clock += 1;
@@ -483,12 +483,17 @@ impl KvCache {
     // ---- sessions and lanes ----
 
     /// The tenant of a slot, made ready for this session.
+    #[inline(always)]
     fn tenant(&mut self, handle: SessionHandle, workload: u32, session: u64) {
-        let slot = handle.slot();
-        if self.tenants[slot].generation == handle.generation() {
-            return;
+        if self.tenants[handle.slot()].generation != handle.generation() {
+            self.new_tenant(handle, workload, session);
         }
-        // Another session has the slot now: the old one's blocks stay, known to be nobody's.
+    }
+
+    /// Another session has the slot now: the old one's blocks stay, known to be nobody's.
+    #[cold]
+    fn new_tenant(&mut self, handle: SessionHandle, workload: u32, session: u64) {
+        let slot = handle.slot();
         let mut lane = self.tenants[slot].lanes;
         while lane != NONE {
             let next = self.lanes[lane as usize].next;
@@ -641,11 +646,17 @@ impl KvCache {
     }
 
     /// The lane that a call in flight stores for: nobody's, once its own has been given to somebody else.
-    fn lane_of(&self, run: &Running) -> u32 {
+    fn lane_of(&mut self, run: &Running) -> u32 {
         let slot = run.handle.slot();
-        let x = self.lanes[run.lane as usize];
-        let own = x.session == slot as u32 && x.agent == run.agent;
-        if own && self.tenants[slot].generation == run.handle.generation() {
+        if self.tenants[slot].generation != run.handle.generation() {
+            return self.first_nobodys() + run.workload;
+        }
+        let Some(x) = self.lanes.get(run.lane as usize) else {
+            let lane = self.lane(slot as u32, run.agent);
+            self.lanes[lane as usize].calls = self.lanes[lane as usize].calls.max(1);
+            return lane;
+        };
+        if x.session == slot as u32 && x.agent == run.agent {
             run.lane
         } else {
             self.first_nobodys() + run.workload
@@ -703,17 +714,24 @@ impl KvCache {
         let &CallStart { call, session, agent, now_us, keys, hints } = start;
         let now_us = self.clock(now_us);
         let slot = handle.slot() as u32;
-        let let_go = self.make_way(call);
+        debug_assert_eq!(self.running.find(call), None);
+        let let_go = if self.running.is_full() { self.make_way() } else { None };
         self.tenant(handle, workload.0, session);
         self.find_path(keys);
         let hit = self.path.len();
         let shadow = if self.config.guard { self.guard.started(session, keys, hit) } else { NONE };
-        let lane = self.lane(slot, agent);
         let tenant = &mut self.tenants[slot as usize];
         tenant.calls = tenant.calls.saturating_add(1);
-        self.refresh_curves(lane, workload.1);
-        let whole = self.touch(workload.1, lane, slot, now_us, keys.len() as u32, hints);
-        self.lanes[lane as usize].calls = self.lanes[lane as usize].calls.wrapping_add(1);
+        let (mut lane, mut whole) = (NONE, true);
+        // Who has had no blocks needs no lanes.
+        if !keys.is_empty() || tenant.lanes != NONE {
+            lane = self.lane(slot, agent);
+            if !self.path.is_empty() || self.lanes[lane as usize].head != NONE {
+                self.refresh_curves(lane, workload.1);
+                whole = self.touch(workload.1, lane, slot, now_us, keys.len() as u32, hints);
+            }
+            self.lanes[lane as usize].calls = self.lanes[lane as usize].calls.wrapping_add(1);
+        }
         self.ticket = 0;
         let tail = match self.path.last() {
             Some(&block) => self.pin(block),
@@ -790,7 +808,15 @@ impl KvCache {
     }
 
     /// A call starts: who it is if it waited until now.
+    #[inline]
     pub(crate) fn admitted(&mut self, call: u64, now_us: u64) -> Option<(SessionHandle, u16)> {
+        if self.queue.is_empty() {
+            return None;
+        }
+        self.admitted_of_some(call, now_us)
+    }
+
+    fn admitted_of_some(&mut self, call: u64, now_us: u64) -> Option<(SessionHandle, u16)> {
         let waiting = self.queue.admit(call, now_us)?;
         self.ticket = waiting.ticket;
         let mut moved = [None; 11];
@@ -799,12 +825,10 @@ impl KvCache {
         Some((waiting.handle, waiting.agent))
     }
 
-    /// Lets a call go that is in flight under the id of a new one, or the oldest where there are too many.
-    fn make_way(&mut self, call: u64) -> Option<SessionHandle> {
-        let at = match self.running.find(call) {
-            None if self.running.is_full() => self.running.oldest()?,
-            same => same?,
-        };
+    /// Lets the oldest call in flight go.
+    #[cold]
+    fn make_way(&mut self) -> Option<SessionHandle> {
+        let at = self.running.oldest()?;
         self.repairs.untracked_calls += 1;
         Some(self.let_go(at))
     }
@@ -872,10 +896,7 @@ impl KvCache {
         prompt_len: u32,
         hints: &[Hint],
     ) -> bool {
-        let Lane { agent, calls, head, .. } = self.lanes[lane as usize];
-        if head == NONE && self.path.is_empty() {
-            return true;
-        }
+        let Lane { agent, calls, .. } = self.lanes[lane as usize];
         // One vote per (misses, class) cell: all blocks of the lane, used or not.
         let mut expected = [[0u32; CLASSES]; MISSES];
         let mut used = [[0u32; CLASSES]; MISSES];
@@ -1062,8 +1083,9 @@ impl KvCache {
             self.repairs.unknown_calls += 1;
             return;
         };
-        let lane = self.lane_of(&self.running[at]);
-        let run = Running { lane, ..self.running[at] };
+        let mut run = self.running[at];
+        run.lane = self.lane_of(&run);
+        self.running[at].lane = run.lane;
         // An answer hangs below the whole prompt or nowhere.
         if run.cut || (output && run.len < run.prompt_len) {
             self.repairs.untracked_blocks += keys.len() as u64;
@@ -1194,21 +1216,25 @@ impl KvCache {
         true
     }
 
-    /// A call has ended: its blocks may go.
-    pub(crate) fn call_finished(&mut self, workload: Option<&Workload>, call: u64, now_us: u64) {
+    /// A call that does not run has ended, or gives up waiting.
+    pub(crate) fn call_cancelled(&mut self, call: u64, now_us: u64) {
+        self.clock(now_us);
+        match self.queue.remove(call) {
+            Some(waiting) => self.session_changed(waiting.handle),
+            None => self.repairs.unknown_calls += 1,
+        }
+    }
+
+    /// A call in flight, found at `at`, has ended: its blocks may go.
+    pub(crate) fn call_finished(&mut self, workload: Option<&Workload>, at: usize, now_us: u64) {
         let now_us = self.clock(now_us);
-        let Some(at) = self.running.find(call) else {
-            match self.queue.remove(call) {
-                Some(waiting) => self.session_changed(waiting.handle),
-                None => self.repairs.unknown_calls += 1,
-            }
-            return;
-        };
         let run = self.running.remove(at);
         self.guard.ended(run.shadow);
-        let took_s = now_us.saturating_sub(run.started_us) as f32 / 1e6;
         if let Some(workload) = workload {
-            workload.services.learn(took_s, workload::often(run.handle, run.started_us));
+            let often = workload.often(run.handle, run.started_us);
+            if !often.is_never() {
+                workload.services.learn(now_us.saturating_sub(run.started_us) as f32 / 1e6, often);
+            }
         }
         if run.tail != NONE {
             let mut segment = self.index.segment_of(run.tail);
@@ -1316,10 +1342,24 @@ impl KvCache {
         filled
     }
 
-    /// The session of a call in flight.
+    /// Where a call in flight is kept, until another call starts or ends.
     #[inline]
-    pub(crate) fn running(&self, call: u64) -> Option<SessionHandle> {
-        self.running.find(call).map(|at| self.running[at].handle)
+    pub(crate) fn find_call(&self, call: u64) -> Option<usize> {
+        self.running.find(call)
+    }
+
+    /// The session of a call in flight.
+    pub(crate) fn session_of(&self, at: usize) -> SessionHandle {
+        self.running[at].handle
+    }
+
+    /// The session of a call in flight, if the caller calls it by this name.
+    #[inline]
+    pub(crate) fn caller(&self, at: usize, workload: u32, session: u64) -> Option<SessionHandle> {
+        let handle = self.running[at].handle;
+        let tenant = &self.tenants[handle.slot()];
+        let same = tenant.session == session && u32::from(tenant.workload) == workload;
+        (same && tenant.generation == handle.generation()).then_some(handle)
     }
 
     /// Something about the session has changed.
@@ -1854,7 +1894,7 @@ impl KvCache {
 }
 
 fn lane_hash(slot: u32, agent: u16) -> u64 {
-    mix(u64::from(slot) << 16 | u64::from(agent))
+    table::hash(u64::from(slot) << 16 | u64::from(agent))
 }
 
 /// `n` lanes on the free list, then nobody's.

@@ -8,7 +8,7 @@
 //! A segment that several sessions used is still that after an eviction: its last block and degree are remembered in a
 //! direct-mapped table, and blocks that are stored again above such a block take up where they left.
 
-use crate::histogram::Counters;
+use crate::histogram::{Counters, Often};
 use crate::ids::mix;
 use crate::sync::{AtomicU32, Ordering::Relaxed};
 
@@ -205,7 +205,7 @@ impl Sharing {
             // Steps are whole, what is due is not: it is rounded up as often as it must be, by the bits of the age.
             let chance = (mix(u64::from(age_s.to_bits()) ^ cell as u64) >> 40) as f32 / (1u64 << 24) as f32;
             let due = (due * all / ratio + chance) as u32;
-            self.ratios[cell / 2].add_steps(cell % 2 * 2, [seen as u32, due], 1);
+            self.ratios[cell / 2].add_steps(cell % 2 * 2, [seen as u32, due], Often::ALWAYS);
         }
     }
 

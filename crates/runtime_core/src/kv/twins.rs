@@ -14,6 +14,7 @@ use super::ends::{Ends, Features};
 use super::gaps::{self, Context, Gaps, BUCKETS};
 use super::sharing::{self, Curve, Curves, Owner, Sharing, AGES};
 use super::{Config, Workload};
+use crate::histogram::Often;
 use crate::ids::AgentId;
 use crate::successors::{context_of, context_of_two};
 
@@ -37,7 +38,7 @@ proptest! {
         let gaps = Gaps::default();
         let mut counts: HashMap<Option<u16>, Vec<f64>> = HashMap::new();
         for &(agent, seconds) in &gaps_s {
-            gaps.learn(Context { agent, tool: 0, pace: 0 }, gaps::log2_ms(seconds), 1);
+            gaps.learn(Context { agent, tool: 0, pace: 0 }, gaps::log2_ms(seconds), Often::ALWAYS);
             // Half-octave buckets from 1 ms; split between the two nearest middles, in sixteenths.
             let at = (2.0 * (f64::from(seconds) * 1000.0).max(1.0).log2()).min(BUCKETS as f64 - 1.0) - 0.5;
             let (bucket, above) = ((at.max(0.0) as usize).min(BUCKETS - 2), at.max(0.0));
@@ -67,7 +68,7 @@ proptest! {
         let cells = |x: Features| [(0, 0), (1, x.agent), (2, x.steps), (3, u16::from(x.size)), (4, u16::from(x.tool))];
         for &(agent, steps, size, went_on) in &seen {
             let features = Features { agent, steps, size, tool: size % 3 };
-            if went_on { ends.went_on(features, false, 1) } else { ends.ended(features, 1) }
+            if went_on { ends.went_on(features, false, Often::ALWAYS) } else { ends.ended(features, Often::ALWAYS) }
             for cell in cells(features) {
                 let (trials, successes) = counts.entry(cell).or_default();
                 *trials += 1.0;

@@ -19,7 +19,7 @@
 
 use std::sync::OnceLock;
 
-use crate::histogram::Counters;
+use crate::histogram::{Counters, Often};
 use crate::ids::{mix, AgentId, SessionKey};
 use crate::sessions::{SessionHandle, SessionTable, Word};
 use crate::successors::{after_tool, context_of, context_of_two, SuccessorTable};
@@ -184,9 +184,20 @@ impl Recent {
         agents
     }
 
+    /// Position of `agent` among the agents, [`NEW`] if it is none of them.
     #[inline]
     fn rank(self, agent: u16) -> usize {
-        self.agents().iter().position(|&a| a == agent).unwrap_or(NEW)
+        const LOW: u64 = 0x0001_0001_0001;
+        // The highest bit of each lane that is zero; above the first such lane there may be more.
+        let [low, high] = self.0.map(|word| {
+            let other = word ^ (LOW * u64::from(agent));
+            other.wrapping_sub(LOW) & !other & LOW << 15
+        });
+        match (low, high) {
+            (0, 0) => NEW,
+            (0, _) => IN_WORD + high.trailing_zeros() as usize / 16,
+            _ => low.trailing_zeros() as usize / 16,
+        }
     }
 
     /// The agents after `agent`, which was at `rank`, has spoken.
@@ -246,18 +257,16 @@ pub(crate) fn standing(sessions: &Sessions, handle: SessionHandle) -> Option<Sta
     })
 }
 
-/// What a step of a session weighs where counts are large (see [`Counters::add_steps`]): four times in one case of four,
-/// else nothing. Drawn from the step's time, so that a replay repeats itself.
-#[inline]
-pub(crate) fn often(handle: SessionHandle, time_us: u64) -> u32 {
-    if mix(time_us ^ (handle.slot() as u64) << 40) % 4 == 0 {
-        4
-    } else {
-        0
-    }
-}
-
 impl Workload {
+    /// How often a step of a session counts: four times in one case of four where counts are large, else once; and once
+    /// many gaps have been learned, four times in one case of four everywhere. Drawn from the step's time, so that a
+    /// replay repeats itself.
+    #[inline]
+    pub(crate) fn often(&self, handle: SessionHandle, time_us: u64) -> Often {
+        let large = if mix(time_us ^ (handle.slot() as u64) << 40) % 4 == 0 { 4 } else { 0 };
+        Often { small: if self.gaps.are_many() { large } else { 1 }, large }
+    }
+
     /// A session calls `agent`. Lock-free, from any thread; every transition is counted exactly once.
     pub(crate) fn call_started(&self, sessions: &Sessions, key: SessionKey, agent: u16, now_us: u64) -> SessionHandle {
         let (handle, before) = sessions.transition(key, AgentId(agent));
@@ -265,10 +274,16 @@ impl Workload {
         let rank = recent.rank(agent);
         if before.last.is_known() {
             let finish_us = sessions.load(handle, Word::LastFinish);
-            let often = often(handle, finish_us.unwrap_or(now_us));
+            let mut often = self.often(handle, finish_us.unwrap_or(now_us));
+            if !self.ends.are_many(before.last.0) {
+                // The agent is new.
+                often.small = 1;
+            }
             let status = Status::unpack(sessions.load(handle, STATUS));
             let features = Features { agent: before.last.0, steps: before.steps, size: status.size, tool: status.tool };
-            self.ends.went_on(features, status.doubted, often);
+            if !often.is_never() {
+                self.ends.went_on(features, status.doubted, often);
+            }
             let mut after = Status { tool: 0, doubted: false, ..status };
             if let Some(finish_us) = finish_us {
                 if sessions.in_flight(handle) == 0 {
@@ -283,13 +298,19 @@ impl Workload {
             if status.tool != 0 {
                 (pair, one) = (after_tool(pair), after_tool(one));
             }
-            let expected = self.transitions.likeliest(pair).or_else(|| self.transitions.likeliest(one));
+            let expected = match self.transitions.learn(pair, agent) {
+                None => self.transitions.learn(one, agent),
+                expected => {
+                    self.transitions.add(one, agent);
+                    expected
+                }
+            };
             if expected.is_some_and(|expected| self.drift.guessed(expected == agent)) {
                 self.transitions.discount();
             }
-            self.transitions.add(pair, agent);
-            self.transitions.add(one, agent);
-            self.ranks.add_steps(rank, [1, 0], often);
+            if !often.is_never() {
+                self.ranks.add_steps(rank, [1, 0], often);
+            }
         }
         recent.front(agent, rank).store(recent, sessions, handle);
         sessions.store(handle, Word::LastStart, now_us);
@@ -325,7 +346,38 @@ impl Workload {
             Status { doubted: true, ..status }.pack()
         });
         if !was_doubted {
-            self.ends.ended(standing.features, often(handle, standing.last_finish_us));
+            self.ends.ended(standing.features, self.often(handle, standing.last_finish_us));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::histogram::UNIT;
+
+    #[test]
+    fn after_many_gaps_votes_are_sampled_but_those_of_a_new_agent_all_count() {
+        let (workload, sessions) = (Workload::default(), Sessions::new(64).unwrap());
+        let mut now_us = 1_000_000;
+        let mut call = |key: u64, agent: u16| {
+            now_us += 1_000 + mix(now_us) % 1_000;
+            let handle = workload.call_started(&sessions, SessionKey(key), agent, now_us);
+            now_us += 1_000;
+            Workload::call_finished(&sessions, handle, now_us, 0, 0);
+        };
+        for step in 0..20_000 {
+            call(step % 16, 0);
+        }
+        let handle = sessions.enter(SessionKey(1)).0;
+        let drawn = (0..4_000).filter(|&at| !workload.often(handle, at).is_never()).count();
+        assert!((900..1_100).contains(&drawn), "{drawn} of 4,000 votes count");
+        for key in 0..20 {
+            // Two calls of an agent that nobody called before: one gap of its own each.
+            call(100 + key, 7);
+            call(100 + key, 7);
+        }
+        let successes = (0..2 * 8).map(|cell| workload.ends.row().get(2 * cell + 1)).collect::<Vec<_>>();
+        assert_eq!(u32::from(successes[1 + 7]), 20 * UNIT, "{successes:?}");
     }
 }
