@@ -460,6 +460,14 @@ class Adapter:
             self.gate.clear()
         self.reset()
 
+    def pending(self) -> bool:
+        """Whether vLLM is to make a step although no client waits."""
+        return False
+
+    def also(self) -> str:
+        """What the log says besides."""
+        return ""
+
     def close(self) -> None:
         """The engine shuts down."""
         if self.recorder is not None:

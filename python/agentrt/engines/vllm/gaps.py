@@ -1,0 +1,235 @@
+"""Sessions between two calls, and what becomes of their blocks meanwhile: the policy ``tool_gap``.
+
+vLLM does not know of tools. A session's silence is taken for one: from the end of its last call in flight to its next
+call; which tool it is stays unknown unless the request says so (``tool``, beside ``agent_id``: what will run after it).
+
+Nothing is held in vLLM: its blocks stay free. What the core names as victims is corrected here:
+
+1. blocks of released sessions go first, deepest first, if nothing else needs them (the core refuses the others);
+2. then what else the core names;
+3. kept blocks are put aside and go only where the others do not suffice, in the order in which the core named them.
+
+What demoting means: with vLLM's CPU tier beside (which has copies of all that was computed), the same as releasing;
+vLLM loads it when the session calls. Without that tier nothing is demoted.
+
+Memory: ``MOST`` sessions, the longest silent forgotten first. A question takes some 10 us a silent session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from agentrt._core import block_keys
+from agentrt.engines.vllm.callers import CALLERS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from agentrt.engines.vllm.core import RuntimeCore
+    from agentrt.engines.vllm.gate import Load
+    from agentrt.engines.vllm.scheduling import CoreScheduling
+
+__all__ = ["Gaps", "Released"]
+
+MOST = 128
+# Between two questions, unless a gap has begun.
+AGAIN_US = 100_000
+ROUNDS = 4
+# The policy only asks whether there is a link.
+HOST_BYTES_PER_S = 1 << 33
+
+_NO_KEYS: NDArray[np.uint64] = np.zeros(0, np.uint64)
+
+
+class Released:
+    """Names the blocks of released sessions first: a policy of the runtime, before all others."""
+
+    def __init__(self) -> None:
+        self.keys: list[int] = []
+        self.named = 0
+
+    def call_start(self, call: object) -> None:
+        """Nothing to learn."""
+
+    def call_finish(self, call: object) -> None:
+        """Nothing to learn."""
+
+    def evict(self, n: int, time_us: int) -> list[int]:  # noqa: ARG002 - the protocol of policies
+        """The next blocks to go."""
+        victims = self.keys[-1 : -n - 1 : -1]
+        del self.keys[len(self.keys) - len(victims) :]
+        self.named += len(victims)
+        return victims
+
+
+class _Session:
+    __slots__ = ("agent", "hashes", "keys", "kept", "live", "shared", "started_us", "tool")
+
+    def __init__(self, shared: int) -> None:
+        self.live = 0
+        # Leading blocks that other sessions had before it.
+        self.shared = shared
+        self.agent = self.tool = 0
+        # None while a call is in flight.
+        self.started_us: int | None = None
+        self.hashes: Sequence[bytes] = ()
+        self.keys = _NO_KEYS
+        self.kept = False
+
+
+class Gaps:
+    """Knows which sessions are silent and corrects victims accordingly.
+
+    Args:
+        scheduling: Who is asked.
+        core: The runtime, whose first policy is ``released``.
+        released: That policy.
+        pool: vLLM's.
+        block_size: Tokens of a block.
+    """
+
+    def __init__(
+        self, scheduling: CoreScheduling, core: RuntimeCore, released: Released, pool: Any, block_size: int
+    ) -> None:
+        self.scheduling = scheduling
+        self.core = core
+        self.released = released
+        self.pool = pool
+        self.block_size = block_size
+        self.decided = {"undecided": 0, "keep": 0, "demote": 0, "release": 0}
+        self.spared_blocks = 0
+        self.given_blocks = 0
+        self._sessions: dict[int, _Session] = {}
+        self._kept = _NO_KEYS
+        self._fresh = False
+        self._asked_us = 0
+
+    def arrived(self, session: int, now_us: int) -> None:
+        """A session calls: it is silent no more."""
+        one = self._sessions.pop(session, None)
+        if one is None:
+            one = _Session(-1)
+            if len(self._sessions) >= MOST:
+                self._drop()
+        # To the end: the longest silent stands first.
+        self._sessions[session] = one
+        one.live += 1
+        if one.started_us is not None:
+            one.started_us = None
+            self._fresh = True
+            if one.tool:
+                self.core.tool_ended(session, one.tool, now_us)
+
+    def _drop(self) -> None:
+        for session, one in self._sessions.items():
+            if one.started_us is not None:
+                del self._sessions[session]
+                return
+
+    def withdrawn(self, session: int) -> None:
+        """A call of it has ended that never ran."""
+        one = self._sessions.get(session)
+        if one is not None:
+            one.live -= 1
+
+    def ended(self, session: int, agent: int, tool: int, request: Any, blocks: int, hit: int, now_us: int) -> None:
+        """A call has ended and leaves so many full blocks; so many of its prompt were hits."""
+        one = self._sessions.get(session)
+        if one is None:
+            return
+        one.live -= 1
+        if one.shared < 0:
+            one.shared = hit
+        if one.live > 0:
+            return
+        one.agent, one.tool, one.started_us = agent, tool, now_us
+        one.hashes = request.block_hashes[:blocks]
+        one.keys = block_keys(one.hashes, 0, blocks)
+        self._fresh = True
+        if tool:
+            self.core.tool_started(session, tool, now_us)
+
+    def over(self, session: int) -> None:
+        """No more calls of this session."""
+        self._sessions.pop(session, None)
+        self._fresh = True
+
+    def clear(self) -> None:
+        """Nothing is resident."""
+        self._sessions.clear()
+        self.released.keys.clear()
+        self._kept = _NO_KEYS
+
+    def _resident(self, one: _Session) -> int:
+        """Leading blocks of its last call that vLLM still has."""
+        low, high = 0, len(one.hashes)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.pool.get_cached_block(one.hashes[middle - 1], [0]):
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def ask(self, load: Load) -> None:
+        """Asks what becomes of the blocks of silent sessions."""
+        if not self._fresh and load.now_us - self._asked_us < AGAIN_US:
+            return
+        self._fresh, self._asked_us = False, load.now_us
+        silent = [(session, one, one.started_us) for session, one in self._sessions.items() if one.started_us is not None]
+        resident = [self._resident(one) for _, one, _ in silent]
+        answers = self.scheduling.gaps(
+            load,
+            [(session, one.agent, one.tool, started_us) for session, one, started_us in silent],
+            [n * self.block_size for n in resident],
+            HOST_BYTES_PER_S if CALLERS.wanted else 0,
+        )
+        kept = []
+        released: list[int] = []
+        for (_, one, _), n, answer in zip(silent, resident, answers, strict=True):
+            self.decided[answer] += 1
+            one.kept = answer == "keep"
+            if one.kept:
+                kept.append(one.keys[:n])
+            elif answer in ("release", "demote"):
+                # Taken from the end.
+                released += one.keys[max(one.shared, 0) : n].tolist()
+        self.released.keys = released
+        self._kept = np.concatenate(kept) if kept else _NO_KEYS
+
+    def evict(self, n: int, now_us: int) -> list[int]:
+        """Victims, kept ones last."""
+        kept = self._kept
+        act, time = self.core.runtime.act, now_us / 1e6
+        chosen: list[int] = []
+        aside: list[int] = []
+        for _ in range(ROUNDS):
+            victims = act("evict", n - len(chosen), None, time)
+            spared = np.isin(victims, kept)
+            chosen += victims[~spared].tolist()
+            if not spared.any():
+                break
+            aside += victims[spared].tolist()
+            if len(chosen) >= n:
+                break
+        if aside:
+            given = aside[: n - len(chosen)] if len(chosen) < n else []
+            chosen += given
+            self.given_blocks += len(given)
+            self._spare(aside[len(given) :], given, now_us)
+        return chosen
+
+    def _spare(self, aside: list[int], given: list[int], now_us: int) -> None:
+        """The core holds these blocks for gone, which they are not: it hears of their chains again."""
+        self.spared_blocks += len(aside)
+        if not aside:
+            return
+        still, gone = np.array(aside, np.uint64), np.array(given, np.uint64)
+        for session, one in self._sessions.items():
+            if one.kept and np.isin(one.keys, still).any():
+                lost = np.isin(one.keys, gone)
+                n = min(self._resident(one), int(lost.argmax()) if lost.any() else len(one.keys))
+                self.core.restored(session, one.agent, now_us, one.keys[:n])
