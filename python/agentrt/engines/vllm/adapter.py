@@ -420,7 +420,9 @@ class Adapter:
         if self.gate is not None:
             prompt, decoded = request.num_prompt_tokens, request.num_tokens - request.num_prompt_tokens
             held = (prompt + decoded // 2) * max(now_us - call.arrived_us, 0) if call.allocated else 0
-            self.gate.ended(call.number, now_us, Service(prompt - call.hit * self.block_size, decoded, held))
+            # A preempted call may hit what it has generated itself.
+            prefilled = max(prompt - call.hit * self.block_size, 0)
+            self.gate.ended(call.number, now_us, Service(prefilled, decoded, held))
         if self.recorder is not None and call.allocated:
             self.recorder.call(
                 session=call.identity.session,

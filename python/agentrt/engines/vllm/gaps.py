@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["Gaps", "Released"]
 
 MOST = 128
-# Between two questions, unless a gap has begun.
-AGAIN_US = 100_000
 ROUNDS = 4
 # The policy only asks whether there is a link.
 HOST_BYTES_PER_S = 1 << 33
@@ -104,8 +102,8 @@ class Gaps:
         self.given_blocks = 0
         self._sessions: dict[int, _Session] = {}
         self._kept = _NO_KEYS
-        self._fresh = False
-        self._asked_us = 0
+        #: A session has fallen silent since the last question.
+        self.begun = False
 
     def arrived(self, session: int, now_us: int) -> None:
         """A session calls: it is silent no more."""
@@ -119,7 +117,6 @@ class Gaps:
         one.live += 1
         if one.started_us is not None:
             one.started_us = None
-            self._fresh = True
             if one.tool:
                 self.core.tool_ended(session, one.tool, now_us)
 
@@ -148,14 +145,13 @@ class Gaps:
         one.agent, one.tool, one.started_us = agent, tool, now_us
         one.hashes = request.block_hashes[:blocks]
         one.keys = block_keys(one.hashes, 0, blocks)
-        self._fresh = True
+        self.begun = True
         if tool:
             self.core.tool_started(session, tool, now_us)
 
     def over(self, session: int) -> None:
         """No more calls of this session."""
         self._sessions.pop(session, None)
-        self._fresh = True
 
     def clear(self) -> None:
         """Nothing is resident."""
@@ -176,9 +172,7 @@ class Gaps:
 
     def ask(self, load: Load) -> None:
         """Asks what becomes of the blocks of silent sessions."""
-        if not self._fresh and load.now_us - self._asked_us < AGAIN_US:
-            return
-        self._fresh, self._asked_us = False, load.now_us
+        self.begun = False
         silent = [(session, one, one.started_us) for session, one in self._sessions.items() if one.started_us is not None]
         resident = [self._resident(one) for _, one, _ in silent]
         answers = self.scheduling.gaps(

@@ -66,7 +66,9 @@ class PlanningAdapter(Adapter):
 
     def _evict(self, n: int, now_us: int) -> Sequence[int]:
         assert self.gaps is not None
-        self.gaps.ask(self._load())
+        load = self._load()
+        # What is about to be taken is no room any more.
+        self.gaps.ask(load._replace(free_blocks=max(load.free_blocks - n, 0)))
         return self.gaps.evict(n, now_us)
 
     # ---- hooks ----
@@ -111,7 +113,7 @@ class PlanningAdapter(Adapter):
                 return
             load = self._load()._replace(running_calls=0, step_tokens=self.step_tokens or STEP_TOKENS)
             prefills.queue(self.scheduling.idle(load))
-        if self.gaps is not None:
+        if self.gaps is not None and self.gaps.begun:
             self.gaps.ask(self._load())
 
     def finished(self, request: Any, block_ids_by_group: Sequence[Sequence[int]]) -> tuple[bool, None]:
