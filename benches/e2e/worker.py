@@ -12,6 +12,7 @@ import gc
 import hashlib
 import json
 import os
+import random
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benches.e2e import cores
+from benches.e2e.scenarios import SCENARIOS, Paced
 from benches.e2e.workloads import ENGINE_BLOCK, LONGEST, Call, ClosedLoop, order_of_calls, sessions
 
 MODELS = {
@@ -208,6 +210,86 @@ class Bench:
             "preemptions": self._preemptions() - preemptions,
         }
 
+    def run_paced(self, job: dict[str, Any]) -> dict[str, Any]:
+        """A scenario: sessions by the clock, some at a time; while all pause, the engine may do what it likes."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        scenario = SCENARIOS[job["scenario"]]
+        upcoming = scenario.sessions(random.Random(job["seed"]))[::-1]
+        for session in upcoming:
+            for call in session.calls:
+                call.tokens()
+        self.fresh({**job, "pool_blocks": scenario.pool_blocks})
+        engine, scheduler = self.engine, self.scheduler
+        live: dict[str, tuple[_Live, Paced]] = {}
+        ended: dict[str, _Live] = {}
+        took: dict[str, list[float]] = {}
+        begun: dict[str, float] = {}
+        due: list[tuple[float, int, Paced, int]] = []
+        steps = sent = 0
+        start = time.perf_counter()
+        for _ in range(scenario.concurrency):
+            if upcoming:
+                session = upcoming.pop()
+                due.append((start + session.pauses_s[0], len(due), session, 0))
+        while due or live:
+            due.sort(key=lambda entry: entry[:2])
+            while due and due[0][0] <= time.perf_counter():
+                _, _, session, step = due.pop(0)
+                call = session.calls[step]
+                names = {"session_id": call.session, "agent_id": call.agent, "tenant": session.tenant}
+                if session.tools:
+                    names["tool"] = session.tools[step]
+                params = SamplingParams(
+                    max_tokens=job["max_tokens"], temperature=0.0, ignore_eos=True, detokenize=False,
+                    extra_args={**names, "session_end": step + 1 == len(session.calls)},
+                    output_kind=RequestOutputKind.CUMULATIVE,
+                )  # fmt: skip
+                sent += 1
+                now = time.perf_counter()
+                begun.setdefault(call.session, now)
+                live[call.name] = _Live(session.calls, step, sent, now), session
+                engine.add_request(call.name, {"prompt_token_ids": call.tokens()}, params)
+            if not live and not scheduler.has_requests():
+                time.sleep(max(0.0, min(due[0][0] - time.perf_counter(), 0.01)))
+                continue
+            outputs = engine.step()
+            steps += 1
+            now = time.perf_counter()
+            for output in outputs:
+                entry, session = live[output.request_id]
+                if entry.first is None and output.outputs[0].token_ids:
+                    entry.first = now
+                if not output.finished:
+                    continue
+                del live[output.request_id]
+                entry.last = now
+                entry.hit = output.num_cached_tokens or 0
+                entry.prompt = len(output.prompt_token_ids)
+                entry.tokens = tuple(output.outputs[0].token_ids)
+                ended[output.request_id] = entry
+                step = entry.step + 1
+                if step == len(session.calls):
+                    took.setdefault(session.tenant, []).append(now - begun[session.calls[0].session])
+                    if not upcoming:
+                        continue
+                    session, step = upcoming.pop(), 0
+                due.append((now + session.pauses_s[step], sent + len(due), session, step))
+        seconds = time.perf_counter() - start
+        while scheduler.has_requests():
+            engine.step()
+        adapter = self.connector.adapter
+        prefills, gate = getattr(adapter, "prefills", None), adapter.gate
+        return {
+            **self._result(ended, seconds, steps),
+            "session_s": {tenant: sum(values) / len(values) for tenant, values in took.items()},
+            "mean_session_s": sum(map(sum, took.values())) / sum(map(len, took.values())),
+            "prefilled_tokens": prefills.computed_tokens if prefills is not None else 0,
+            "passed_over": gate.held + gate.passed_over if gate is not None else 0,
+            "overruled": gate.overruled if gate is not None else 0,
+        }
+
     def _preemptions(self) -> int:
         return sum(int(m.value) for m in self.llm.get_metrics() if m.name == "vllm:num_preemptions")
 
@@ -273,7 +355,8 @@ def main() -> None:
     answers.write("ready\n")
     answers.flush()
     for line in sys.stdin:
-        answers.write(json.dumps(bench.run(json.loads(line))) + "\n")
+        job = json.loads(line)
+        answers.write(json.dumps(bench.run_paced(job) if "scenario" in job else bench.run(job)) + "\n")
         answers.flush()
 
 
