@@ -5,7 +5,8 @@
 
 One engine serves all runs; each starts from an empty cache and an untaught policy. Three take turns, and which comes
 first changes from one repetition to the next: `neutral` (vLLM's own order and eviction), `agentrt` (learned
-eviction), and `agentrt` with the policy. All get the same calls; their answers are compared.
+eviction), and `agentrt` with the policy. All get the same calls; their answers are compared. Times are CPU time of the
+engine's process plus the sessions' pauses, so that other work on the machine does not count.
 """
 
 from __future__ import annotations
@@ -50,14 +51,12 @@ def measure(scenario: Scenario, row: Row) -> float:
 def table(rows: list[Row]) -> str:
     """Means over repetitions, and the change from off to on with its range."""
     lines = [
-        "| scenario | figure | neutral | off | on | on against off | hit tokens off -> on | calls/s off -> on | prefilled |",
+        "| scenario | figure | neutral | off | on | on against off | hit tokens | calls a second | prefilled |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     names = {"ttft_ms": "mean TTFT, ms", "session_s": "mean session, s", "light_session_s": "light tenant's session, s"}
     for name, scenario in SCENARIOS.items():
-        by_arm = {
-            arm: [row for row in rows if (row["scenario"], row["arm"]) == (name, arm)] for arm in arms(scenario)
-        }
+        by_arm = {arm: [row for row in rows if (row["scenario"], row["arm"]) == (name, arm)] for arm in arms(scenario)}
         if not all(by_arm.values()):
             continue
         mean = {arm: statistics.mean(measure(scenario, row) for row in mine) for arm, mine in by_arm.items()}

@@ -1,7 +1,7 @@
 """Small scenarios for the scheduling policies: sessions with pauses and tenants, sent by the clock.
 
-Prompts are made of the engine's blocks: the agent's system prompt, which its calls in all sessions share, then a part of
-its own in the session, which grows from call to call.
+Prompts are made of the engine's blocks: the agent's system prompt, which its calls in all sessions share, then a part
+of its own in the session, which grows from call to call.
 """
 
 from __future__ import annotations
@@ -61,18 +61,17 @@ def _turns(rng: random.Random, predictable: bool, sessions: int = 6, rounds: int
     return made
 
 
-def _growing(rng: random.Random, sessions: int, calls: int, least: int, grows: int, name: str = "s") -> list[list[Call]]:
-    del rng
+def _growing(sessions: int, calls: int, least: int, grows: int, name: str = "s") -> list[list[Call]]:
     return [[_call(f"{name}{s}", "a", i, 4, least + grows * i) for i in range(calls)] for s in range(sessions)]
 
 
 def _burst(rng: random.Random) -> list[Paced]:
-    return [Paced(calls, [0.0] * len(calls)) for calls in _growing(rng, 24, 8, 12, 4)]
+    return [Paced(calls, [0.0] * len(calls)) for calls in _growing(24, 8, 12, 4)]
 
 
 def _tenants(rng: random.Random) -> list[Paced]:
-    heavy = [Paced(calls, [0.0] * len(calls), "heavy") for calls in _growing(rng, 12, 8, 16, 2, "h")]
-    light = [Paced(calls, [0.0] * len(calls), "light") for calls in _growing(rng, 3, 8, 16, 2, "l")]
+    heavy = [Paced(calls, [0.0] * len(calls), "heavy") for calls in _growing(12, 8, 16, 2, "h")]
+    light = [Paced(calls, [0.0] * len(calls), "light") for calls in _growing(3, 8, 16, 2, "l")]
     mixed = heavy + light
     rng.shuffle(mixed)
     return mixed
@@ -80,9 +79,9 @@ def _tenants(rng: random.Random) -> list[Paced]:
 
 def _tools(rng: random.Random) -> list[Paced]:
     made = []
-    for calls in _growing(rng, 14, 8, 12, 4):
+    for calls in _growing(24, 8, 12, 4):
         tools = ["slow" if rng.random() < 0.3 else "fast" for _ in calls]
-        waits = {"slow": lambda: rng.uniform(1.5, 2.5), "fast": lambda: rng.uniform(0.02, 0.1)}
+        waits = {"slow": lambda: rng.uniform(0.4, 0.8), "fast": lambda: rng.uniform(0.01, 0.05)}
         # A pause follows the call that used the tool.
         made.append(Paced(calls, [0.0, *(waits[tool]() for tool in tools[:-1])], tools=tools))
     return made
@@ -106,7 +105,7 @@ SCENARIOS = {
         "a tenant with twelve sessions beside one with three",
     ),
     "tool_gap": Scenario(
-        "tool_gap", "session_s", 14, 160, _tools,
-        "14 sessions whose tools take 0.1 s or 2 s, a pool of three and a half",
+        "tool_gap", "session_s", 24, 220, _tools,
+        "24 sessions at once whose tools take 0.03 s or 0.6 s, a pool of five",
     ),
 }  # fmt: skip

@@ -162,12 +162,22 @@ class Bench:
         engine = self.engine
         live: dict[str, _Live] = {}
         ended: dict[str, _Live] = {}
-        steps = sent = 0
+        steps = sent = pauses = 0
+        paused_s = 0.0
+        every = job.get("pause_every", 0)
         preemptions = self._preemptions()
         cpu_start = time.process_time()
         start = time.perf_counter()
         while True:
-            for session, step in loop.due():
+            pauses_now = bool(every) and sent // every > pauses
+            if pauses_now and not live:
+                # All sessions pause for as long as the engine finds something to do.
+                since = time.perf_counter()
+                while self.scheduler.has_requests():
+                    engine.step()
+                paused_s += time.perf_counter() - since
+                pauses, pauses_now = sent // every, False
+            for session, step in () if pauses_now else loop.due():
                 call = session[step]
                 extra = {"session_id": call.session, "agent_id": call.agent} if job["named"] else None
                 params = SamplingParams(
@@ -203,7 +213,7 @@ class Bench:
                 for name in aborted:
                     entry = live.pop(name)
                     loop.ended(entry.session, entry.step)
-        took = time.perf_counter() - start
+        took = time.perf_counter() - start - paused_s
         return {
             **self._result(ended, took, steps),
             "cpu_s": round(time.process_time() - cpu_start, 3),
@@ -211,7 +221,11 @@ class Bench:
         }
 
     def run_paced(self, job: dict[str, Any]) -> dict[str, Any]:
-        """A scenario: sessions by the clock, some at a time; while all pause, the engine may do what it likes."""
+        """A scenario: sessions by the clock, some at a time; while all pause, the engine may do what it likes.
+
+        The clock counts this process's CPU time, and pauses, which are skipped: whatever else runs on the machine is
+        left out.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -221,21 +235,27 @@ class Bench:
             for call in session.calls:
                 call.tokens()
         self.fresh({**job, "pool_blocks": scenario.pool_blocks})
-        engine, scheduler = self.engine, self.scheduler
+        engine, scheduler, adapter = self.engine, self.scheduler, self.connector.adapter
+        skipped = 0.0
+
+        def clock() -> float:
+            return time.process_time() + skipped
+
+        adapter.now_us = lambda: int(clock() * 1e6)
         live: dict[str, tuple[_Live, Paced]] = {}
         ended: dict[str, _Live] = {}
         took: dict[str, list[float]] = {}
         begun: dict[str, float] = {}
         due: list[tuple[float, int, Paced, int]] = []
         steps = sent = 0
-        start = time.perf_counter()
+        start = clock()
         for _ in range(scenario.concurrency):
             if upcoming:
                 session = upcoming.pop()
                 due.append((start + session.pauses_s[0], len(due), session, 0))
         while due or live:
             due.sort(key=lambda entry: entry[:2])
-            while due and due[0][0] <= time.perf_counter():
+            while due and due[0][0] <= clock():
                 _, _, session, step = due.pop(0)
                 call = session.calls[step]
                 names = {"session_id": call.session, "agent_id": call.agent, "tenant": session.tenant}
@@ -247,16 +267,16 @@ class Bench:
                     output_kind=RequestOutputKind.CUMULATIVE,
                 )  # fmt: skip
                 sent += 1
-                now = time.perf_counter()
+                now = clock()
                 begun.setdefault(call.session, now)
                 live[call.name] = _Live(session.calls, step, sent, now), session
                 engine.add_request(call.name, {"prompt_token_ids": call.tokens()}, params)
             if not live and not scheduler.has_requests():
-                time.sleep(max(0.0, min(due[0][0] - time.perf_counter(), 0.01)))
+                skipped += max(0.0, due[0][0] - clock())
                 continue
             outputs = engine.step()
             steps += 1
-            now = time.perf_counter()
+            now = clock()
             for output in outputs:
                 entry, session = live[output.request_id]
                 if entry.first is None and output.outputs[0].token_ids:
@@ -276,10 +296,9 @@ class Bench:
                         continue
                     session, step = upcoming.pop(), 0
                 due.append((now + session.pauses_s[step], sent + len(due), session, step))
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         while scheduler.has_requests():
             engine.step()
-        adapter = self.connector.adapter
         prefills, gate = getattr(adapter, "prefills", None), adapter.gate
         return {
             **self._result(ended, seconds, steps),

@@ -180,9 +180,9 @@ class Scheduler:
     """Orders and holds the calls that wait in an engine, by the policies of a runtime.
 
     The engine tells what its scheduler does, beside the events of its sessions, and asks :meth:`order` whenever it is
-    about to admit calls, :meth:`idle` when it has capacity to spare, and :meth:`gaps` while tools run. Call numbers are those of the sessions' events, unique among all calls in flight. Without a
-    policy that orders (``"batch_shaping"``, ``"fairness"``, ``"agent_fairness"``, ``"tool_gap"``) the order is that of
-    arrival.
+    about to admit calls, :meth:`idle` when it has capacity to spare, and :meth:`gaps` while tools run. Call numbers are
+    those of the sessions' events, unique among all calls in flight. Without a policy that orders (``"batch_shaping"``,
+    ``"fairness"``, ``"agent_fairness"``, ``"tool_gap"``) the order is that of arrival.
 
     Args:
         runtime: Whose policies decide.
@@ -340,7 +340,7 @@ class Scheduler:
         """What becomes of the blocks of sessions whose tool runs: ask when one starts, and when memory runs short.
 
         When blocks have to go, released ones go first, then undecided ones, and kept ones when nothing else is left:
-        keeping can never deadlock. Demoted ones go to the host tier. Without the policy ``"tool_gap"`` all are undecided.
+        keeping can never deadlock. Demoted ones go to the host tier. Without ``"tool_gap"`` all are undecided.
 
         Args:
             sessions: Sessions whose tool runs: none of their calls waits or runs.

@@ -64,7 +64,7 @@ class Released:
 
 
 class _Session:
-    __slots__ = ("agent", "hashes", "keys", "kept", "live", "shared", "started_us", "tool")
+    __slots__ = ("agent", "hashes", "kept", "keys", "live", "shared", "started_us", "tool")
 
     def __init__(self, shared: int) -> None:
         self.live = 0
@@ -73,7 +73,7 @@ class _Session:
         self.agent = self.tool = 0
         # None while a call is in flight.
         self.started_us: int | None = None
-        self.hashes: Sequence[bytes] = ()
+        self.hashes: list[bytes] = []
         self.keys = _NO_KEYS
         self.kept = False
 
@@ -102,8 +102,6 @@ class Gaps:
         self.given_blocks = 0
         self._sessions: dict[int, _Session] = {}
         self._kept = _NO_KEYS
-        #: A session has fallen silent since the last question.
-        self.begun = False
 
     def arrived(self, session: int, now_us: int) -> None:
         """A session calls: it is silent no more."""
@@ -132,7 +130,7 @@ class Gaps:
         if one is not None:
             one.live -= 1
 
-    def ended(self, session: int, agent: int, tool: int, request: Any, blocks: int, hit: int, now_us: int) -> None:
+    def ended(self, load: Load, session: int, agent: int, tool: int, request: Any, blocks: int, hit: int) -> None:
         """A call has ended and leaves so many full blocks; so many of its prompt were hits."""
         one = self._sessions.get(session)
         if one is None:
@@ -142,12 +140,13 @@ class Gaps:
             one.shared = hit
         if one.live > 0:
             return
-        one.agent, one.tool, one.started_us = agent, tool, now_us
+        one.agent, one.tool, one.started_us = agent, tool, load.now_us
         one.hashes = request.block_hashes[:blocks]
         one.keys = block_keys(one.hashes, 0, blocks)
-        self.begun = True
         if tool:
-            self.core.tool_started(session, tool, now_us)
+            self.core.tool_started(session, tool, load.now_us)
+        # The policy learns of the gap; what becomes of it is asked when blocks have to go.
+        self._answers(load, [(session, one)], [blocks])
 
     def over(self, session: int) -> None:
         """No more calls of this session."""
@@ -170,20 +169,23 @@ class Gaps:
                 high = middle - 1
         return low
 
-    def ask(self, load: Load) -> None:
-        """Asks what becomes of the blocks of silent sessions."""
-        self.begun = False
-        silent = [(session, one, one.started_us) for session, one in self._sessions.items() if one.started_us is not None]
-        resident = [self._resident(one) for _, one, _ in silent]
-        answers = self.scheduling.gaps(
+    def _answers(self, load: Load, silent: list[tuple[int, _Session]], resident_blocks: list[int]) -> list[str]:
+        answers: list[str] = self.scheduling.gaps(
             load,
-            [(session, one.agent, one.tool, started_us) for session, one, started_us in silent],
-            [n * self.block_size for n in resident],
+            [(session, one.agent, one.tool, one.started_us or 0) for session, one in silent],
+            [n * self.block_size for n in resident_blocks],
             HOST_BYTES_PER_S if CALLERS.wanted else 0,
         )
+        return answers
+
+    def ask(self, load: Load) -> None:
+        """Asks what becomes of the blocks of silent sessions."""
+        silent = [(session, one) for session, one in self._sessions.items() if one.started_us is not None]
+        resident = [self._resident(one) for _, one in silent]
+        answers = self._answers(load, silent, resident)
         kept = []
         released: list[int] = []
-        for (_, one, _), n, answer in zip(silent, resident, answers, strict=True):
+        for (_, one), n, answer in zip(silent, resident, answers, strict=True):
             self.decided[answer] += 1
             one.kept = answer == "keep"
             if one.kept:

@@ -6,6 +6,7 @@ A subclass, made only where ``scheduling`` names one of the two: what neither ne
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from agentrt._core import FreeQueue, block_keys
@@ -27,7 +28,9 @@ PREFILL, GAPS = "speculation", "tool_gap"
 STEP_TOKENS = 2_048
 
 
-def make_adapter(pool: Any, settings: Settings, block_size: int, groups: int, step_tokens: int, scheduler: Any) -> Adapter:
+def make_adapter(
+    pool: Any, settings: Settings, block_size: int, groups: int, step_tokens: int, scheduler: Any
+) -> Adapter:
     """The adapter that the settings need; ``scheduler``: vLLM's, None where it was not found."""
     names = names_of(settings.scheduling)
     if settings.policy not in POLICIES[:1] or not {PREFILL, GAPS} & set(names):
@@ -62,21 +65,22 @@ class PlanningAdapter(Adapter):
             self.prefills = Prefills(scheduler, block_size)
         if GAPS in names:
             self.gaps = Gaps(scheduling, core, released, pool, block_size)
-            self.ranker = FreeQueue(pool, self._evict, min(MAX_BATCH, pool.num_gpu_blocks // 128))
+            self.ranker = FreeQueue(pool, partial(self._victims, self.gaps), min(MAX_BATCH, pool.num_gpu_blocks // 128))
 
-    def _evict(self, n: int, now_us: int) -> Sequence[int]:
-        assert self.gaps is not None
+    def _victims(self, gaps: Gaps, n: int, now_us: int) -> Sequence[int]:
         load = self._load()
         # What is about to be taken is no room any more.
-        self.gaps.ask(load._replace(free_blocks=max(load.free_blocks - n, 0)))
-        return self.gaps.evict(n, now_us)
+        gaps.ask(load._replace(free_blocks=max(load.free_blocks - n, 0)))
+        return gaps.evict(n, now_us)
 
     # ---- hooks ----
 
     def pending(self) -> bool:
         """Whether vLLM is to make a step although no client waits."""
         prefills = self.prefills
-        return prefills is not None and prefills.wanted and not self.calls and not prefills.paused
+        if prefills is None or not prefills.wanted or prefills.live or self.calls:
+            return False
+        return not prefills.paused
 
     def new_request(self, request: Any) -> None:
         """A request has been queued, a client's or one of ours."""
@@ -113,14 +117,12 @@ class PlanningAdapter(Adapter):
                 return
             load = self._load()._replace(running_calls=0, step_tokens=self.step_tokens or STEP_TOKENS)
             prefills.queue(self.scheduling.idle(load))
-        if self.gaps is not None and self.gaps.begun:
-            self.gaps.ask(self._load())
 
     def finished(self, request: Any, block_ids_by_group: Sequence[Sequence[int]]) -> tuple[bool, None]:
         """A request is over."""
         prefills, gaps = self.prefills, self.gaps
         if prefills is not None and request.request_id in prefills.live:
-            return self._prefilled(request, block_ids_by_group)
+            return self._prefilled(prefills, request, block_ids_by_group)
         call = self.calls.get(request.request_id)
         super().finished(request, block_ids_by_group)
         if call is None:
@@ -136,17 +138,18 @@ class PlanningAdapter(Adapter):
             elif call.allocated:
                 blocks = min(request.num_computed_tokens // self.block_size, len(request.block_hashes))
                 tool = self._tool(request)
-                gaps.ended(session, agent, tool, request, blocks, call.hit, self.now_us())
+                gaps.ended(self._load(), session, agent, tool, request, blocks, call.hit)
             else:
                 gaps.withdrawn(session)
         return FREES
 
-    def _prefilled(self, request: Any, block_ids_by_group: Sequence[Sequence[int]]) -> tuple[bool, None]:
-        assert self.prefills is not None
+    def _prefilled(
+        self, prefills: Prefills, request: Any, block_ids_by_group: Sequence[Sequence[int]]
+    ) -> tuple[bool, None]:
         hit = self._hits.pop(request.request_id, 0)
         block_ids = list(block_ids_by_group[0]) if block_ids_by_group else []
         computed = min(request.num_computed_tokens // self.block_size, len(block_ids), len(request.block_hashes))
-        prefill = self.prefills.ended(request, computed, hit)
+        prefill = prefills.ended(request, computed, hit)
         if computed > 0:
             keys = block_keys(request.block_hashes, 0, computed)
             self._register(keys, 0, block_ids)

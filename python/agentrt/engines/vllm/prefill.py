@@ -6,8 +6,8 @@ blocks, and drops the answer, since no client knows the request. KV is therefore
 
 In idle capacity only: asked when vLLM has no request at all, a step's worth at a time; what still waits or runs when a
 client's request arrives is withdrawn, and what it has computed until then stays. vLLM is woken for it only where the
-policies may name something: after the last request has ended, and after each prefill. A prefill that leaves nothing
-behind ends the asking until the next request.
+policies may name something: after the last request has ended, and after each prefill. What has been named is not
+computed again before the next client's request, so that an idle engine comes to rest.
 
 The scheduler is not handed to connectors. It is found once, among those who call when vLLM hands its block pool over.
 
@@ -24,6 +24,7 @@ from agentrt._core import block_keys
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from types import FrameType
 
     import numpy as np
     from numpy.typing import NDArray
@@ -39,13 +40,13 @@ LAST = 1 << 30
 
 def scheduler_of(pool: Any) -> Any:
     """The scheduler to which a block pool belongs, if it is among those who are calling; else None."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
         manager = getattr(owner, "kv_cache_manager", None)
         if manager is not None and getattr(manager, "block_pool", None) is pool and hasattr(owner, "add_request"):
             return owner
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 
@@ -83,6 +84,8 @@ class Prefills:
         self._prompts: dict[int, _Prompt] = {}
         self._calls: dict[tuple[int, int], int] = {}
         self._tokens = 0
+        # Named since a client was last here: the same again would be without end.
+        self._named: set[tuple[int, int]] = set()
 
     @property
     def paused(self) -> bool:
@@ -127,8 +130,9 @@ class Prefills:
         self.wanted = False
         for one in named:
             prompt = self._prompts.get(one.like_call)
-            if prompt is None or one.blocks > len(prompt.keys):
+            if prompt is None or one.blocks > len(prompt.keys) or (one.like_call, one.blocks) in self._named:
                 continue
+            self._named.add((one.like_call, one.blocks))
             self.requests += 1
             request = Request(
                 request_id=f"agentrt-prefill-{self.requests}",
@@ -151,11 +155,14 @@ class Prefills:
     def withdraw(self) -> None:
         """Makes way for a client."""
         self.wanted = False
+        self._named.clear()
         if self.live:
             from vllm.v1.request import RequestStatus
 
             self.withdrawn += len(self.live)
             self.scheduler.finish_requests(list(self.live), RequestStatus.FINISHED_ABORTED)
+            # Whatever went wrong when they ended.
+            self.live.clear()
 
     def ended(self, request: Any, computed_blocks: int, hit_blocks: int) -> _Prefill:
         """A prefill is over; so many of its blocks are there, and so many were before."""

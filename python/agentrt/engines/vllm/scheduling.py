@@ -8,7 +8,6 @@ sessions and idle capacity.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Literal
 
 import agentrt
 from agentrt.engines.vllm.gate import Load, Service, Verdict, Waiting
@@ -88,7 +87,7 @@ class CoreScheduling:
         silent: Sequence[tuple[int, int, int, int]],
         resident_tokens: Sequence[int],
         host_bytes_per_s: int,
-    ) -> list[Literal["undecided", "keep", "demote", "release"]]:
+    ) -> list[str]:
         """What becomes of the blocks of silent sessions: (session, agent, tool, since when)."""
         answers, _ = self.scheduler.gaps(
             [self.workload.session(session) for session, *_ in silent],
@@ -102,4 +101,4 @@ class CoreScheduling:
             host_bytes_per_s=host_bytes_per_s,
             time=load.now_us / 1e6,
         )
-        return answers
+        return list(answers)
