@@ -17,7 +17,6 @@ Memory: ``MOST`` sessions, the longest silent forgotten first. A question takes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
