@@ -299,12 +299,11 @@ class Bench:
         seconds = clock() - start
         while scheduler.has_requests():
             engine.step()
-        prefills, gate = getattr(adapter, "prefills", None), adapter.gate
+        gate = adapter.gate
         return {
             **self._result(ended, seconds, steps),
             "session_s": {tenant: sum(values) / len(values) for tenant, values in took.items()},
             "mean_session_s": sum(map(sum, took.values())) / sum(map(len, took.values())),
-            "prefilled_tokens": prefills.computed_tokens if prefills is not None else 0,
             "passed_over": gate.held + gate.passed_over if gate is not None else 0,
             "overruled": gate.overruled if gate is not None else 0,
         }
@@ -336,6 +335,8 @@ class Bench:
         connector = self.connector
         if connector is not None and connector.adapter is not None:
             connector.adapter.close()
+            prefills = getattr(connector.adapter, "prefills", None)
+            result["prefilled_tokens"] = prefills.computed_tokens if prefills is not None else 0
             result["faults"] = dict(connector.guard.faults)
             result["overhead_us_per_step"] = round(connector.guard.spent_s * 1e6 / max(steps, 1), 1)
         return result

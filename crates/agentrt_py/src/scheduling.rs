@@ -392,7 +392,6 @@ impl Scheduler {
         host_bytes_per_s = None, time = None
     ))]
     #[expect(clippy::too_many_arguments, reason = "one argument per field of a gap and of a load")]
-    #[expect(clippy::type_complexity, reason = "a list and an array")]
     fn gaps<'py>(
         &self,
         py: Python<'py>,
@@ -419,13 +418,13 @@ impl Scheduler {
         let resident = counts("resident_tokens", Some(resident_tokens), n)?;
         let host = counts("host_tokens", host_tokens, n)?;
         let mut gaps = Vec::with_capacity(n);
-        for (i, session) in sessions.iter().enumerate() {
+        for (i, (session, since)) in sessions.into_iter().zip(started).enumerate() {
             gaps.push(Gap {
                 workload: session.workload,
                 session: session.key,
                 agent: agents[i],
                 tool: tools[i],
-                started_us: microseconds(started[i])?,
+                started_us: microseconds(since)?,
                 resident_tokens: resident[i],
                 host_tokens: host[i],
             });

@@ -147,6 +147,7 @@ def _hooks() -> list[tuple[str, bool, str]]:
 def doctor(as_json: bool) -> None:
     """Say which engine, version, hooks and options are found, and what would be active."""
     report: dict[str, Any] = {"vllm": None, "entry_point": False, "hooks": {}, "active": False, "remedy": None}
+    report["scheduling"] = []
     names = [e.name for e in importlib.metadata.entry_points(group=ENTRY_POINT)]
     report["entry_point"] = "agentrt" in names
     allowed = os.environ.get("VLLM_PLUGINS")
@@ -175,6 +176,8 @@ def doctor(as_json: bool) -> None:
             report["remedy"] = "agentrt is not installed as a package here; run: pip install agentrt"
         elif blocked:
             report["remedy"] = f"VLLM_PLUGINS={allowed} leaves agentrt out; add agentrt to it"
+    if report["active"]:
+        report["scheduling"] = [name for name, needs in SCHEDULING.items() if needs is None or report["hooks"][needs]]
     if as_json:
         click.echo(json.dumps(report, indent=1))
         return
@@ -186,9 +189,8 @@ def doctor(as_json: bool) -> None:
         click.echo(f"  {name}: {'found' if present else 'missing'}")
     environment = sorted(n for n in os.environ if n.startswith("AGENTRT_VLLM_"))
     click.echo(f"options from the environment: {', '.join(environment) or 'none'}")
-    usable = [name for name, needs in SCHEDULING.items() if needs is None or report["hooks"].get(needs)]
-    if report["active"]:
-        click.echo(f"scheduling policies that work here (off until named): {', '.join(usable)}")
+    if report["scheduling"]:
+        click.echo(f"scheduling policies that work here (off until named): {', '.join(report['scheduling'])}")
     click.echo(f"`agentrt serve MODEL` would activate agentrt: {'yes' if report['active'] else 'no'}")
     if report["remedy"]:
         click.echo(f"remedy: {report['remedy']}")
