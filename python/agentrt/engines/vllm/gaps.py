@@ -100,7 +100,8 @@ class Gaps:
         self.spared_blocks = 0
         self.given_blocks = 0
         self._sessions: dict[int, _Session] = {}
-        self._kept = _NO_KEYS
+        # Whose a block is: of the sessions that have it, the one that fell silent last.
+        self._owners: dict[int, int] = {}
 
     def arrived(self, session: int, now_us: int) -> None:
         """A session calls: it is silent no more."""
@@ -113,6 +114,7 @@ class Gaps:
         self._sessions[session] = one
         one.live += 1
         if one.started_us is not None:
+            self._disown(session, one)
             one.started_us = None
             if one.tool:
                 self.core.tool_ended(session, one.tool, now_us)
@@ -120,8 +122,14 @@ class Gaps:
     def _drop(self) -> None:
         for session, one in self._sessions.items():
             if one.started_us is not None:
-                del self._sessions[session]
+                self.over(session)
                 return
+
+    def _disown(self, session: int, one: _Session) -> None:
+        owners = self._owners
+        for key in one.keys.tolist():
+            if owners.get(key) == session:
+                del owners[key]
 
     def withdrawn(self, session: int) -> None:
         """A call of it has ended that never ran."""
@@ -142,6 +150,8 @@ class Gaps:
         one.agent, one.tool, one.started_us = agent, tool, load.now_us
         one.hashes = request.block_hashes[:blocks]
         one.keys = block_keys(one.hashes, 0, blocks)
+        one.kept = False
+        self._owners.update(dict.fromkeys(one.keys.tolist(), session))
         if tool:
             self.core.tool_started(session, tool, load.now_us)
         # The policy learns of the gap; what becomes of it is asked when blocks have to go.
@@ -149,13 +159,15 @@ class Gaps:
 
     def over(self, session: int) -> None:
         """No more calls of this session."""
-        self._sessions.pop(session, None)
+        one = self._sessions.pop(session, None)
+        if one is not None:
+            self._disown(session, one)
 
     def clear(self) -> None:
         """Nothing is resident."""
         self._sessions.clear()
         self.released.keys.clear()
-        self._kept = _NO_KEYS
+        self._owners.clear()
 
     def _resident(self, one: _Session) -> int:
         """Leading blocks of its last call that vLLM still has."""
@@ -182,49 +194,48 @@ class Gaps:
         silent = [(session, one) for session, one in self._sessions.items() if one.started_us is not None]
         resident = [self._resident(one) for _, one in silent]
         answers = self._answers(load, silent, resident)
-        kept = []
         released: list[int] = []
         for (_, one), n, answer in zip(silent, resident, answers, strict=True):
             self.decided[answer] += 1
             one.kept = answer == "keep"
-            if one.kept:
-                kept.append(one.keys[:n])
-            elif answer in ("release", "demote"):
+            if answer in ("release", "demote"):
                 # Taken from the end.
                 released += one.keys[max(one.shared, 0) : n].tolist()
         self.released.keys = released
-        self._kept = np.concatenate(kept) if kept else _NO_KEYS
 
     def evict(self, n: int, now_us: int) -> list[int]:
         """Victims, kept ones last."""
-        kept = self._kept
         act, time = self.core.runtime.act, now_us / 1e6
+        owners, sessions = self._owners, self._sessions
         chosen: list[int] = []
         aside: list[int] = []
         for _ in range(ROUNDS):
-            victims = act("evict", n - len(chosen), None, time)
-            spared = np.isin(victims, kept)
-            chosen += victims[~spared].tolist()
-            if not spared.any():
-                break
-            aside += victims[spared].tolist()
-            if len(chosen) >= n:
+            victims = act("evict", n - len(chosen), None, time).tolist()
+            before = len(aside)
+            for key in victims:
+                session = sessions.get(owners.get(key, -1))
+                (aside if session is not None and session.kept else chosen).append(key)
+            if len(aside) == before or len(chosen) >= n:
                 break
         if aside:
-            given = aside[: n - len(chosen)] if len(chosen) < n else []
+            spare = {owners[key] for key in aside}
+            # To the core their chains ended above what has been put aside: what they hang on is not to go, either.
+            chains = {key for session in spare for key in sessions[session].keys.tolist()}
+            aside += (key for key in chosen if key in chains)
+            chosen = [key for key in chosen if key not in chains]
+            short = n - len(chosen)
+            given, spared = (aside[:short], aside[short:]) if short > 0 else ([], aside)
             chosen += given
             self.given_blocks += len(given)
-            self._spare(aside[len(given) :], given, now_us)
+            self.spared_blocks += len(spared)
+            self._spare(spare, given, now_us)
         return chosen
 
-    def _spare(self, aside: list[int], given: list[int], now_us: int) -> None:
-        """The core holds these blocks for gone, which they are not: it hears of their chains again."""
-        self.spared_blocks += len(aside)
-        if not aside:
-            return
-        still, gone = np.array(aside, np.uint64), np.array(given, np.uint64)
-        for session, one in self._sessions.items():
-            if one.kept and np.isin(one.keys, still).any():
-                lost = np.isin(one.keys, gone)
-                n = min(self._resident(one), int(lost.argmax()) if lost.any() else len(one.keys))
-                self.core.restored(session, one.agent, now_us, one.keys[:n])
+    def _spare(self, sessions: set[int], given: list[int], now_us: int) -> None:
+        """Of what the core holds for gone, only the given is: it hears again of what these sessions have."""
+        gone = np.array(given, np.uint64)
+        for session in sessions:
+            one = self._sessions[session]
+            lost = np.isin(one.keys, gone)
+            n = min(self._resident(one), int(lost.argmax()) if lost.any() else len(one.keys))
+            self.core.restored(session, one.agent, now_us, one.keys[:n])
