@@ -73,7 +73,7 @@ class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, u
         groups = getattr(self._kv_cache_config, "kv_cache_groups", None) or [None]
         block_size = getattr(getattr(groups[0], "kv_cache_spec", None), "block_size", pool.hash_block_size)
         step_tokens = getattr(getattr(self._vllm_config, "scheduler_config", None), "max_num_batched_tokens", 0)
-        self._scheduler = scheduler_of(pool) or self._scheduler
+        self._scheduler = self.guard.run("scheduler", None, scheduler_of, pool) or self._scheduler
         self.adapter = self.live = make_adapter(
             pool, self.settings, block_size, len(groups), step_tokens, self._scheduler
         )
