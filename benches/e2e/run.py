@@ -17,7 +17,7 @@ file, so an interrupted benchmark goes on where it stopped.
 | cachescout | the published policy behind the same adapter |
 | agentrt | agentrt |
 | agentrt-inferred | the same where requests name neither session nor agent; not run unless asked for |
-| agentrt-prefetch | with idle-time prefetch; only where the adapter offers it |
+| agentrt-prefetch | with prefills in idle capacity (`speculation`); only in a run with pauses, `--pause-every N` |
 | optimal | the offline order: evicts what the calls of the stock run need last |
 
 `neutral` and `agentrt` record themselves as `agentrt record` does, and the recordings are replayed.
@@ -64,18 +64,12 @@ CORES = {
     "optimal": "benches.e2e.cores:Optimal",
 }
 PREFETCH = "agentrt-prefetch"
+PREFETCHING = {"scheduling": "speculation"}
 RECORDING = ("neutral", "agentrt")
 # Which policies of the replay a recording predicts, by the policy it is recorded under.
 PREDICTED = {"neutral": {"neutral": "lru", "agentrt": "agentrt", "optimal": "min"}, "agentrt": {"agentrt": "agentrt"}}
 
 Row = dict[str, Any]
-
-
-def prefetch_option() -> str | None:
-    """The adapter's option that switches prefetching on, if this adapter has one."""
-    from agentrt.engines.vllm.adapter import Settings
-
-    return "prefetch" if "prefetch" in Settings.__dataclass_fields__ else None
 
 
 class Engine:
@@ -194,6 +188,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calls", type=int, help=f"of a run; {CALLS} by default")
     parser.add_argument("--sessions", type=int, default=CONCURRENCY, help="at a time")
     parser.add_argument("--model", choices=("tiny", "small", "medium"))
+    parser.add_argument("--pause-every", type=int, default=0, metavar="N", help="calls, after which all sessions pause")
     parser.add_argument("--pressure-only", action="store_true", help="leave out the pool into which everything fits")
     return parser.parse_args()
 
@@ -211,6 +206,7 @@ def main() -> None:
         "batch": BATCH,
         "max_tokens": 2,
         "token_scale": SCALED_BLOCK / TRACE_BLOCK,
+        "pause_every": asked.pause_every,
     }
     recorded = [name for name in RECORDED if (asked.traces / f"{name}.jsonl.gz").exists()]
     for name in set(RECORDED) - set(recorded):
@@ -218,15 +214,14 @@ def main() -> None:
     names = asked.workloads.split(",") if asked.workloads else [*recorded, *GENERATED]
     if smoke and not asked.workloads:
         names = names[:1]
-    option = prefetch_option()
-    usual = [name for name in CORES if name != "agentrt-inferred" and (name != PREFETCH or option)]
+    usual = [name for name in CORES if name != "agentrt-inferred" and (name != PREFETCH or asked.pause_every)]
     policies = asked.policies.split(",") if asked.policies else usual
     if unknown := set(policies) - set(CORES):
         raise SystemExit(f"error: unknown policy `{min(unknown)}`; known: {', '.join(CORES)}")
-    if PREFETCH in policies and not option:
-        raise SystemExit(f"error: this adapter has no prefetching; leave out {PREFETCH}: --policies A,B,C")
-    if option is None:
-        print(f"left out: {PREFETCH}: the adapter has no prefetching")
+    if PREFETCH in policies and not asked.pause_every:
+        raise SystemExit(f"error: {PREFETCH} needs an engine that is idle at times; add --pause-every 4, for example")
+    if not asked.pause_every:
+        print(f"left out: {PREFETCH}: without --pause-every N the engine is never idle")
     # Where all fits no order of eviction matters: what the adapter costs is left.
     fitting = [name for name in policies if name == "stock" or name.startswith("agentrt")]
     repetitions = asked.repetitions or (1 if smoke else 3)
@@ -280,7 +275,7 @@ def main() -> None:
                 if policy in RECORDING:
                     extra["record"] = str(recording)
                 if policy == PREFETCH:
-                    extra[str(option)] = True
+                    extra |= PREFETCHING
                 answer = engines[policy == "stock"].run(
                     {
                         **job,

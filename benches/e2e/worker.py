@@ -12,6 +12,7 @@ import gc
 import hashlib
 import json
 import os
+import random
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benches.e2e import cores
+from benches.e2e.scenarios import SCENARIOS, Paced
 from benches.e2e.workloads import ENGINE_BLOCK, LONGEST, Call, ClosedLoop, order_of_calls, sessions
 
 MODELS = {
@@ -160,7 +162,7 @@ class Bench:
         engine = self.engine
         live: dict[str, _Live] = {}
         ended: dict[str, _Live] = {}
-        steps = sent = asked = 0
+        steps = sent = asked = pauses = 0
         if job.get("step_clock_us") and self.connector is not None:
             # Time goes by steps: what is learned of times, and with it every decision, is the same in every run.
             def now_us() -> int:
@@ -169,11 +171,21 @@ class Bench:
                 return 1_000_000 + steps * int(job["step_clock_us"]) + asked
 
             self.connector.adapter.now_us = now_us
+        paused_s = 0.0
+        every = job.get("pause_every", 0)
         preemptions = self._preemptions()
         cpu_start = time.process_time()
         start = time.perf_counter()
         while True:
-            for session, step in loop.due():
+            pauses_now = bool(every) and sent // every > pauses
+            if pauses_now and not live:
+                # All sessions pause for as long as the engine finds something to do.
+                since = time.perf_counter()
+                while self.scheduler.has_requests():
+                    engine.step()
+                paused_s += time.perf_counter() - since
+                pauses, pauses_now = sent // every, False
+            for session, step in () if pauses_now else loop.due():
                 call = session[step]
                 extra = {"session_id": call.session, "agent_id": call.agent} if job["named"] else None
                 params = SamplingParams(
@@ -209,11 +221,99 @@ class Bench:
                 for name in aborted:
                     entry = live.pop(name)
                     loop.ended(entry.session, entry.step)
-        took = time.perf_counter() - start
+        took = time.perf_counter() - start - paused_s
         return {
             **self._result(ended, took, steps),
             "cpu_s": round(time.process_time() - cpu_start, 3),
             "preemptions": self._preemptions() - preemptions,
+        }
+
+    def run_paced(self, job: dict[str, Any]) -> dict[str, Any]:
+        """A scenario: sessions by the clock, some at a time; while all pause, the engine may do what it likes.
+
+        The clock counts this process's CPU time, and pauses, which are skipped: whatever else runs on the machine is
+        left out.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        scenario = SCENARIOS[job["scenario"]]
+        upcoming = scenario.sessions(random.Random(job["seed"]))[::-1]
+        for session in upcoming:
+            for call in session.calls:
+                call.tokens()
+        self.fresh({**job, "pool_blocks": scenario.pool_blocks})
+        engine, scheduler, adapter = self.engine, self.scheduler, self.connector.adapter
+        skipped = 0.0
+
+        def clock() -> float:
+            return time.process_time() + skipped
+
+        adapter.now_us = lambda: int(clock() * 1e6)
+        live: dict[str, tuple[_Live, Paced]] = {}
+        ended: dict[str, _Live] = {}
+        took: dict[str, list[float]] = {}
+        begun: dict[str, float] = {}
+        due: list[tuple[float, int, Paced, int]] = []
+        steps = sent = 0
+        start = clock()
+        for _ in range(scenario.concurrency):
+            if upcoming:
+                session = upcoming.pop()
+                due.append((start + session.pauses_s[0], len(due), session, 0))
+        while due or live:
+            due.sort(key=lambda entry: entry[:2])
+            while due and due[0][0] <= clock():
+                _, _, session, step = due.pop(0)
+                call = session.calls[step]
+                names = {"session_id": call.session, "agent_id": call.agent, "tenant": session.tenant}
+                if session.tools:
+                    names["tool"] = session.tools[step]
+                params = SamplingParams(
+                    max_tokens=job["max_tokens"], temperature=0.0, ignore_eos=True, detokenize=False,
+                    extra_args={**names, "session_end": step + 1 == len(session.calls)},
+                    output_kind=RequestOutputKind.CUMULATIVE,
+                )  # fmt: skip
+                sent += 1
+                now = clock()
+                begun.setdefault(call.session, now)
+                live[call.name] = _Live(session.calls, step, sent, now), session
+                engine.add_request(call.name, {"prompt_token_ids": call.tokens()}, params)
+            if not live and not scheduler.has_requests():
+                skipped += max(0.0, due[0][0] - clock())
+                continue
+            outputs = engine.step()
+            steps += 1
+            now = clock()
+            for output in outputs:
+                entry, session = live[output.request_id]
+                if entry.first is None and output.outputs[0].token_ids:
+                    entry.first = now
+                if not output.finished:
+                    continue
+                del live[output.request_id]
+                entry.last = now
+                entry.hit = output.num_cached_tokens or 0
+                entry.prompt = len(output.prompt_token_ids)
+                entry.tokens = tuple(output.outputs[0].token_ids)
+                ended[output.request_id] = entry
+                step = entry.step + 1
+                if step == len(session.calls):
+                    took.setdefault(session.tenant, []).append(now - begun[session.calls[0].session])
+                    if not upcoming:
+                        continue
+                    session, step = upcoming.pop(), 0
+                due.append((now + session.pauses_s[step], sent + len(due), session, step))
+        seconds = clock() - start
+        while scheduler.has_requests():
+            engine.step()
+        gate = adapter.gate
+        return {
+            **self._result(ended, seconds, steps),
+            "session_s": {tenant: sum(values) / len(values) for tenant, values in took.items()},
+            "mean_session_s": sum(map(sum, took.values())) / sum(map(len, took.values())),
+            "passed_over": gate.held + gate.passed_over if gate is not None else 0,
+            "overruled": gate.overruled if gate is not None else 0,
         }
 
     def _preemptions(self) -> int:
@@ -243,6 +343,8 @@ class Bench:
         connector = self.connector
         if connector is not None and connector.adapter is not None:
             connector.adapter.close()
+            prefills = getattr(connector.adapter, "prefills", None)
+            result["prefilled_tokens"] = prefills.computed_tokens if prefills is not None else 0
             result["faults"] = dict(connector.guard.faults)
             result["overhead_us_per_step"] = round(connector.guard.spent_s * 1e6 / max(steps, 1), 1)
         return result
@@ -281,7 +383,8 @@ def main() -> None:
     answers.write("ready\n")
     answers.flush()
     for line in sys.stdin:
-        answers.write(json.dumps(bench.run(json.loads(line))) + "\n")
+        job = json.loads(line)
+        answers.write(json.dumps(bench.run_paced(job) if "scenario" in job else bench.run(job)) + "\n")
         answers.flush()
 
 

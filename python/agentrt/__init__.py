@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from agentrt._core import (
     Prediction,
     Prefetch,
+    Prefill,
     Runtime,
     Scheduler,
     Session,
@@ -32,6 +33,7 @@ __all__ = [
     "PolicyCall",
     "Prediction",
     "Prefetch",
+    "Prefill",
     "Runtime",
     "Scheduler",
     "Session",

@@ -152,13 +152,37 @@ class Runtime:
         """Names of the active policies, in the order in which they are asked."""
 
 @final
+class Prefill:
+    """A prefill wanted in idle capacity: leading blocks of an earlier call's prompt, for a call that is expected."""
+
+    @property
+    def workload(self) -> str: ...
+    @property
+    def session(self) -> int:
+        """Key of the session that is expected to call, see ``Session.key``."""
+    @property
+    def agent(self) -> str:
+        """Whom it is expected to call."""
+    @property
+    def agent_id(self) -> int: ...
+    @property
+    def like_call(self) -> int:
+        """The earlier call. An engine that no longer has its prompt leaves the prefill out."""
+    @property
+    def blocks(self) -> int:
+        """How many leading blocks of its prompt."""
+    @property
+    def probability(self) -> float:
+        """P(the call comes and begins with them)."""
+
+@final
 class Scheduler:
     """Orders and holds the calls that wait in an engine, by the policies of a runtime.
 
     The engine tells what its scheduler does, beside the events of its sessions, and asks :meth:`order` whenever it is
-    about to admit calls. Call numbers are those of the sessions' events, unique among all calls in flight. Without a
-    policy that orders (``"batch_shaping"``, ``"fairness"``, ``"agent_fairness"``, ``"tool_gap"``) the order is that of
-    arrival.
+    about to admit calls, :meth:`idle` when it has capacity to spare, and :meth:`gaps` while tools run. Call numbers are
+    those of the sessions' events, unique among all calls in flight. Without a policy that orders (``"batch_shaping"``,
+    ``"fairness"``, ``"agent_fairness"``, ``"tool_gap"``) the order is that of arrival.
 
     Args:
         runtime: Whose policies decide.
@@ -264,6 +288,75 @@ class Scheduler:
         Returns:
             Positions in ``calls``, first to admit first; and for each of ``calls`` the time until which it is passed
             over, 0 where it is not. Admit in this order and stop at the first that does not fit.
+
+        Raises:
+            OutOfRangeError, BadTimeError, ArrayTypeError, ArrayValueError: An argument is not usable.
+        """
+
+    def idle(
+        self,
+        n: int = 8,
+        /,
+        *,
+        running_calls: int,
+        pinned_blocks: int,
+        free_blocks: int,
+        budget_tokens: int,
+        time: float | None = None,
+    ) -> list[Prefill]:
+        """What to prefill in capacity that is idle now, most wanted first. Do not ask while calls wait.
+
+        An answer replaces the one before: what is under way and no longer named is cancelled. Of each, compute what is
+        not resident, then report the whole chain with ``Session.restored``. Without the policy ``"speculation"``, or
+        while it does not pay, there is nothing.
+
+        Args:
+            n: At most so many, up to 4,096.
+            running_calls: Calls that hold memory.
+            pinned_blocks: Blocks that they use.
+            free_blocks: Blocks that hold nothing.
+            budget_tokens: Tokens that this step can still compute.
+            time: Now, seconds.
+
+        Raises:
+            OutOfRangeError, BadTimeError: An argument is not usable.
+        """
+
+    def gaps(
+        self,
+        sessions: Sequence[Session],
+        agents: NDArray[np.uint32] | Sequence[int],
+        tools: NDArray[np.uint32] | Sequence[int],
+        started: Sequence[float],
+        resident_tokens: NDArray[np.uint32] | Sequence[int],
+        host_tokens: NDArray[np.uint32] | Sequence[int] | None = None,
+        *,
+        running_calls: int,
+        pinned_blocks: int,
+        free_blocks: int,
+        host_bytes_per_s: int | None = None,
+        time: float | None = None,
+    ) -> tuple[list[Literal["undecided", "keep", "demote", "release"]], NDArray[np.float64]]:
+        """What becomes of the blocks of sessions whose tool runs: ask when one starts, and when memory runs short.
+
+        When blocks have to go, released ones go first, then undecided ones, and kept ones when nothing else is left:
+        keeping can never deadlock. Demoted ones go to the host tier. Without ``"tool_gap"`` all are undecided.
+
+        Args:
+            sessions: Sessions whose tool runs: none of their calls waits or runs.
+            agents: The agent of each that called the tool, by number.
+            tools: The tool, from ``Workload.tool``; 0 where it is not known.
+            started: Since when it runs, seconds.
+            resident_tokens: Tokens of the session's last call that are on the device.
+            host_tokens: Those that are in the host tier.
+            running_calls: Calls that hold memory.
+            pinned_blocks: Blocks that they use.
+            free_blocks: Blocks that hold nothing.
+            host_bytes_per_s: Speed of the link to the host tier; without one nothing is demoted.
+            time: Now, seconds.
+
+        Returns:
+            What becomes of each; and when to begin to bring demoted blocks back, 0 for the rest.
 
         Raises:
             OutOfRangeError, BadTimeError, ArrayTypeError, ArrayValueError: An argument is not usable.

@@ -102,3 +102,99 @@ def test_unusable_arguments_name_the_remedy_and_change_nothing() -> None:
     assert first == [0, 1]
     for unknown in (scheduler.ended, scheduler.preempted, scheduler.withdrawn, scheduler.admitted):
         unknown(99)
+
+
+def in_turn(policy: str) -> tuple[agentrt.Runtime, agentrt.Workload, agentrt.Scheduler]:
+    """A runtime that has seen three agents call in turn, each with a prompt of ten blocks of its own, and lost them."""
+    runtime = agentrt.Runtime(1024, policies=(policy, "kv_cache"))
+    workload = runtime.workload("turns")
+    session = workload.session("s")
+    for call in range(60):
+        prompt = [1000 * (call % 3) + block for block in range(1, 11)]
+        hit = session.call_start(f"agent-{call % 3}", prompt, call, time=2.0 * call)
+        session.stored(prompt[hit:], call, time=2.0 * call)
+        session.call_end([], call, time=2.0 * call + 1)
+    runtime.act("evict", 1024, time=120.0)
+    return runtime, workload, agentrt.Scheduler(runtime)
+
+
+def idle(scheduler: agentrt.Scheduler, n: int = 8, tokens: int = 8192) -> list[agentrt.Prefill]:
+    return scheduler.idle(n, running_calls=0, pinned_blocks=0, free_blocks=1024, budget_tokens=tokens, time=120.0)
+
+
+def test_idle_capacity_is_for_what_the_next_agent_begins_with() -> None:
+    _, workload, scheduler = in_turn("speculation")
+    (wanted,) = idle(scheduler)
+    session = workload.session("s")
+    assert (wanted.workload, wanted.session, wanted.agent) == ("turns", session.key, "agent-0")
+    assert wanted.agent_id == workload.agent("agent-0")
+    assert (wanted.like_call, wanted.blocks) == (57, 10)
+    assert 0.5 <= wanted.probability <= 1.0
+    assert "agent-0" in repr(wanted)
+    session.restored("agent-0", list(range(1, 11)), time=120.0)
+    assert idle(scheduler) == []
+
+
+def test_idle_capacity_is_not_exceeded_and_without_the_policy_nothing_is_wanted() -> None:
+    _, _, scheduler = in_turn("speculation")
+    (wanted,) = idle(scheduler, tokens=4 * 16)
+    assert wanted.blocks == 4
+    assert idle(scheduler, n=0) == []
+    assert idle(in_turn("lru")[2]) == []
+    with pytest.raises(agentrt.errors.OutOfRangeError):
+        idle(scheduler, n=5000)
+    with pytest.raises(agentrt.errors.OutOfRangeError):
+        idle(scheduler, tokens=-1)
+
+
+def test_sessions_in_a_gap_are_kept_while_they_fit_and_released_when_not() -> None:
+    runtime = agentrt.Runtime(100, policies=("tool_gap", "kv_cache"))
+    workload = runtime.workload("test")
+    sessions = [workload.session(name) for name in "ab"]
+    scheduler = agentrt.Scheduler(runtime)
+
+    def gaps(pinned: int, of: agentrt.Scheduler = scheduler) -> tuple[list[str], list[float]]:
+        found, back = of.gaps(
+            sessions,
+            [0, 0],
+            [1, 1],
+            [1.0, 1.0],
+            [640, 640],
+            running_calls=1,
+            pinned_blocks=pinned,
+            free_blocks=0,
+            time=2.0,
+        )
+        return list(found), back.tolist()
+
+    assert gaps(0) == (["keep", "keep"], [0.0, 0.0])
+    assert sorted(gaps(50)[0]) == ["keep", "release"]
+    assert gaps(90)[0] == ["release", "release"]
+    plain = agentrt.Scheduler(agentrt.Runtime(100))
+    assert gaps(0, plain)[0] == ["undecided", "undecided"]
+
+
+def test_gaps_of_unequal_lengths_and_impossible_numbers_are_refused() -> None:
+    runtime, workload, scheduler = engine("tool_gap")
+    session = workload.session("s")
+
+    def ask(sessions: list[agentrt.Session], agents: list[int], started: list[float], resident: list[int]) -> object:
+        tools = [0] * len(sessions)
+        return scheduler.gaps(
+            sessions, agents, tools, started, resident, running_calls=0, pinned_blocks=0, free_blocks=0
+        )[0]
+
+    assert ask([], [], [], []) == []
+    for agents, started, resident in (
+        ([0, 0], [0.0], [0]),
+        ([0], [], [0]),
+        ([0], [0.0], [0, 1]),
+        ([1 << 20], [0.0], [0]),
+    ):
+        with pytest.raises(agentrt.errors.ArrayValueError):
+            ask([session], agents, started, resident)
+    with pytest.raises(agentrt.errors.BadTimeError):
+        ask([session], [0], [float("nan")], [0])
+    with pytest.raises(TypeError):
+        ask(["s"], [0], [0.0], [0])  # type: ignore[list-item]
+    assert runtime.stats()["policy_errors"] == 0

@@ -52,7 +52,7 @@ mod _core {
     #[pymodule_export]
     use crate::safety::{check_policy, ToolRules};
     #[pymodule_export]
-    use crate::scheduling::Scheduler;
+    use crate::scheduling::{Prefill, Scheduler};
     #[pymodule_export]
     use crate::simulate::{scenarios, simulate};
     #[pymodule_export]

@@ -109,7 +109,7 @@ struct Counts {
 pub(crate) struct Shared {
     pub(crate) core: runtime_core::Runtime,
     pub(crate) policies: Policies,
-    names: Arc<NameTable>,
+    pub(crate) names: Arc<NameTable>,
     trouble: Arc<Trouble>,
     counts: Counts,
     /// The interpreter's monotonic clock at `started`, so that both clocks may be mixed.

@@ -1,4 +1,5 @@
-//! `Scheduler` for Python: an engine tells what its scheduler does and asks in which order to admit the calls that wait.
+//! `Scheduler` for Python: an engine tells what its scheduler does and asks in which order to admit the calls that wait,
+//! what to prefill in idle capacity, and what becomes of the blocks of sessions whose tool runs.
 //!
 //! Calls that wait are kept here, so that a question names them by number alone. The table is bounded by what the engine
 //! has in flight; a call leaves it when it is admitted, ends or is withdrawn.
@@ -9,14 +10,47 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use numpy::PyArray1;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
-use runtime_core::scheduling::{Decision, Happening, Load, Needs, Waiting};
+use runtime_core::scheduling as core;
+use runtime_core::scheduling::{Decision, Gap, GapDecision, Happening, Load, Needs, Retention, Waiting};
 
-use crate::convert::{array, integer, kind_of, type_error, value_error, Keys};
+use crate::convert::{array, integer, kind_of, microseconds, type_error, value_error, Keys};
 use crate::errors::{from_core, BadOptionError, OutOfRangeError};
 use crate::runtime::{Runtime, Session, Shared};
 
 /// Calls in flight at most.
 const MAX_CALLS: usize = 1 << 20;
+/// Prefills of one answer at most.
+const MAX_PREFILLS: u64 = 4_096;
+
+/// A prefill wanted in idle capacity.
+#[pyclass(frozen, get_all, module = "agentrt._core")]
+pub(crate) struct Prefill {
+    /// Name of the workload.
+    workload: String,
+    /// Key of the session that is expected to call.
+    session: u64,
+    /// Name of the agent that it is expected to call.
+    agent: String,
+    /// Its number.
+    agent_id: u16,
+    /// The earlier call whose prompt begins with what is wanted.
+    like_call: u64,
+    /// How many leading blocks of that prompt.
+    blocks: u32,
+    /// P(the call comes and begins with them).
+    probability: f32,
+}
+
+#[pymethods]
+impl Prefill {
+    fn __repr__(&self) -> String {
+        let Self { workload, session, agent, agent_id, like_call, blocks, probability } = self;
+        format!(
+            "Prefill(workload={workload:?}, session={session}, agent={agent:?}, agent_id={agent_id}, \
+             like_call={like_call}, blocks={blocks}, probability={probability:.3})"
+        )
+    }
+}
 
 #[derive(Default)]
 struct State {
@@ -65,6 +99,27 @@ fn count(what: &str, object: &Bound<'_, PyAny>) -> PyResult<u32> {
     Ok(integer(what, 0, u64::from(u32::MAX), object)? as u32)
 }
 
+/// A list or an array of numbers of agents or tools, one per session.
+fn numbers(name: &str, object: &Bound<'_, PyAny>, n: usize) -> PyResult<Vec<u16>> {
+    counts(name, Some(object), n)?
+        .into_iter()
+        .map(|number| {
+            let problem = || format!("has {number}, which is no number of Workload.agent or Workload.tool");
+            u16::try_from(number).map_err(|_| value_error(name, problem(), "pass what they return".into()))
+        })
+        .collect()
+}
+
+/// How busy the engine says it is.
+struct Busy<'a, 'py> {
+    running_calls: &'a Bound<'py, PyAny>,
+    pinned_blocks: &'a Bound<'py, PyAny>,
+    free_blocks: &'a Bound<'py, PyAny>,
+    budget_tokens: Option<&'a Bound<'py, PyAny>>,
+    host_bytes_per_s: Option<u64>,
+    time: Option<f64>,
+}
+
 impl Scheduler {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -74,6 +129,21 @@ impl Scheduler {
         let now_us = self.shared.time_us(time)?;
         self.shared.policies.hear(&self.shared.core, now_us, happenings);
         Ok(())
+    }
+
+    fn load(&self, busy: &Busy<'_, '_>) -> PyResult<Load> {
+        Ok(Load {
+            now_us: self.shared.time_us(busy.time)?,
+            running_calls: count("running_calls", busy.running_calls)?,
+            pool_blocks: self.shared.core.options().pool_blocks as u32,
+            block_tokens: self.block_tokens,
+            pinned_blocks: count("pinned_blocks", busy.pinned_blocks)?,
+            free_blocks: count("free_blocks", busy.free_blocks)?,
+            prompt_blocks: 0,
+            hit_blocks: 0,
+            budget_tokens: busy.budget_tokens.map_or(Ok(0), |tokens| count("budget_tokens", tokens))?,
+            host_bytes_per_s: busy.host_bytes_per_s.unwrap_or(0),
+        })
     }
 }
 
@@ -252,18 +322,9 @@ impl Scheduler {
             let problem = format!("has {} items, expected {}", groups.len(), calls.len());
             return Err(value_error("groups", problem, "pass one item per call".into()));
         }
-        let load = Load {
-            now_us: self.shared.time_us(time)?,
-            running_calls: count("running_calls", running_calls)?,
-            pool_blocks: self.shared.core.options().pool_blocks as u32,
-            block_tokens: self.block_tokens,
-            pinned_blocks: count("pinned_blocks", pinned_blocks)?,
-            free_blocks: count("free_blocks", free_blocks)?,
-            prompt_blocks: prompt_blocks.unwrap_or(0),
-            hit_blocks: hit_blocks.unwrap_or(0),
-            budget_tokens: budget_tokens.map_or(Ok(0), |tokens| count("budget_tokens", tokens))?,
-            host_bytes_per_s: host_bytes_per_s.unwrap_or(0),
-        };
+        let busy = Busy { running_calls, pinned_blocks, free_blocks, budget_tokens, host_bytes_per_s, time };
+        let prompt_blocks = prompt_blocks.unwrap_or(0);
+        let load = Load { prompt_blocks, hit_blocks: hit_blocks.unwrap_or(0), ..self.load(&busy)? };
         // Scheduling policies are the core's own: no Python runs while the table is locked.
         let state = &mut *self.lock();
         state.waiting.clear();
@@ -285,6 +346,99 @@ impl Scheduler {
             held[i] = if decision.is_held(load.now_us) { decision.hold_until_us as f64 / 1e6 } else { 0.0 };
         }
         Ok((PyArray1::from_vec(py, order), PyArray1::from_vec(py, held)))
+    }
+
+    /// What to prefill in capacity that is idle now, most wanted first.
+    #[pyo3(signature = (
+        n = None, /, *, running_calls, pinned_blocks, free_blocks, budget_tokens, time = None
+    ), text_signature = "(self, n=8, /, *, running_calls, pinned_blocks, free_blocks, budget_tokens, time=None)")]
+    fn idle(
+        &self,
+        n: Option<&Bound<'_, PyAny>>,
+        running_calls: &Bound<'_, PyAny>,
+        pinned_blocks: &Bound<'_, PyAny>,
+        free_blocks: &Bound<'_, PyAny>,
+        budget_tokens: &Bound<'_, PyAny>,
+        time: Option<f64>,
+    ) -> PyResult<Vec<Prefill>> {
+        let n = n.map_or(Ok(8), |n| integer("n", 0, MAX_PREFILLS, n))? as usize;
+        let budget_tokens = Some(budget_tokens);
+        let load = self.load(&Busy {
+            running_calls,
+            pinned_blocks,
+            free_blocks,
+            budget_tokens,
+            host_bytes_per_s: None,
+            time,
+        })?;
+        let shared = &*self.shared;
+        let mut prefills = vec![core::Prefill::default(); n];
+        let filled = shared.policies.idle(&shared.core, &load, &mut prefills);
+        let named = |one: &core::Prefill| Prefill {
+            workload: shared.core.workload_name(one.workload).unwrap_or_default().to_owned(),
+            session: one.session,
+            agent: shared.names.agent(one.workload, one.agent),
+            agent_id: one.agent,
+            like_call: one.like_call,
+            blocks: one.blocks,
+            probability: f32::from(one.probability) / 65_535.0,
+        };
+        Ok(prefills[..filled.min(n)].iter().map(named).collect())
+    }
+
+    /// What becomes of the blocks of sessions whose tool runs, and when to begin to bring them back.
+    #[pyo3(signature = (
+        sessions, agents, tools, started, resident_tokens, host_tokens = None, *, running_calls, pinned_blocks, free_blocks,
+        host_bytes_per_s = None, time = None
+    ))]
+    #[expect(clippy::too_many_arguments, reason = "one argument per field of a gap and of a load")]
+    fn gaps<'py>(
+        &self,
+        py: Python<'py>,
+        sessions: Vec<PyRef<'py, Session>>,
+        agents: &Bound<'py, PyAny>,
+        tools: &Bound<'py, PyAny>,
+        started: Vec<f64>,
+        resident_tokens: &Bound<'py, PyAny>,
+        host_tokens: Option<&Bound<'py, PyAny>>,
+        running_calls: &Bound<'py, PyAny>,
+        pinned_blocks: &Bound<'py, PyAny>,
+        free_blocks: &Bound<'py, PyAny>,
+        host_bytes_per_s: Option<u64>,
+        time: Option<f64>,
+    ) -> PyResult<(Vec<&'static str>, Bound<'py, PyArray1<f64>>)> {
+        let n = sessions.len();
+        let busy = Busy { running_calls, pinned_blocks, free_blocks, budget_tokens: None, host_bytes_per_s, time };
+        let load = self.load(&busy)?;
+        if started.len() != n {
+            let problem = format!("has {} items, expected {n}", started.len());
+            return Err(value_error("started", problem, "pass one item per session".into()));
+        }
+        let (agents, tools) = (numbers("agents", agents, n)?, numbers("tools", tools, n)?);
+        let resident = counts("resident_tokens", Some(resident_tokens), n)?;
+        let host = counts("host_tokens", host_tokens, n)?;
+        let mut gaps = Vec::with_capacity(n);
+        for (i, (session, since)) in sessions.into_iter().zip(started).enumerate() {
+            gaps.push(Gap {
+                workload: session.workload,
+                session: session.key,
+                agent: agents[i],
+                tool: tools[i],
+                started_us: microseconds(since)?,
+                resident_tokens: resident[i],
+                host_tokens: host[i],
+            });
+        }
+        let mut decisions = vec![GapDecision::default(); n];
+        self.shared.policies.gaps(&self.shared.core, &load, &gaps, &mut decisions);
+        let retentions = decisions.iter().map(|decision| match decision.retention {
+            Retention::Undecided => "undecided",
+            Retention::Keep => "keep",
+            Retention::Demote => "demote",
+            Retention::Release => "release",
+        });
+        let back = decisions.iter().map(|decision| decision.bring_back_us as f64 / 1e6).collect();
+        Ok((retentions.collect(), PyArray1::from_vec(py, back)))
     }
 
     fn __repr__(&self) -> String {

@@ -18,6 +18,14 @@ __all__ = ["doctor", "record", "serve", "server_command"]
 #: Versions the adapter knows; outside of these it tries, and leaves vLLM alone where something is missing.
 KNOWN_VERSIONS = ("0.30", "0.31", "0.32", "0.33")
 ENTRY_POINT = "vllm.general_plugins"
+#: Policies that the option `scheduling` takes, and what of vLLM each needs beyond the connector.
+SCHEDULING = {
+    "batch_shaping": None,
+    "fairness": None,
+    "agent_fairness": None,
+    "speculation": "scheduler: requests of a connector",
+    "tool_gap": None,
+}
 # Losses with which there is nothing left to switch on.
 NEEDED = ("nothing works", "order stays vLLM's")
 
@@ -43,6 +51,15 @@ def _need_vllm() -> None:
         raise click.ClickException("vLLM is not installed here; run: pip install 'agentrt[vllm]'")
 
 
+def scheduling_of(given: str) -> str:
+    """Checks the names; `module:attribute` is the server's own business."""
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    for name in names:
+        if name not in SCHEDULING and ":" not in given:
+            raise click.UsageError(f"unknown scheduling policy `{name}`; known: {', '.join(SCHEDULING)}")
+    return given if ":" in given else ",".join(names)
+
+
 def _run(model: str, arguments: tuple[str, ...], extra: dict[str, Any], show: bool) -> None:
     command = server_command(["--model", model, *arguments], extra)
     if show:
@@ -55,16 +72,26 @@ def _run(model: str, arguments: tuple[str, ...], extra: dict[str, Any], show: bo
 @click.command(context_settings=_PASS_ON)
 @click.argument("model")
 @click.option("--policy", default="agentrt", show_default=True, help="agentrt, lru (neutral) or observe (never acts).")
+@click.option("--scheduling", help=f"Scheduling policies, by commas: {', '.join(SCHEDULING)}. None by default.")
 @click.option("--control-file", help="A file that switches agentrt off while its content is `off`.")
 @click.option("--show", is_flag=True, help="Print the command as JSON and stop.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def serve(model: str, policy: str, control_file: str | None, show: bool, arguments: tuple[str, ...]) -> None:
+def serve(
+    model: str,
+    policy: str,
+    scheduling: str | None,
+    control_file: str | None,
+    show: bool,
+    arguments: tuple[str, ...],
+) -> None:
     """Start vLLM's server for MODEL with agentrt inside; all other options are vLLM's own.
 
     \b
     agentrt serve Qwen/Qwen3-8B --max-num-seqs 128
     """
     extra = {} if policy == "agentrt" else {"policy": policy}
+    if scheduling:
+        extra["scheduling"] = scheduling_of(scheduling)
     if control_file is not None:
         extra["control_file"] = os.path.abspath(control_file)  # noqa: PTH100 - the server may change its folder
     _run(model, arguments, extra, show)
@@ -97,6 +124,9 @@ def _hooks() -> list[tuple[str, bool, str]]:
     pool: Any = importlib.import_module("vllm.v1.core.block_pool").BlockPool
     queue: Any = importlib.import_module("vllm.v1.core.kv_cache_utils").FreeKVCacheBlockQueue
     request: Any = importlib.import_module("vllm.v1.request").Request
+    scheduler: Any = importlib.import_module("vllm.v1.core.sched.scheduler").Scheduler
+    queues = all(hasattr(scheduler, name) for name in ("add_request", "finish_requests"))
+    wakes = hasattr(base, "has_pending_push_work")
     block: Any = importlib.import_module("vllm.v1.core.kv_cache_utils").KVCacheBlock(0)
     linked = hasattr(queue([block]), "fake_free_list_head") and hasattr(block, "prev_free_block")
     policies = importlib.util.find_spec("vllm.v1.kv_offload.cpu.policies.factory") is not None
@@ -106,6 +136,7 @@ def _hooks() -> list[tuple[str, bool, str]]:
         ("connector: on_new_request", hasattr(base, "on_new_request"), "calls are seen when they are scheduled"),
         ("queue: a list of linked blocks", linked, "order stays vLLM's"),
         ("pool: get_cached_block", hasattr(pool, "get_cached_block"), "order stays vLLM's"),
+        ("scheduler: requests of a connector", queues and wakes, "no idle prefill (speculation)"),
         ("offload: policies by name", policies, "the CPU tier keeps its own policy"),
         ("request: session_id", session, "sessions come from vllm_xargs or are inferred"),
     ]
@@ -116,6 +147,7 @@ def _hooks() -> list[tuple[str, bool, str]]:
 def doctor(as_json: bool) -> None:
     """Say which engine, version, hooks and options are found, and what would be active."""
     report: dict[str, Any] = {"vllm": None, "entry_point": False, "hooks": {}, "active": False, "remedy": None}
+    report["scheduling"] = []
     names = [e.name for e in importlib.metadata.entry_points(group=ENTRY_POINT)]
     report["entry_point"] = "agentrt" in names
     allowed = os.environ.get("VLLM_PLUGINS")
@@ -144,6 +176,8 @@ def doctor(as_json: bool) -> None:
             report["remedy"] = "agentrt is not installed as a package here; run: pip install agentrt"
         elif blocked:
             report["remedy"] = f"VLLM_PLUGINS={allowed} leaves agentrt out; add agentrt to it"
+    if report["active"]:
+        report["scheduling"] = [name for name, needs in SCHEDULING.items() if needs is None or report["hooks"][needs]]
     if as_json:
         click.echo(json.dumps(report, indent=1))
         return
@@ -155,6 +189,8 @@ def doctor(as_json: bool) -> None:
         click.echo(f"  {name}: {'found' if present else 'missing'}")
     environment = sorted(n for n in os.environ if n.startswith("AGENTRT_VLLM_"))
     click.echo(f"options from the environment: {', '.join(environment) or 'none'}")
+    if report["scheduling"]:
+        click.echo(f"scheduling policies that work here (off until named): {', '.join(report['scheduling'])}")
     click.echo(f"`agentrt serve MODEL` would activate agentrt: {'yes' if report['active'] else 'no'}")
     if report["remedy"]:
         click.echo(f"remedy: {report['remedy']}")

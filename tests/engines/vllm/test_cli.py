@@ -28,6 +28,17 @@ def test_serve_adds_one_flag_and_passes_the_rest_on() -> None:
     assert transfer(shown) == {"kv_connector": "AgentRTConnector", "kv_role": "kv_producer"}
 
 
+def test_serve_takes_scheduling_policies_by_name() -> None:
+    config = transfer(command("serve", "m", "--scheduling", "speculation, tool_gap"))
+    assert config["kv_connector_extra_config"] == {"scheduling": "speculation,tool_gap"}
+    own = transfer(command("serve", "m", "--scheduling", "my.module:Scheduling"))
+    assert own["kv_connector_extra_config"] == {"scheduling": "my.module:Scheduling"}
+    result = CliRunner().invoke(main, ["serve", "m", "--scheduling", "speculation,weather", "--show"])
+    assert result.exit_code == 2
+    assert "weather" in result.output
+    assert "tool_gap" in result.output
+
+
 def test_record_observes_and_names_the_trace() -> None:
     config = transfer(command("record", "m", "--to", "t.jsonl", "--max-mb", "2"))["kv_connector_extra_config"]
     assert isinstance(config, dict)
@@ -51,3 +62,4 @@ def test_doctor_says_what_is_there_or_how_to_get_it() -> None:
         assert all(report["hooks"].values())
     text = CliRunner().invoke(main, ["doctor"]).output
     assert "would activate agentrt" in text
+    assert ("speculation" in text) == report["active"]

@@ -73,6 +73,14 @@ def test_agentrt_answers_as_stock_does(engines: Engines, stock: dict[str, Any], 
     assert agentrt["hit_tokens"] > 0
 
 
+@pytest.mark.parametrize("scheduling", ["speculation", "batch_shaping,fairness,speculation,tool_gap"])
+def test_scheduling_policies_change_no_answer(engines: Engines, stock: dict[str, Any], scheduling: str) -> None:
+    run = engines.run("agentrt", extra={"scheduling": scheduling}, pause_every=6)
+    assert run["faults"] == {}
+    assert run["outputs"] == stock["outputs"]
+    assert run["prefilled_tokens"] > 0
+
+
 def test_the_offline_order_hits_most(engines: Engines, stock: dict[str, Any]) -> None:
     optimal = engines.run("benches.e2e.cores:Optimal", future=stock["order"])
     published = engines.run("benches.e2e.cores:CacheScout")

@@ -444,7 +444,9 @@ class Adapter:
         if self.gate is not None:
             prompt, decoded = request.num_prompt_tokens, request.num_tokens - request.num_prompt_tokens
             held = (prompt + decoded // 2) * max(now_us - call.started_us, 0) if call.allocated else 0
-            self.gate.ended(call.number, now_us, Service(prompt - call.hit * self.block_size, decoded, held))
+            # A preempted call may hit what it has generated itself.
+            prefilled = max(prompt - call.hit * self.block_size, 0)
+            self.gate.ended(call.number, now_us, Service(prefilled, decoded, held))
         if self.recorder is not None:
             self.recorder.call(
                 number=call.number,
@@ -484,6 +486,14 @@ class Adapter:
         if self.gate is not None:
             self.gate.clear()
         self.reset()
+
+    def pending(self) -> bool:
+        """Whether vLLM is to make a step although no client waits."""
+        return False
+
+    def also(self) -> str:
+        """What the log says besides."""
+        return ""
 
     def close(self) -> None:
         """The engine shuts down."""

@@ -19,6 +19,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from agentrt.engines.vllm.adapter import Adapter, Settings
 from agentrt.engines.vllm.guard import Guard, guarded
+from agentrt.engines.vllm.planning import make_adapter
+from agentrt.engines.vllm.prefill import scheduler_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,6 +52,7 @@ class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, u
         self.enabled = True
         self._next_look = 0.0
         self._next_log = 0.0
+        self._scheduler: Any = None
         if role == KVConnectorRole.SCHEDULER:
             extra = dict(getattr(self._kv_transfer_config, "kv_connector_extra_config", None) or {})
             self.settings = self.guard.run("settings", self.settings, Settings.read, extra, dict(os.environ))
@@ -70,7 +73,10 @@ class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, u
         groups = getattr(self._kv_cache_config, "kv_cache_groups", None) or [None]
         block_size = getattr(getattr(groups[0], "kv_cache_spec", None), "block_size", pool.hash_block_size)
         step_tokens = getattr(getattr(self._vllm_config, "scheduler_config", None), "max_num_batched_tokens", 0)
-        self.adapter = self.live = Adapter(pool, self.settings, block_size, len(groups), step_tokens=step_tokens)
+        self._scheduler = self.guard.run("scheduler", None, scheduler_of, pool) or self._scheduler
+        self.adapter = self.live = make_adapter(
+            pool, self.settings, block_size, len(groups), step_tokens, self._scheduler
+        )
         logger.info(
             "agentrt: policy `%s`, %d blocks of %d tokens, %s",
             self.settings.policy,
@@ -85,6 +91,7 @@ class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, u
     )
     update_state_after_alloc = guarded("allocated", None, "The request has its blocks.")
     _step_ended = guarded("step_ended", None, "The step has been scheduled.")
+    has_pending_push_work = guarded("pending", False, "Whether to make a step although no client waits.")
     request_finished_all_groups = guarded(
         "finished", (False, None), "The request is over; its blocks, one list a cache group, are freed next."
     )
@@ -149,7 +156,7 @@ class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, u
         faults = sum(self.guard.faults.values())
         return (
             f"{counters.finished} calls, prefix hits: {rate:.1%} of tokens, blocks ranked: {ranked}, "
-            f"stale: {stale}, us per step: {per_step:.0f}, faults: {faults}"
+            f"stale: {stale}, us per step: {per_step:.0f}, faults: {faults}{self.adapter.also()}"
         )
 
     # ---- worker side: no data ----

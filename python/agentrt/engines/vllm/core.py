@@ -50,7 +50,7 @@ class Core(Protocol):
         """Names up to ``n`` blocks to go, lowest first, and counts them as gone."""
 
 
-CALL_START, STORED, CALL_END, REMOVED, SESSION_END, RESET, CALL_QUEUED = 0, 1, 2, 5, 6, 7, 8
+CALL_START, STORED, CALL_END, TOOL_START, TOOL_END, REMOVED, SESSION_END, RESET, CALL_QUEUED = range(9)
 
 
 class RuntimeCore:
@@ -60,14 +60,20 @@ class RuntimeCore:
         pool_blocks: Blocks of the pool.
         workload: Name under which state is learned.
         policies: Those beside ``kv_cache``, by name.
+        first: Policies in Python that are asked before all others.
     """
 
-    def __init__(self, pool_blocks: int, workload: str = "vllm", policies: Sequence[str] = ()) -> None:
+    def __init__(
+        self, pool_blocks: int, workload: str = "vllm", policies: Sequence[str] = (), first: Sequence[Any] = ()
+    ) -> None:
         import agentrt
 
         # Room for blocks that vLLM has reused on its own and that are found out only when they are named.
-        self.runtime: Any = agentrt.Runtime(pool_blocks + pool_blocks // 8 + 64, policies=("kv_cache", *policies))
+        room = pool_blocks + pool_blocks // 8 + 64
+        self.runtime: Any = agentrt.Runtime(room, policies=(*first, "kv_cache", *policies))
         self.workload = self.runtime.workload(workload)
+        #: What the engine reports or can do beyond what every adapter does, by the names of ``Scheduler.needs``.
+        self.supplies: Sequence[str] = ()
         self._observe: Callable[..., int] = self.workload.observe_one
 
     def call_queued(self, session: int, agent: int, call: int, now_us: int, keys: NDArray[np.uint64]) -> None:
@@ -93,6 +99,23 @@ class RuntimeCore:
     def removed(self, now_us: int, keys: NDArray[np.uint64]) -> None:
         """The engine has dropped blocks."""
         self._observe(REMOVED, 0, 0, 0, now_us, keys)
+
+    def tool(self, name: str) -> int:
+        """The number of a tool."""
+        number: int = self.workload.tool(name)
+        return number
+
+    def tool_started(self, session: int, tool: int, now_us: int) -> None:
+        """A tool of the session runs."""
+        self._observe(TOOL_START, session, tool, 0, now_us)
+
+    def tool_ended(self, session: int, tool: int, now_us: int) -> None:
+        """It has returned."""
+        self._observe(TOOL_END, session, tool, 0, now_us)
+
+    def restored(self, session: int, agent: int, now_us: int, keys: NDArray[np.uint64]) -> None:
+        """The pool holds this chain, although no call has brought it."""
+        self.workload.session(session).restored(agent, keys, now_us / 1e6)
 
     def reset(self, now_us: int) -> None:
         """The engine has dropped all blocks."""
@@ -128,7 +151,7 @@ def make_scheduling(where: str, core: Core | None, block_tokens: int) -> Schedul
     if ":" not in where and isinstance(core, RuntimeCore):
         from agentrt.engines.vllm.scheduling import CoreScheduling
 
-        return CoreScheduling(core.runtime, core.workload, block_tokens)
+        return CoreScheduling(core.runtime, core.workload, block_tokens, core.supplies)
     scheduling: Scheduling = _named("scheduling", where, ())()
     return scheduling
 

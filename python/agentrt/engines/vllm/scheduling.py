@@ -1,12 +1,13 @@
 """The scheduling policies of the core (``batch_shaping``, ``agent_fairness``, ..) behind the adapter's gate.
 
 vLLM's adapter can say: arrivals, admissions, service (at the end of a call), tenants, hits, the pool, and of a waiting
-call what was resident of its prompt when vLLM last asked about it. It cannot say when tools run.
+call what was resident of its prompt when vLLM last asked about it. :mod:`agentrt.engines.vllm.planning` adds silent
+sessions and idle capacity.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import agentrt
 from agentrt.engines.vllm.gate import Load, Service, Verdict, Waiting
@@ -14,6 +15,7 @@ from agentrt.engines.vllm.gate import Load, Service, Verdict, Waiting
 __all__ = ["CoreScheduling"]
 
 UNKNOWN = ("tools", "preemptions", "host_tier", "idle_capacity")
+ORDERING = {"batch_shaping", "fairness", "agent_fairness", "tool_gap"}
 
 
 class CoreScheduling:
@@ -23,11 +25,15 @@ class CoreScheduling:
         runtime: Whose policies decide.
         workload: Whose sessions call.
         block_tokens: Tokens in a block of the pool.
+        supplies: What of ``UNKNOWN`` the adapter does report.
     """
 
-    def __init__(self, runtime: agentrt.Runtime, workload: agentrt.Workload, block_tokens: int) -> None:
+    def __init__(
+        self, runtime: agentrt.Runtime, workload: agentrt.Workload, block_tokens: int, supplies: Collection[str] = ()
+    ) -> None:
         self.workload = workload
-        self.scheduler = agentrt.Scheduler(runtime, block_tokens, UNKNOWN)
+        self.scheduler = agentrt.Scheduler(runtime, block_tokens, [name for name in UNKNOWN if name not in supplies])
+        self.orders = not ORDERING.isdisjoint(runtime.policies)
 
     def arrived(self, call: Waiting) -> None:
         """A call has begun to wait."""
@@ -64,3 +70,35 @@ class CoreScheduling:
     def withdrawn(self, call: int, now_us: int) -> None:
         """A call that waited never runs."""
         self.scheduler.withdrawn(call, now_us / 1e6)
+
+    def idle(self, load: Load) -> list[agentrt.Prefill]:
+        """What to prefill while the engine has nothing else to do."""
+        return self.scheduler.idle(
+            running_calls=load.running_calls,
+            pinned_blocks=0,
+            free_blocks=load.empty_blocks,
+            budget_tokens=load.step_tokens,
+            time=load.now_us / 1e6,
+        )
+
+    def gaps(
+        self,
+        load: Load,
+        silent: Sequence[tuple[int, int, int, int]],
+        resident_tokens: Sequence[int],
+        host_bytes_per_s: int,
+    ) -> list[str]:
+        """What becomes of the blocks of silent sessions: (session, agent, tool, since when)."""
+        answers, _ = self.scheduler.gaps(
+            [self.workload.session(session) for session, *_ in silent],
+            [agent for _, agent, *_ in silent],
+            [tool for *_, tool, _ in silent],
+            [started_us / 1e6 for *_, started_us in silent],
+            resident_tokens,
+            running_calls=load.running_calls,
+            pinned_blocks=max(load.pool_blocks - load.free_blocks, 0),
+            free_blocks=load.empty_blocks,
+            host_bytes_per_s=host_bytes_per_s,
+            time=load.now_us / 1e6,
+        )
+        return list(answers)
