@@ -166,13 +166,22 @@ fn hit_rate(report: &Report, tenant: u16) -> f64 {
         / calls().map(|call| call.prompt_blocks).sum::<usize>() as f64
 }
 
+/// More sessions than the pool holds, for as long as they live.
+fn overload() -> Vec<Plan> {
+    agents(40, 1).into_iter().map(|plan| Plan { turns: 24, added: 400, ..plan }).collect()
+}
+
+fn hold_bound_us(options: BatchShapingOptions, report: &Report) -> u64 {
+    options.max_hold_us.max(u64::from(options.max_hold_calls) * report.longest_stay_us)
+}
+
 fn longest_hold_us(report: &Report) -> u64 {
     report.calls.iter().map(|call| call.held_us).max().unwrap_or(0)
 }
 
 #[test]
 fn under_overload_shaping_ends_sessions_earlier_and_none_much_later() {
-    let plans: Vec<Plan> = agents(40, 1).into_iter().map(|plan| Plan { turns: 24, added: 400, ..plan }).collect();
+    let plans = overload();
     let (before, after) = (run(&["lru"], 4_000, &plans), run(&["batch_shaping", "lru"], 4_000, &plans));
     let gain = mean_session_s(&before) / mean_session_s(&after);
     assert!(gain >= 1.5, "mean session time {gain:.2} times shorter");
@@ -199,6 +208,7 @@ proptest! {
         sessions in 1..40u64,
         capacity in 400..4_000usize,
         max_hold_ms in 0..20_000u64,
+        max_hold_calls in prop_oneof![Just(0), 1..20u32],
         with_fairness: bool,
     ) {
         let at = |i: u64, salt: u64| runtime_core::ids::mix(seed ^ i << 8 ^ salt);
@@ -214,7 +224,7 @@ proptest! {
                 gap_us: at(i, 7) % 2_000_000,
             })
             .collect();
-        let options = BatchShapingOptions { max_hold_us: max_hold_ms * 1_000 };
+        let options = BatchShapingOptions { max_hold_us: max_hold_ms * 1_000, max_hold_calls };
         let mut list: Vec<Box<dyn Policy>> =
             vec![Box::new(BatchShapingPolicy::new(options)), built_in("kv_cache").unwrap()];
         if with_fairness {
@@ -222,9 +232,26 @@ proptest! {
         }
         let report = Engine::new(capacity, &Policies::new(list)).run(&plans);
         prop_assert_eq!(report.calls.len() as u32, plans.iter().map(|plan| plan.turns).sum::<u32>());
-        prop_assert!(longest_hold_us(&report) <= options.max_hold_us);
+        prop_assert!(longest_hold_us(&report) <= hold_bound_us(options, &report));
         prop_assert_eq!(report.lazy_steps, 0);
     }
+}
+
+#[test]
+fn a_bound_shorter_than_the_wait_ends_holds_in_time_and_a_longer_one_lets_sessions_finish_first() {
+    let plans = overload();
+    let held = |max_hold_us, max_hold_calls| {
+        let options = BatchShapingOptions { max_hold_us, max_hold_calls };
+        let list: Vec<Box<dyn Policy>> =
+            vec![Box::new(BatchShapingPolicy::new(options)), built_in("lru").expect("built in")];
+        let report = Engine::new(4_000, &Policies::new(list)).run(&plans);
+        assert_eq!(report.calls.len(), 40 * 24);
+        let (longest, bound) = (longest_hold_us(&report), hold_bound_us(options, &report));
+        assert!((1..=bound).contains(&longest), "{longest} of {bound}");
+        longest
+    };
+    assert_eq!(held(1_500_000, 0), 1_500_000, "the bound is reached");
+    assert!(held(1_500_000, 64) > 1_500_000);
 }
 
 /// A tenant with many sessions beside one with few, both of which always have calls waiting.
@@ -363,7 +390,7 @@ fn every_combination_keeps_every_contract() {
             let report = Engine::new(capacity, &Policies::new(list)).run(&plans);
             assert_eq!(report.calls.len(), 18 * 4, "{names:?}: no call is lost");
             assert_eq!(report.lazy_steps, 0, "{names:?}: something runs while something waits");
-            assert!(longest_hold_us(&report) <= BatchShapingOptions::default().max_hold_us, "{names:?}");
+            assert!(longest_hold_us(&report) <= hold_bound_us(BatchShapingOptions::default(), &report), "{names:?}");
             if !names.contains(&"batch_shaping") {
                 assert_eq!(longest_hold_us(&report), 0, "{names:?}: only batch_shaping holds");
             }

@@ -1,8 +1,8 @@
 //! `batch_shaping`: which sessions run together, and in which order.
 //!
 //! **Order.** First come, first served, until a window is set; then the session that began first goes first, so that sessions
-//! end instead of all going on. Calls whose prompt is at least half resident and end in the same resident block follow the
-//! first of them, so that a shared prefix is used while it is there.
+//! end instead of all going on. Calls whose prompt is resident to four fifths and end in the same resident block follow
+//! the first of them, so that a shared prefix is used while it is there.
 //!
 //! **Window.** While the pool thrashes, only the W sessions that began first may go on; calls of the others are held. The
 //! sign of thrashing is that sessions have to compute again what they had. Over an epoch of W admissions (8 at least):
@@ -12,23 +12,28 @@
 //! share = (tokens lost + tokens repeated after preemptions) / (prefill speed x length of the epoch)
 //! p     prompt tokens of a call, r of them resident or in the host tier
 //! q     prompt tokens of the same agent's last call in the same session
+//! speed mean over steps that compute prompts: that of the contexts there are, as long ones are slower
 //! ```
 //!
 //! It thrashes if the pool is full, calls that may go have to wait at most questions, loss is 0.2 above what is usual
 //! without pressure, and share is above 0.3: less cannot pay for what fewer running calls cost. Then the window becomes
 //! the number of sessions whose last prompts fit into the pool, but at least half and at most nine tenths of what it was
-//! (multiplicative decrease), **on trial**: if two epochs later calls are not admitted 5 % faster, the old window comes back
-//! and nothing is tried for 4, 8, ... 64 epochs. While somebody is held and no calls wait, it grows by an eighth an epoch up
-//! to 0.8 of where it thrashed last, by 3 % beyond (additive increase); when it binds nobody it is dropped.
+//! (multiplicative decrease), **on trial**: if two epochs later calls are not admitted 5 % faster, or more than two thirds of
+//! the loss are left, the old window comes back and nothing is tried for 4, 8, ... 64 epochs. A window that has proved itself follows what fits, by nine tenths of it,
+//! while loss and share stay high: contexts grow. While somebody is held, no calls wait and loss is low, it grows by an
+//! eighth an epoch up to what fitted (or to 0.8 of where it thrashed last, if that is less), by 3 % beyond (additive
+//! increase); when it binds nobody it is dropped.
 //!
 //! A session that is silent counts with P(it calls again | silent for so long), learned from gaps and ends. (Feedback on
 //! cache signals at the level of agents: CONCUR, arXiv 2601.22705; pausing between calls: `ThunderAgent`, arXiv 2602.13692.)
 //!
-//! **Bounds.** A call is held until [`BatchShapingOptions::max_hold_us`] after it began to wait, never longer; from then on
-//! it goes before all that are not overdue, in order of arrival: nobody starves. When nothing runs, nobody is held.
+//! **Bounds.** A call is held until [`BatchShapingOptions::max_hold_us`] after it began to wait or, where that is longer, for
+//! as long as 128 calls take from admission to end at present ([`BatchShapingOptions::max_hold_calls`]): where a call takes minutes, pauses of minutes only rotate
+//! sessions through a pool that they do not fit into. From then on it waits in the order of sessions: no session that began
+//! later passes it, but for those that share its turn, so nobody starves. When nothing runs, nobody is held.
 //!
 //! Costs one or two hash probes an event and, while there is a window, a visit per session in it a question; 110 bytes a
-//! session that is remembered.
+//! session that is remembered and 50 a call that waits or runs.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -53,10 +58,18 @@ const TOLERANCE: f64 = 0.2;
 const COSTLY: f64 = 0.3;
 /// How much faster calls have to be admitted for a smaller window to stay.
 const BETTER: f64 = 1.05;
+/// What may be left of the loss for that.
+const CURED: f64 = 0.67;
 /// Decreases of one trial.
 const MOST_STEPS: u8 = 3;
 /// Epochs without a trial after one that failed.
 const PAUSE: (u32, u32) = (4, 64);
+/// Of what fits, a window that has proved itself.
+const FITS: f64 = 0.9;
+/// Growth ends where contexts fit so many times.
+const OVERFULL: f64 = 1.25;
+/// Weight of the last call, or step, in a running mean.
+const RECENT: f64 = 0.02;
 /// Part of the pool that may be free while it counts as full.
 const SLACK: f64 = 0.05;
 /// Tokens of a step that tell how fast prompts are computed.
@@ -67,13 +80,15 @@ const FORGOTTEN: f64 = 0.02;
 /// What may be chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchShapingOptions {
-    /// No call is held longer than this after it began to wait, microseconds.
+    /// No call is held longer than this after it began to wait, microseconds, or,
     pub max_hold_us: u64,
+    /// where that is longer, than so many calls take one after the other; 0: the time above alone.
+    pub max_hold_calls: u32,
 }
 
 impl Default for BatchShapingOptions {
     fn default() -> Self {
-        Self { max_hold_us: 300_000_000 }
+        Self { max_hold_us: 300_000_000, max_hold_calls: 128 }
     }
 }
 
@@ -107,8 +122,9 @@ struct Session {
 #[derive(Clone, Copy, Debug)]
 struct Trial {
     before: Option<f64>,
-    /// Admissions a microsecond before.
+    /// Admissions a microsecond, and loss, before.
     rate: f64,
+    loss: f64,
     /// What was let in before has gone through.
     settled: bool,
     steps: u8,
@@ -174,7 +190,10 @@ struct State {
     line: Vec<(u64, u64)>,
     hand: usize,
     begun: u64,
-    calls: FxHashMap<u64, u64>,
+    /// Session and first admission of calls that wait or run; 0: not admitted.
+    calls: FxHashMap<u64, (u64, u64)>,
+    /// What calls take from admission to end, microseconds.
+    stay_us: f64,
     /// Sessions that may go on; none: all.
     window: Option<f64>,
     /// Where it thrashed last.
@@ -204,10 +223,10 @@ struct State {
     order: Vec<Place>,
 }
 
-/// Sort key of a waiting call: overdue ones by arrival, then those that may go, then those that are held.
+/// Sort key of a waiting call: those that may go, then those that are held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Place {
-    class: u8,
+    held: bool,
     /// Number of the session whose turn it is: its own, or that of the first one in its group.
     turn: u64,
     group: u64,
@@ -219,6 +238,15 @@ struct Place {
 impl Default for BatchShapingPolicy {
     fn default() -> Self {
         Self::new(BatchShapingOptions::default())
+    }
+}
+
+/// A running mean, and what it becomes by one more.
+fn recent(mean: f64, one: f64) -> f64 {
+    if mean > 0.0 {
+        mean + RECENT * (one - mean)
+    } else {
+        one
     }
 }
 
@@ -274,7 +302,7 @@ impl State {
             );
             self.line.push((number, key));
         }
-        self.calls.insert(call.call, key);
+        self.calls.insert(call.call, (key, 0));
         if let Some(session) = self.sessions.get_mut(&key) {
             if session.calls == 0 && session.next_lane > 0 {
                 let gap_us = now_us.saturating_sub(session.last_us);
@@ -286,7 +314,12 @@ impl State {
     }
 
     fn gone(&mut self, now_us: u64, call: u64) {
-        if let Some(session) = self.calls.remove(&call).and_then(|key| self.sessions.get_mut(&key)) {
+        let Some((key, admitted_us)) = self.calls.remove(&call) else { return };
+        if admitted_us > 0 {
+            let stay_us = now_us.saturating_sub(admitted_us) as f64;
+            self.stay_us = recent(self.stay_us, stay_us);
+        }
+        if let Some(session) = self.sessions.get_mut(&key) {
             session.calls = session.calls.saturating_sub(1);
             session.last_us = now_us;
         }
@@ -302,6 +335,9 @@ impl State {
     }
 
     fn admitted(&mut self, now_us: u64, call: &Waiting) {
+        if let Some((_, admitted_us)) = self.calls.get_mut(&call.call) {
+            *admitted_us = now_us;
+        }
         let Some(session) = self.sessions.get_mut(&key(call.workload, call.session)) else { return };
         let known = usize::from(session.next_lane).min(LANES);
         let lane = session.lanes[..known].iter_mut().find(|lane| lane.agent == call.agent);
@@ -330,31 +366,39 @@ impl State {
         let loss = if self.had_tokens > 0.0 { self.lost_tokens / self.had_tokens } else { self.usual_loss };
         let share = self.lost_tokens / (self.speed * elapsed_us).max(1.0);
         let saturated = 2 * self.busy > self.asked;
-        let thrashes = saturated && self.full && loss > self.usual_loss + TOLERANCE && share > COSTLY;
+        let loses = self.full && loss > self.usual_loss + TOLERANCE && share > COSTLY;
+        let thrashes = loses && saturated;
         match self.trial.take() {
             Some(trial) if !trial.settled => self.trial = Some(Trial { settled: true, ..trial }),
             Some(trial) if thrashes && trial.steps < MOST_STEPS => {
                 self.trial = Some(Trial { settled: false, steps: trial.steps + 1, ..trial });
                 self.decrease(now_us, window);
             }
-            Some(trial) if rate < BETTER * trial.rate => {
+            Some(trial)
+                if rate < BETTER * trial.rate || loss - self.usual_loss > CURED * (trial.loss - self.usual_loss) =>
+            {
                 self.window = trial.before;
                 self.backoff = (2 * self.backoff).clamp(PAUSE.0, PAUSE.1);
                 self.pause = self.backoff;
             }
             _ if thrashes && self.pause == 0 => {
-                self.trial = Some(Trial { before: self.window, rate, settled: false, steps: 1 });
-                self.ceiling = window;
+                self.trial = Some(Trial { before: self.window, rate, loss, settled: false, steps: 1 });
+                self.ceiling = window.min(OVERFULL * self.fitting(now_us));
                 self.decrease(now_us, window);
                 // A loss that a smaller window does not cure is not due to the pool: get used to it.
                 self.usual_loss += 0.02 * (loss - self.usual_loss);
             }
             _ => {
                 self.pause = self.pause.saturating_sub(1);
-                self.usual_loss += 0.2 * (loss - self.usual_loss).min(if self.full { 0.0 } else { 1.0 });
+                // What is lost although it would fit is not due to the window.
+                let fits = FITS * self.fitting(now_us);
+                let blameless = !self.full || window <= fits;
+                self.usual_loss += 0.2 * (loss - self.usual_loss).min(if blameless { 1.0 } else { 0.0 });
                 // Sessions change: where it thrashed last is forgotten slowly.
                 self.ceiling *= 1.02;
-                if self.held && !saturated {
+                if self.window.is_some() && loses && !blameless {
+                    self.window = Some(fits.max(DECREASE.0 * window).max(1.0));
+                } else if self.held && !saturated && (blameless || loss < self.usual_loss + 0.5 * TOLERANCE) {
                     self.window = Some(window * if window < 0.8 * self.ceiling { 1.125 } else { 1.03 });
                 } else if !self.held && window > self.live {
                     self.window = None;
@@ -400,26 +444,23 @@ impl State {
         u64::MAX
     }
 
-    fn rank(&mut self, max_hold_us: u64, load: &Load, waiting: &[Waiting], decisions: &mut [Decision]) {
+    fn rank(&mut self, options: BatchShapingOptions, load: &Load, waiting: &[Waiting], decisions: &mut [Decision]) {
         let mut order = std::mem::take(&mut self.order);
         self.pool_tokens = f64::from(load.pool_blocks) * f64::from(load.block_tokens);
         self.full = f64::from(load.free_blocks) < SLACK * f64::from(load.pool_blocks);
         let first_outside = self.first_outside(load.now_us);
+        let bound_us = options.max_hold_us.max((f64::from(options.max_hold_calls) * self.stay_us) as u64);
         order.clear();
         for (index, call) in waiting.iter().enumerate() {
             // A call that nobody told of is of a session that has just begun.
             let session = self.sessions.get(&key(call.workload, call.session));
             let number = session.map_or(u64::MAX - 1, |session| session.number);
-            let shares = call.group != 0 && 2 * call.resident_tokens >= call.prompt_tokens;
-            let class = if call.arrived_us.saturating_add(max_hold_us) <= load.now_us {
-                0
-            } else {
-                1 + u8::from(number >= first_outside)
-            };
+            let shares = call.group != 0 && 5 * u64::from(call.resident_tokens) >= 4 * u64::from(call.prompt_tokens);
+            let held = number >= first_outside && call.arrived_us.saturating_add(bound_us) > load.now_us;
             order.push(Place {
-                class,
-                turn: if class == 0 || self.window.is_none() { call.arrived_us } else { number },
-                group: if shares && class == 1 { call.group } else { 0 },
+                held,
+                turn: if self.window.is_none() { call.arrived_us } else { number },
+                group: if shares && !held { call.group } else { 0 },
                 number,
                 arrived_us: call.arrived_us,
                 index: index as u32,
@@ -439,16 +480,16 @@ impl State {
             let decision = &mut decisions[place.index as usize];
             decision.rank = rank as u32;
             // Where nothing runs, whoever is first goes on.
-            if place.class == 2 && (rank > 0 || load.running_calls > 0) {
-                decision.hold_until_us = place.arrived_us.saturating_add(max_hold_us);
+            if place.held && (rank > 0 || load.running_calls > 0) {
+                decision.hold_until_us = place.arrived_us.saturating_add(bound_us);
                 self.held = true;
             }
         }
-        let left_over = |place: &Place| place.class < 2 && place.arrived_us < self.last_ask_us;
+        let left_over = |place: &Place| !place.held && place.arrived_us < self.last_ask_us;
         let since_us = load.now_us.saturating_sub(self.last_ask_us);
         if since_us > 0 {
             if self.computed >= TELLING_TOKENS {
-                self.speed = (self.computed as f64 / since_us as f64).max(0.999 * self.speed);
+                self.speed = recent(self.speed, self.computed as f64 / since_us as f64);
             }
             self.computed = 0;
         }
@@ -505,6 +546,6 @@ impl Policy for BatchShapingPolicy {
     }
 
     fn schedule(&self, _: &Runtime, load: &Load, waiting: &[Waiting], decisions: &mut [Decision]) {
-        self.lock().rank(self.options.max_hold_us, load, waiting, decisions);
+        self.lock().rank(self.options, load, waiting, decisions);
     }
 }

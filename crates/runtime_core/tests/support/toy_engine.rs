@@ -47,6 +47,8 @@ pub(crate) struct Report {
     pub(crate) backlog: Vec<(u64, u16, bool)>,
     /// Steps in which nothing ran although something waited.
     pub(crate) lazy_steps: u32,
+    /// From admission to end, of any call.
+    pub(crate) longest_stay_us: u64,
     /// Tokens prefilled in idle capacity.
     pub(crate) prefilled_ahead: u32,
 }
@@ -54,6 +56,7 @@ pub(crate) struct Report {
 struct Running {
     plan: usize,
     call: Waiting,
+    admitted_us: u64,
     blocks: Vec<u64>,
     to_prefill: u32,
     to_decode: u32,
@@ -307,7 +310,16 @@ impl<'a> Engine<'a> {
         report.service.push((self.now_us, plan.tenant, f64::from(call.missing_tokens())));
         report.calls.push(Served { tenant: plan.tenant, prompt_blocks: prompt, hit_blocks: hit, held_us });
         let (to_prefill, to_decode) = (call.missing_tokens(), plan.output);
-        running.push_back(Running { plan: session, call: *call, blocks, to_prefill, to_decode, kv_token_us: 0 });
+        let admitted_us = self.now_us;
+        running.push_back(Running {
+            plan: session,
+            call: *call,
+            admitted_us,
+            blocks,
+            to_prefill,
+            to_decode,
+            kv_token_us: 0,
+        });
         true
     }
 
@@ -364,6 +376,7 @@ impl<'a> Engine<'a> {
             one.blocks.iter().for_each(|&block| self.unpin(block));
             self.tell(EventKind::CallEnd, call.session, call, output, 0);
             self.hear(Happening::Ended { call: call.call });
+            report.longest_stay_us = report.longest_stay_us.max(self.now_us - one.admitted_us);
             let turn = (call.prompt_tokens - plan.shared - plan.added) / (plan.added + plan.output) + 1;
             if turn < plan.turns {
                 todo.insert((self.now_us + plan.gap_us, one.plan), turn);

@@ -67,7 +67,17 @@ fn capacity_per_s(source: &Source) -> Result<f64> {
 }
 
 pub(super) fn scenarios(folder: Option<&Path>) -> Vec<Scenario> {
-    let recorded = [("whowhen_magentic", 58, 80), ("taubench_airline", 200, 60), ("marble_research", 200, 80)];
+    let recorded = [
+        ("claude_code_main", 100, 50),
+        ("claude_code_sub", 17, 80),
+        ("whowhen_magentic", 58, 80),
+        ("whowhen_ag2", 126, 80),
+        ("taubench_airline", 200, 60),
+        ("marble_research", 200, 80),
+        ("mooncake_conversation", 300, 20),
+        ("hyperagent", 13, 80),
+        ("autokaggle", 6, 80),
+    ];
     let recorded = recorded
         .into_iter()
         .filter_map(|(name, sessions, calls)| Recorded::find(folder, name, sessions, calls).map(Source::Recorded));
