@@ -42,6 +42,7 @@ pub(crate) fn from_replay(error: ::replay::Error) -> PyErr {
         Error::UnknownPolicy { name, known } => UnknownPolicyError::new_err((name, known)),
         Error::UnknownWorkload { name, known } => UnknownWorkloadError::new_err((name, known)),
         Error::BadOption { option, problem, remedy } => BadOptionError::new_err((option, problem, remedy)),
+        Error::BrokenPromise { policy, problem } => PolicyError::new_err((policy, problem)),
     }
 }
 

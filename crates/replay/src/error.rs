@@ -66,4 +66,12 @@ pub enum Error {
         /// What the user can do.
         remedy: String,
     },
+    /// A policy did not do what it promises.
+    #[error("policy `{policy}`: {problem}")]
+    BrokenPromise {
+        /// The policy.
+        policy: String,
+        /// What it did.
+        problem: String,
+    },
 }

@@ -124,6 +124,12 @@ pub trait Policy: Send + Sync {
         Needs::NONE
     }
 
+    /// Whether it promises that what two tenants are given while both wait differs by at most 2 max(w_p L, w_q M), see
+    /// [`fairness`](crate::scheduling::fairness). Engines that measure it may stop where that does not hold.
+    fn bounds_service(&self) -> bool {
+        false
+    }
+
     /// Over whom it has the last word.
     fn precedence(&self) -> Precedence {
         Precedence::Rest

@@ -81,7 +81,8 @@ const PREFILLS: usize = 8;
 
 /// Serves the workload under the policies.
 ///
-/// `progress` is called with the number of calls finished, every few hundred.
+/// `progress` is called with the number of calls finished, every few hundred. An error where two tenants that both waited
+/// were given more unequal shares than a policy promises ([`Policy::bounds_service`]): every run asserts it.
 pub fn simulate(
     workload: &Workload,
     options: &EngineOptions,
@@ -97,7 +98,7 @@ pub fn simulate(
         }
     }
     progress(engine.finished);
-    Ok(engine.close())
+    engine.close()
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -168,6 +169,8 @@ struct Engine<'a> {
     gaps_asked_us: Option<u64>,
     next_hold_us: Option<u64>,
     service: Service,
+    /// Who promises that tenants that wait are served alike.
+    promises_fairness: Option<String>,
     outcome: Outcome,
     finished: u64,
     reported: u64,
@@ -242,6 +245,8 @@ impl<'a> Engine<'a> {
     fn new(workload: &'a Workload, options: &'a EngineOptions, mut list: Vec<Box<dyn Policy>>) -> Result<Self> {
         let trace: &Trace = &workload.trace;
         let scheduled = !list.is_empty();
+        let fair = list.iter().find(|policy| policy.bounds_service());
+        let promises_fairness = fair.map(|policy| policy.about().name.into_owned());
         let (order, core_options) = cache(workload, options, &mut list)?;
         let policies = Policies::new(list);
         let supplied = if options.host.is_some() { SUPPLIED } else { SUPPLIED.without(Needs::HOST_TIER) };
@@ -279,6 +284,7 @@ impl<'a> Engine<'a> {
             gaps_asked_us: None,
             next_hold_us: None,
             service: Service::new(workload.tenants()),
+            promises_fairness,
             outcome: Outcome {
                 calls: vec![CallRecord::default(); trace.calls.len()],
                 service_bound: bound,
@@ -322,12 +328,18 @@ impl<'a> Engine<'a> {
         }
     }
 
-    fn close(mut self) -> Outcome {
+    fn close(mut self) -> Result<Outcome> {
         self.outcome.evictions = self.memory.pool.evictions();
         self.outcome.peak_blocks = self.memory.peak;
         self.outcome.index_drift += self.memory.drift + self.core.policies.refused_victims();
         self.outcome.service_gap = self.service.largest_gap();
-        self.outcome
+        if let Some(policy) = self.promises_fairness.filter(|_| self.outcome.service_gap > self.outcome.service_bound) {
+            let (gap, bound) = (self.outcome.service_gap, self.outcome.service_bound);
+            let problem =
+                format!("two waiting tenants were given {gap:.0} virtual tokens apart, the bound is {bound:.0}");
+            return Err(Error::BrokenPromise { policy, problem });
+        }
+        Ok(self.outcome)
     }
 
     /// One step, or a jump to the next event; false when all is done.

@@ -11,9 +11,10 @@ use replay::host::HostOptions;
 use replay::schedule::EventKind;
 use replay::trace::{Call, Clock, TraceBuilder};
 use runtime_core::policy::{About, Policy};
-use runtime_core::scheduling::{Decision, Gap, GapDecision, Load, Needs, Prefill, Retention, Waiting};
+use runtime_core::scheduling::fairness::FairnessPolicy;
+use runtime_core::scheduling::{Decision, Gap, GapDecision, Happening, Load, Needs, Prefill, Retention, Waiting};
 use runtime_core::Runtime;
-use simulator::{baselines, simulate, Arrivals, EngineOptions, Outcome, Workload};
+use simulator::{baselines, simulate, Arrivals, EngineOptions, Error, Outcome, Workload};
 
 /// Contradicts itself: ranks, holds, keeps, demotes, releases and prefills as the time happens to be.
 struct Fickle;
@@ -223,5 +224,58 @@ fn in_a_pool_of_one_session_pins_give_way_and_all_calls_are_answered() {
                 check(&workload, &options, &run(&workload, &options, policies));
             }
         }
+    }
+}
+
+/// Serves in order of arrival, or as `fairness` does with a counter that does not hear of the second tenant, and claims
+/// that tenants are served alike.
+struct Claims(Option<FairnessPolicy>);
+
+impl Policy for Claims {
+    fn about(&self) -> About {
+        About { name: "claims".into(), observes: "half of it", decides: "order", costs: "nothing" }
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::TENANTS.and(Needs::SERVICE).and(Needs::ARRIVALS).and(Needs::ADMISSIONS)
+    }
+
+    fn bounds_service(&self) -> bool {
+        true
+    }
+
+    fn hear(&self, runtime: &Runtime, now_us: u64, happening: &Happening) {
+        let deaf = matches!(happening, Happening::Admitted { call, .. } if call.tenant == 1);
+        if let Some(fairness) = self.0.as_ref().filter(|_| !deaf) {
+            // It charges calls that it has not seen admitted for nothing.
+            fairness.hear(runtime, now_us, happening);
+        }
+    }
+
+    fn schedule(&self, runtime: &Runtime, load: &Load, waiting: &[Waiting], decisions: &mut [Decision]) {
+        if let Some(fairness) = &self.0 {
+            fairness.schedule(runtime, load, waiting, decisions);
+        }
+    }
+}
+
+#[test]
+fn a_run_fails_where_a_policy_breaks_the_bound_on_service_that_it_claims() {
+    // Two tenants with calls enough to wait all the time, the second with ten times as many.
+    let trace = support::generated("selector_chat", 44, 6);
+    let mut workload = Workload::closed(Arc::clone(&trace), 1, 0).unwrap();
+    workload.gap_us.fill(1_000);
+    workload.tenant = (0..44).map(|session| u16::from(session % 11 != 0)).collect();
+    workload.arrivals = Arrivals::Open(vec![0; 44]);
+    let largest = trace.calls.iter().map(|call| trace.blocks_in(call.prompt) + trace.blocks_in(call.output)).max();
+    let options = EngineOptions { max_running: 2, ..EngineOptions::new(largest.unwrap()) };
+    let run = |policy: Box<dyn Policy>| simulate(&workload, &options, vec![policy], &mut |_| {});
+    for name in ["fairness", "vtc"] {
+        let outcome = run(baselines::build(name).unwrap().remove(0)).unwrap();
+        assert!(outcome.service_gap > 0.0 && outcome.service_gap <= outcome.service_bound, "{name}");
+    }
+    for broken in [None, Some(FairnessPolicy::default())] {
+        let error = run(Box::new(Claims(broken))).expect_err("the bound does not hold");
+        assert!(matches!(error, Error::BrokenPromise { .. }), "{error}");
     }
 }

@@ -415,6 +415,10 @@ impl Policy for FairnessPolicy {
             .fold(Needs::NONE, Needs::and)
     }
 
+    fn bounds_service(&self) -> bool {
+        self.per == Per::Tenant && self.lock().weights.is_empty()
+    }
+
     fn precedence(&self) -> Precedence {
         Precedence::Fairness
     }

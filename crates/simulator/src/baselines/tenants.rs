@@ -235,6 +235,10 @@ impl Policy for VirtualTokenCounter {
         Needs::TENANTS.and(Needs::SERVICE).and(Needs::ARRIVALS).and(Needs::ADMISSIONS).and(Needs::PREEMPTIONS)
     }
 
+    fn bounds_service(&self) -> bool {
+        true
+    }
+
     fn precedence(&self) -> Precedence {
         Precedence::Fairness
     }
