@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from tests.support import Run
 
 
@@ -25,6 +26,34 @@ def test_json_has_exactly_the_documented_fields(agentrt_cli: Run, tmp_path: Path
     assert all(s["policy"] == s["baseline"] for s in own)
     assert "flood" in done.stdout
     assert "±" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("policy", "scenario", "first"),
+    [
+        ("batch_shaping", "light/pipeline", "mean session completion"),
+        ("fairness", "two tenants", "service gap over its bound"),
+        ("tool_gap", "bimodal", "mean session completion"),
+        ("speculation", "R=0.7", "mean TTFT"),
+    ],
+)
+def test_every_policy_runs_in_its_own_scenarios_beside_every_baseline(
+    agentrt_cli: Run, tmp_path: Path, policy: str, scenario: str, first: str
+) -> None:
+    out = tmp_path / "out.json"
+    # Each takes about two seconds; the limit is for machines that are busy with other work.
+    arguments = ("--only", scenario, "--runs", "1", "--seed", "3", "--json", out)
+    done = agentrt_cli("simulate", policy, *arguments, timeout=100)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert (result["policy"], result["seed"]) == (policy, 3)
+    assert result["scenarios"][0]["metric"] == first
+    listed = agentrt_cli("simulate", policy, "--list").stdout
+    beside = {entry["baseline_name"] for entry in result["scenarios"]}
+    assert beside
+    assert all(name in listed for name in beside)
+    assert all(scenario in entry["name"] for entry in result["scenarios"])
+    assert scenario in done.stdout
 
 
 def test_the_same_command_writes_the_same_bytes(agentrt_cli: Run, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
-use runtime_core::policy::{built_in, About, Action, Event, Policies, Policy, Request};
+use runtime_core::policy::{built_in, About, Action, Event, Policies, Policy, Request, BUILT_IN};
 use runtime_core::scheduling::batch_shaping::{BatchShapingOptions, BatchShapingPolicy};
 use runtime_core::scheduling::fairness::{FairnessPolicy, Per, OUTPUT_PRICE, PROMPT_PRICE};
 use runtime_core::scheduling::{Decision, Happening, Load, Needs, Precedence, Waiting};
@@ -365,6 +365,21 @@ fn an_engine_that_has_lost_nothing_or_is_never_idle_prefills_nothing() {
     let report = run(&["speculation", "lru"], 400, &busy);
     let computed: f64 = report.service.iter().map(|one| one.2).sum();
     assert!(f64::from(report.prefilled_ahead) < 0.01 * computed, "{} of {computed}", report.prefilled_ahead);
+}
+
+#[test]
+fn each_policy_is_refused_by_name_where_any_event_that_it_declares_is_missing() {
+    for name in BUILT_IN {
+        let policies = policies(&[name]);
+        let needed = policies.wire(Needs::ALL).unwrap();
+        for key in needed.keys() {
+            let missing = Needs::from_key(key).unwrap();
+            let error = policies.wire(Needs::ALL.without(missing)).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains(missing.names().next().unwrap()), "{error}");
+        }
+        assert_eq!(policies.wire(needed), Ok(needed), "{name} needs nothing that it does not declare");
+        assert_eq!(needed == Needs::NONE, ["kv_cache", "lru"].contains(&name), "{name}");
+    }
 }
 
 #[test]

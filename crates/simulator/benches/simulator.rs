@@ -28,7 +28,10 @@ fn ten_thousand_calls(criterion: &mut Criterion) {
         ("keep", "lru"),
         ("batch_shaping", "lru"),
         ("fairness", "lru"),
+        ("tool_gap", "lru"),
+        ("speculation", "lru"),
         ("batch_shaping+fairness", "agentrt"),
+        ("batch_shaping+fairness+tool_gap+speculation", "agentrt"),
     ];
     for (policies, cache) in contenders {
         group.bench_function(format!("policies={policies}/cache={cache}"), |bencher| {

@@ -201,6 +201,31 @@ fn what_a_policy_keeps_is_there_when_the_tool_returns_unless_nothing_else_is_lef
 }
 
 #[test]
+fn every_pair_of_policies_serves_all_calls_with_tools_tenants_and_a_host_tier() {
+    let trace = support::generated("coding_team", 6, 5);
+    let capacity_blocks = (trace.mean_session_blocks() * 2.0) as usize;
+    let mut workload = Workload::closed(Arc::clone(&trace), 5, 5).unwrap();
+    workload.tenant.iter_mut().enumerate().for_each(|(session, tenant)| *tenant = session as u16 % 2);
+    let host = HostOptions { blocks: capacity_blocks, bytes_per_s: 1e9, prefetch_bytes_per_s: 5e8, block_bytes: 2e6 };
+    let names = ["batch_shaping", "fairness", "agent_fairness", "tool_gap", "speculation"];
+    for (at, one) in names.iter().enumerate() {
+        for other in &names[at + 1..] {
+            let options = EngineOptions {
+                host: Some(host),
+                record_events: true,
+                cache: "agentrt".into(),
+                ..EngineOptions::new(capacity_blocks)
+            };
+            let outcome = run(&workload, &options, &format!("{one}+{other}"));
+            check(&workload, &options, &outcome);
+            let without = |name| ![*one, *other].contains(&name);
+            assert!(outcome.longest_hold_s() == 0.0 || !without("batch_shaping"), "{one}+{other}: only it holds");
+            assert!(outcome.speculative_us == 0 || !without("speculation"), "{one}+{other}: only it prefills ahead");
+        }
+    }
+}
+
+#[test]
 fn in_a_pool_of_one_session_pins_give_way_and_all_calls_are_answered() {
     let trace = support::generated("coding_team", 8, 3);
     let blocks = |call: &replay::trace::Call| trace.blocks_in(call.prompt) + trace.blocks_in(call.output);
