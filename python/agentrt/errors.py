@@ -108,8 +108,7 @@ class BadOptionError(AgentRTError, ValueError):
 
 
 class PolicyError(AgentRTError):
-    """A policy written in Python raised or answered with something else than block ids, the cause is chained; or a
-    policy broke its own promise in the simulator."""
+    """A policy written in Python raised or answered nonsense (the cause is chained), or one broke its own promise."""
 
     def __init__(self, policy: str, problem: str) -> None:
         super().__init__(policy, problem)
