@@ -355,10 +355,11 @@ def test_blocks_that_come_back_are_resident() -> None:
 def test_expected_sessions_are_named_for_prefetching() -> None:
     runtime = _runtime(32)
     workload = runtime.workload("w")
-    for i in range(18):
+    # Few: before long the guard sees that what goes here need not have gone, and trusts the learned order no more.
+    for i in range(6):
         _call(workload.session("s"), "a", [1, 2, 3], float(i))
         runtime.act("evict", 9, time=i + 0.2)
-    (wanted, *_) = runtime.act("prefetch", 4, time=18.0)
+    (wanted, *_) = runtime.act("prefetch", 4, time=6.0)
     assert (wanted.workload, wanted.session, wanted.agent) == ("w", workload.session("s").key, "a")
     assert 0.6 <= wanted.probability <= 1
     assert wanted.score > 0

@@ -53,7 +53,7 @@
 //! # Memory
 //!
 //! [`Runtime::memory`] reports it: at most 20,000 bytes of learned state a workload (asserted when compiling), at most 32
-//! bytes of index a pool block (and 160 kB for small pools), and a bounded part per session. None of it depends on what
+//! bytes of index a pool block (and 180 kB for small pools), and a bounded part per session. None of it depends on what
 //! happens.
 
 pub mod error;

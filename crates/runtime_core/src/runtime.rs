@@ -748,7 +748,7 @@ impl Runtime {
         Ok(self.writer()?.audit())
     }
 
-    /// As [`Runtime::new`], with room for `segments` segments instead of one for every twelve blocks; for tests.
+    /// As [`Runtime::new`], with room for `segments` segments instead of one for every thirteen blocks; for tests.
     #[doc(hidden)]
     pub fn with_segments(options: Options, segments: usize) -> Result<Self> {
         let runtime = Self::new(options)?;

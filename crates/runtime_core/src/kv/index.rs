@@ -13,8 +13,8 @@
 //! | key and segment ([`PublishedEntry`]) | 16 |
 //! | parent | 4 |
 //! | hash table, load 3/4 | 5.3 |
-//! | segments and their scores, one for every twelve blocks | 6.3 |
-//! | together | 31.7, plus at most 160 kB for small pools |
+//! | segments and their scores, one for every thirteen blocks | 6.5 |
+//! | together | 31.8, plus at most 180 kB for small pools |
 
 use std::sync::Arc;
 
@@ -213,7 +213,7 @@ pub(crate) struct Index {
 impl Index {
     /// Segments that an index for `blocks` pool blocks has.
     pub(crate) fn segments_for(blocks: usize) -> usize {
-        (blocks / 12).max(blocks.min(2048)).max(16)
+        (blocks / 13).max(blocks.min(2048)).max(16)
     }
 
     /// An index with room for `segments` segments.
