@@ -1565,7 +1565,7 @@ impl KvCache {
         // What is awaited is worth one hit after that time, whatever else may happen.
         let awaited = |wait_s: f32| match horizon_s {
             None => wait_s.recip(),
-            Some(horizon_s) => f32::from(u8::from(wait_s <= horizon_s)),
+            Some(horizon_s) => density::waited(horizon_s / wait_s),
         };
         self.queue.wait_s(x.awaited.0).map_or(score, |wait_s| score.max(awaited(wait_s)))
     }
