@@ -17,7 +17,7 @@
 //! |---|---|
 //! | block table: key, session, starts, age; sets of eight, the longest unused goes first | 16 a block |
 //! | sessions: the least recently used is forgotten | 40 each |
-//! | anchors | 8 each, [`ANCHORS`] |
+//! | anchors | 16 each, [`ANCHORS`] |
 //!
 //! Of a prompt of n blocks, the first 16, every eighth and those after the last eighth are looked up and kept: n / 8 + 23
 //! at most. Single writer, no clock, nothing allocated after [`Identity::new`]; the same calls give the same answers.
@@ -68,7 +68,7 @@ impl Default for Options {
 pub struct Inferred {
     /// The session; the top bit is set, which keeps it apart from small numbers of the caller's own.
     pub session: u64,
-    /// The agent: 0, or 1 to [`ANCHORS`] by its anchor.
+    /// The agent: 0, or 1 to [`ANCHORS`] by its anchor, in order of appearance.
     pub agent: u16,
     /// Names the call to [`Identity::ended`].
     pub call: Started,
@@ -124,7 +124,9 @@ pub struct Identity {
     blocks: Box<[Block]>,
     /// The last one is the head of the ring in order of use.
     sessions: Box<[Session]>,
-    anchors: Box<[u64]>,
+    /// Key and number of each.
+    anchors: Box<[(u64, u16)]>,
+    named_anchors: u16,
     calls: u64,
     names: u64,
 }
@@ -171,7 +173,8 @@ impl Identity {
         Ok(Self {
             blocks: vec![VACANT; sets * WAYS].into(),
             sessions: (0..=n).map(ring).collect(),
-            anchors: vec![0; ANCHORS].into(),
+            anchors: vec![(0, 0); ANCHORS].into(),
+            named_anchors: 0,
             calls: 0,
             names: 0,
         })
@@ -299,11 +302,13 @@ impl Identity {
         let home = mix(anchor) as usize;
         for probe in 0..PROBES {
             let at = (home + probe) % ANCHORS;
-            if self.anchors[at] == 0 {
-                self.anchors[at] = anchor;
+            // Numbers in order of appearance: low ones are those that a workload keeps statistics of their own for.
+            if self.anchors[at].0 == 0 {
+                self.named_anchors += 1;
+                self.anchors[at] = (anchor, self.named_anchors);
             }
-            if self.anchors[at] == anchor {
-                return at as u16 + 1;
+            if self.anchors[at].0 == anchor {
+                return self.anchors[at].1;
             }
         }
         0
