@@ -147,7 +147,10 @@ def test_every_policy_is_listed_with_a_line_on_what_it_does(agentrt_cli: Run) ->
 def test_ctrl_c_stops_at_once_and_leaves_nothing_behind(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "agentrt", "replay", "--policy", "agentrt,lhd", "--capacity", "5%,6%,7%,8%,9%"]
     command += ["--seed", ",".join(map(str, range(40))), "--json", "out.json"]
+    # What a shell runs in the background ignores interrupts, and so would its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        signal.signal(signal.SIGINT, before)
         with pytest.raises(subprocess.TimeoutExpired):
             process.communicate(timeout=3)
         process.send_signal(signal.SIGINT)
