@@ -48,7 +48,7 @@ bench: install-dev ## Run the benchmarks: criterion and pytest-benchmark
 # The engine benchmarks have an environment of their own: vLLM is large and pins much.
 E2E_VENV ?= .venv-e2e
 E2E_JSON ?= e2e.json
-.PHONY: e2e e2e-smoke e2e-policies e2e-env
+.PHONY: e2e e2e-smoke e2e-server e2e-policies e2e-env
 e2e: e2e-env ## Run a real vLLM on the CPU under several policies, 5 workloads (E2E_JSON=FILE; goes on where it stopped)
 	$(E2E_VENV)/bin/python benches/e2e/run.py --json $(E2E_JSON)
 
@@ -56,6 +56,9 @@ e2e-smoke: e2e-env ## Run the vLLM adapter's tests, and the engine benchmark on 
 	$(E2E_VENV)/bin/python -m pytest tests/engines/vllm -m "not slow"
 	@rm -f e2e-smoke.json e2e-smoke.stock.json
 	$(E2E_VENV)/bin/python benches/e2e/run.py --smoke --json e2e-smoke.json
+
+e2e-server: e2e-env ## Run `agentrt serve` and `agentrt record` in front of real vLLM servers on the CPU
+	$(E2E_VENV)/bin/python -m pytest tests/engines/vllm -m slow
 
 e2e-policies: e2e-env ## Run each scheduling policy on and off in a real vLLM on the CPU
 	$(E2E_VENV)/bin/python benches/e2e/policies.py

@@ -22,6 +22,11 @@ from agentrt.engines.vllm.guard import Guard, guarded
 from agentrt.engines.vllm.planning import make_adapter
 from agentrt.engines.vllm.prefill import scheduler_of
 
+try:
+    from agentrt.engines.vllm import metrics
+except ImportError:  # vLLM without metrics of connectors, or without prometheus_client
+    metrics = None  # type: ignore[assignment, unused-ignore]
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -53,6 +58,8 @@ class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, u
         self._next_look = 0.0
         self._next_log = 0.0
         self._scheduler: Any = None
+        self._report = None if metrics is None else metrics.Report()
+        self._report_due = False
         if role == KVConnectorRole.SCHEDULER:
             extra = dict(getattr(self._kv_transfer_config, "kv_connector_extra_config", None) or {})
             self.settings = self.guard.run("settings", self.settings, Settings.read, extra, dict(os.environ))
@@ -117,11 +124,33 @@ class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, u
         if (adapter := self.adapter) is not None:
             self.guard.run("shutdown", None, adapter.close)
 
+    # ---- metrics ----
+
+    def get_kv_connector_stats(self) -> Any:
+        """What has been counted since the last report: once a second, and when nothing is in flight."""
+        if (adapter := self.adapter) is None or (report := self._report) is None:
+            return None
+        if not self._report_due and adapter.calls:
+            return None
+        self._report_due = False
+        return self.guard.run("metrics", None, report.since, adapter, self.guard)
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Any:
+        """A report from its contents, in another process."""
+        return None if metrics is None else metrics.AgentRTStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *arguments: Any, **more: Any) -> Any:
+        """The counters on ``/metrics``, in the front end."""
+        return None if metrics is None else metrics.AgentRTPromMetrics(*arguments, **more)
+
     # ---- now and then ----
 
     def _housekeeping(self) -> None:
         now = self.guard.clock()
         self._next_look = now + LOOK_INTERVAL_S
+        self._report_due = True
         if self.settings.control_file is not None:
             self._control(self.settings.control_file)
         if now >= self._next_log:
