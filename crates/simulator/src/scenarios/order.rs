@@ -23,8 +23,10 @@ const BASELINES: &[&str] = &["fcfs", "lpm", "priority", "cap-8", "cap-16", "cap-
 
 /// Sessions that the pool holds.
 const POOL_SESSIONS: f64 = 8.0;
-/// Arrivals over what the engine completes first come first served when it has as much as it can do.
+/// Arrivals over what the engine would complete if its pool held everything: what it completes while the pool thrashes may
+/// be many times less, and arrivals at twice that rate would be no overload.
 const OVERLOAD: f64 = 2.0;
+/// Arrivals over what it completes first come first served when all come at once, thrashing included.
 const LIGHT: f64 = 0.25;
 /// All sessions within a few seconds.
 const BURST: f64 = 100.0;
@@ -58,12 +60,17 @@ fn engine(trace: &Trace) -> EngineOptions {
 }
 
 /// Sessions a second that the engine completes first come first served when all come at once: the rate of work, without
-/// the times in which it waits for the last ones' tools.
-fn capacity_per_s(source: &Source) -> Result<f64> {
+/// the times in which it waits for the last ones' tools. First in its pool, then in one that holds everything.
+fn capacity_per_s(source: &Source) -> Result<[f64; 2]> {
     let trace = source.trace(0)?;
     let workload = Workload::poisson(Arc::clone(&trace), 1e6, 0)?;
-    let outcome = Setting { cache: "lru".into() }.run(&workload, &engine(&trace), "fcfs")?;
-    Ok(trace.sessions.len() as f64 / (outcome.busy_us as f64 / 1e6))
+    let rate = |options: &EngineOptions| -> Result<f64> {
+        let outcome = Setting { cache: "lru".into() }.run(&workload, options, "fcfs")?;
+        Ok(trace.sessions.len() as f64 / (outcome.busy_us as f64 / 1e6))
+    };
+    let own = engine(&trace);
+    let ample = EngineOptions { capacity_blocks: own.capacity_blocks.max(trace.n_blocks as usize), ..own.clone() };
+    Ok([rate(&own)?, rate(&ample)?])
 }
 
 pub(super) fn scenarios(folder: Option<&Path>) -> Vec<Scenario> {
@@ -85,13 +92,13 @@ pub(super) fn scenarios(folder: Option<&Path>) -> Vec<Scenario> {
     let sources = generated.into_iter().map(|(name, sessions)| Source::Generated(name, sessions)).chain(recorded);
     let mut all = Vec::new();
     for source in sources {
-        let per_s: Arc<OnceLock<Result<f64>>> = Arc::default();
+        let per_s: Arc<OnceLock<Result<[f64; 2]>>> = Arc::default();
         let loads = [
-            ("burst", BURST, "all sessions arrive at once"),
-            ("overload", OVERLOAD, "sessions arrive twice as fast as they can be served"),
-            ("light", LIGHT, "sessions arrive at a quarter of what can be served"),
+            ("burst", BURST, 0, "all sessions arrive at once"),
+            ("overload", OVERLOAD, 1, "sessions arrive twice as fast as they could be served with memory to spare"),
+            ("light", LIGHT, 0, "sessions arrive at a quarter of what can be served"),
         ];
-        for (load, times, about) in loads {
+        for (load, times, of, about) in loads {
             let (source, per_s) = (source.clone(), Arc::clone(&per_s));
             all.push(Scenario {
                 name: format!("{load}/{}", source.name()),
@@ -102,7 +109,7 @@ pub(super) fn scenarios(folder: Option<&Path>) -> Vec<Scenario> {
                     let per_s = match per_s.get_or_init(|| capacity_per_s(&source)) {
                         Ok(per_s) => *per_s,
                         Err(_) => capacity_per_s(&source)?,
-                    };
+                    }[of];
                     let trace = source.trace(seed)?;
                     let options = engine(&trace);
                     let workload = Workload::poisson(trace, per_s * times, seed)?;
