@@ -28,7 +28,7 @@ use crate::ids::{mix, SessionKey, WorkloadId};
 use crate::kv::index::Published;
 use crate::kv::workload::{self, Sessions, MAX_WORKLOADS};
 use crate::kv::{
-    self, CallStart, Config, Expected, FutureStarts, Hint, KvCache, Prediction, Repairs, Workload, Workloads,
+    self, CallStart, Config, Expected, FutureStarts, Hint, Kept, KvCache, Prediction, Repairs, Workload, Workloads,
 };
 use crate::merge::Merged;
 use crate::sessions::SessionHandle;
@@ -144,12 +144,14 @@ pub struct Runtime {
     published: Arc<Published>,
     // Never waited for: `try_lock` is the owner flag of the one writer.
     pool: Mutex<KvCache>,
+    kept: Kept,
     missed: Missed,
     now_us: AtomicU64,
 }
 
 /// Calls whose end was reported while another thread was in the pool, which would otherwise hold their blocks for ever.
-/// Whoever enters the pool next takes them out. A full box loses ends; the pool lets its oldest calls go some day.
+/// Whoever enters the pool next takes them out. Only ends that may concern the pool are posted (see [`Kept`]). A full box
+/// loses ends; the pool lets its oldest calls go some day.
 #[derive(Debug)]
 struct Missed {
     calls: [AtomicU64; 256],
@@ -162,8 +164,10 @@ impl Missed {
     }
 
     fn post(&self, call: u64) {
-        for slot in &self.calls {
-            if slot.compare_exchange(0, call, Relaxed, Relaxed).is_ok() {
+        // From a place of the call's own: threads that post at once keep apart.
+        let (later, first) = self.calls.split_at(mix(call) as usize % self.calls.len());
+        for slot in first.iter().chain(later) {
+            if slot.load(Relaxed) == 0 && slot.compare_exchange(0, call, Relaxed, Relaxed).is_ok() {
                 // Pairs with the Acquire in `take`: who sees the count sees the call.
                 self.posted.fetch_add(1, Release);
                 return;
@@ -176,9 +180,8 @@ impl Missed {
             return;
         }
         for slot in &self.calls {
-            let call = slot.swap(0, Relaxed);
-            if call != 0 {
-                ended(call);
+            if slot.load(Relaxed) != 0 {
+                ended(slot.swap(0, Relaxed));
             }
         }
     }
@@ -201,6 +204,7 @@ impl Runtime {
             workloads: Workloads::new(),
             published: Arc::clone(&pool.index.published),
             sessions,
+            kept: pool.kept(),
             pool: Mutex::new(pool),
             missed: Missed::new(),
             now_us: AtomicU64::new(0),
@@ -448,7 +452,7 @@ impl Runtime {
                         Some(at) => pool.call_finished(Some(learned), at, event.time_us),
                         None => pool.call_cancelled(event.call, event.time_us),
                     }
-                } else {
+                } else if self.kept.may_hold(event.call) {
                     self.missed.post(event.call);
                 }
             }
@@ -753,7 +757,8 @@ impl Runtime {
     pub fn with_segments(options: Options, segments: usize) -> Result<Self> {
         let runtime = Self::new(options)?;
         let pool = KvCache::with_segments(options.pool_blocks, runtime.sessions.capacity(), options.config, segments);
-        Ok(Self { published: Arc::clone(&pool.index.published), pool: Mutex::new(pool), ..runtime })
+        let (published, kept) = (Arc::clone(&pool.index.published), pool.kept());
+        Ok(Self { published, kept, pool: Mutex::new(pool), ..runtime })
     }
 
     /// What a workload has taught, for reports.

@@ -5,7 +5,7 @@
 
 use std::ops::{Index, IndexMut};
 
-use super::table::{hash, Table, EMPTY};
+use super::table::{hash, Homes, Table, EMPTY};
 use super::Running;
 
 /// Calls in flight that are tracked; the oldest gives way.
@@ -47,6 +47,11 @@ impl Calls {
 
     pub(super) fn bytes(&self) -> usize {
         self.slots.capacity() * size_of::<Running>() + self.links.capacity() * size_of::<Link>() + self.table.bytes()
+    }
+
+    /// Where any thread may look whether a call is perhaps here.
+    pub(super) fn homes(&self) -> Homes {
+        self.table.homes()
     }
 
     pub(super) fn is_full(&self) -> bool {
@@ -106,8 +111,8 @@ impl Calls {
 
     /// Takes out the call in `slot`.
     #[inline]
-    pub(super) fn remove(&mut self, slot: usize) -> Running {
-        let run = self.slots[slot];
+    pub(super) fn remove(&mut self, slot: usize) -> &Running {
+        let call = self.slots[slot].call;
         let Link { older, newer } = self.links[slot];
         match older {
             NONE => self.oldest = newer,
@@ -121,8 +126,8 @@ impl Calls {
         self.free = slot as u16;
         self.len -= 1;
         let slots = &self.slots;
-        self.table.remove(hash(run.call), slot as u32, |slot| hash(slots[slot as usize].call));
-        run
+        self.table.remove(hash(call), slot as u32, |slot| hash(slots[slot as usize].call));
+        &self.slots[slot]
     }
 
     pub(super) fn clear(&mut self) {

@@ -45,6 +45,9 @@ mod table;
 mod twins;
 pub(crate) mod workload;
 
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::Arc;
+
 use crate::sessions::SessionHandle;
 
 use calls::Calls;
@@ -339,6 +342,23 @@ struct Plan {
     times: CallTimes,
 }
 
+/// What threads that are not in the pool know of the calls that it keeps.
+#[derive(Clone, Debug)]
+pub(crate) struct Kept {
+    in_flight: table::Homes,
+    waiting: Arc<AtomicU32>,
+}
+
+impl Kept {
+    /// False where the pool has not heard of the call, or has let it go: its end is no news there. Wait-free.
+    ///
+    /// Who has been told that the call has started or waits is not told false, because that happened before.
+    #[inline]
+    pub(crate) fn may_hold(&self, call: u64) -> bool {
+        self.in_flight.may_hold(table::hash(call)) || self.waiting.load(Relaxed) > 0
+    }
+}
+
 /// The pool's index and the decisions about it. One writer.
 #[derive(Debug)]
 pub(crate) struct KvCache {
@@ -454,6 +474,11 @@ impl KvCache {
             starts: if oracle { vec![[u64::MAX; STEPS]; sessions] } else { Vec::new() },
             index,
         }
+    }
+
+    /// What other threads may ask of its calls.
+    pub(crate) fn kept(&self) -> Kept {
+        Kept { in_flight: self.running.homes(), waiting: self.queue.waiting() }
     }
 
     /// Bytes of the index; of everything kept per session.
@@ -834,12 +859,12 @@ impl KvCache {
     }
 
     fn let_go(&mut self, at: usize) -> SessionHandle {
-        let run = self.running.remove(at);
-        self.guard.ended(run.shadow);
-        if run.tail != NONE {
-            self.unpin(run.tail);
+        let &Running { handle, tail, shadow, .. } = self.running.remove(at);
+        self.guard.ended(shadow);
+        if tail != NONE {
+            self.unpin(tail);
         }
-        run.handle
+        handle
     }
 
     /// A session is over: so are its calls.
@@ -1228,25 +1253,25 @@ impl KvCache {
     /// A call in flight, found at `at`, has ended: its blocks may go.
     pub(crate) fn call_finished(&mut self, workload: Option<&Workload>, at: usize, now_us: u64) {
         let now_us = self.clock(now_us);
-        let run = self.running.remove(at);
-        self.guard.ended(run.shadow);
+        let &Running { handle, started_us, tail, shadow, .. } = self.running.remove(at);
+        self.guard.ended(shadow);
         if let Some(workload) = workload {
-            let often = workload.often(run.handle, run.started_us);
+            let often = workload.often(handle, started_us);
             if !often.is_never() {
-                workload.services.learn(now_us.saturating_sub(run.started_us) as f32 / 1e6, often);
+                workload.services.learn(now_us.saturating_sub(started_us) as f32 / 1e6, often);
             }
         }
-        if run.tail != NONE {
-            let mut segment = self.index.segment_of(run.tail);
+        if tail != NONE {
+            let mut segment = self.index.segment_of(tail);
             while segment != NONE {
                 self.index.seg_mut(segment).last_use_us = now_us;
                 self.index.recency_remove(segment);
                 self.index.recency_push(segment);
                 segment = self.index.parent_segment(segment);
             }
-            self.unpin(run.tail);
+            self.unpin(tail);
         }
-        self.session_changed(run.handle);
+        self.session_changed(handle);
     }
 
     /// Blocks of the agent's last prompt were brought back from a lower tier: `keys` is the chain from the root, of
