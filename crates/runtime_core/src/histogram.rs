@@ -113,6 +113,9 @@ impl<const WORDS: usize, const HALVE_AT: u32> Counters<WORDS, HALVE_AT> {
     pub fn add_steps(&self, index: usize, steps: [u32; 2], often: Often) {
         let index = index.min(Self::LEN - 1);
         let (word, shift) = (index / LANES, (index % LANES * 16) as u32);
+        if often.small == often.large && often.large > 1 {
+            return self.put_steps(word, shift, steps, often.large);
+        }
         if shift == 48 {
             return self.add_across(word, steps, often);
         }
@@ -120,6 +123,17 @@ impl<const WORDS: usize, const HALVE_AT: u32> Counters<WORDS, HALVE_AT> {
         if weight > 0 {
             let [first, second] = steps.map(|step| (step * weight).min(MAX_STEP) as u64);
             self.count_weighed(word, (first | second << 16) << shift, weight);
+        }
+    }
+
+    /// [`Self::add_steps`] of a sample, whatever has been counted.
+    #[inline(always)]
+    fn put_steps(&self, word: usize, shift: u32, steps: [u32; 2], weight: u32) {
+        debug_assert!(steps.iter().all(|step| step * weight <= MAX_STEP));
+        let both = u64::from((steps[0] | steps[1] << 16) * weight);
+        lanes_put(&self.words, word, both << shift, HALVE_AT as u64);
+        if shift == 48 && both >> 16 != 0 && word + 1 < WORDS {
+            lanes_put(&self.words, word + 1, both >> 16, HALVE_AT as u64);
         }
     }
 

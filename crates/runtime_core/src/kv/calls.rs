@@ -84,7 +84,7 @@ impl Calls {
     }
 
     /// Adds a call that is not there; there must be room.
-    #[inline]
+    #[inline(always)]
     pub(super) fn push(&mut self, run: Running) {
         debug_assert!(!self.is_full() && self.find(run.call).is_none());
         let link = Link { older: self.newest, newer: NONE };
@@ -110,7 +110,7 @@ impl Calls {
     }
 
     /// Takes out the call in `slot`.
-    #[inline]
+    #[inline(always)]
     pub(super) fn remove(&mut self, slot: usize) -> &Running {
         let call = self.slots[slot].call;
         let Link { older, newer } = self.links[slot];

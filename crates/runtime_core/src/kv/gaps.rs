@@ -23,7 +23,7 @@ pub(crate) const PACES: usize = 20;
 pub(crate) const TOOLS: usize = 12;
 const CHAINS: usize = 4;
 const KAPPA: f32 = 2.0;
-/// So many gaps are foreseen by every chain, then every `COMPARED`th.
+/// So many gaps are foreseen by every chain, then every `COMPARED`th; of many, every `COMPARED`th of those that are drawn.
 const ALL_COMPARED: u32 = 512;
 const COMPARED: u32 = 32;
 /// So many gaps are many.
@@ -144,20 +144,27 @@ impl Gaps {
         self.seen.load(Relaxed) >= MANY
     }
 
-    /// Counts a gap of so many [`log2_ms`], and how well each chain foresaw it.
+    /// Counts a gap of so many [`log2_ms`], and how well each chain foresaw it. Of many gaps only those need to be told
+    /// that count somewhere.
     pub(crate) fn learn(&self, context: Context, log2_ms: f32, often: Often) {
         let position = position_of(log2_ms);
         let at = (position - 0.5).max(0.0);
         let (bucket, reached) = ((at as u8 as usize).min(BUCKETS - 2), position as u8 as usize);
-        let seen = self.seen.load(Relaxed).wrapping_add(1);
-        self.seen.store(seen, Relaxed);
-        if seen < ALL_COMPARED || seen % COMPARED == 0 {
-            let fade = if seen < ALL_COMPARED { 0.999 } else { 0.999f32.powi(COMPARED as i32) };
-            self.compare(context, reached, fade);
+        let seen = self.seen.load(Relaxed);
+        let (step, each) = match often.large {
+            _ if seen < MANY => (1, COMPARED),
+            0 => (0, 0),
+            large => (large, COMPARED * large),
+        };
+        if step > 0 {
+            let now = seen.wrapping_add(step);
+            self.seen.store(now, Relaxed);
+            if now < ALL_COMPARED || now / each != seen / each {
+                let fade = if now < ALL_COMPARED { 0.999 } else { 0.999f32.powi(COMPARED as i32) };
+                self.compare(context, reached, fade);
+            }
         }
-        if !often.is_never() {
-            self.count(context, bucket, at - bucket as f32, often);
-        }
+        self.count(context, bucket, at - bucket as f32, often);
     }
 
     /// Counts how well each chain (see [`Self::chain`]) foresaw a gap that ended in bucket `reached`.
