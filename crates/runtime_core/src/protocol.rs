@@ -86,6 +86,9 @@ pub(crate) fn set_add_with<const REEXAMINE: bool, const ONCE: bool, const WAYS: 
             strongest = strongest.max(if of_context { seen.rotate_right(COUNT_BITS) } else { 0 });
         }
         if at == usize::MAX {
+            if missed == 0 && ways[WAYS - 1].load(Relaxed) != 0 {
+                return Added { counted: false, strongest };
+            }
             match set_claim(ways, misses, key, (step, missed), from) {
                 Claim::Vacant(index) => at = index,
                 Claim::Done(counted) => return Added { counted, strongest },
@@ -136,9 +139,6 @@ fn set_claim<const WAYS: usize>(
             }
         }
         return Claim::Lost;
-    }
-    if missed == 0 {
-        return Claim::Done(false);
     }
     let before = misses.load(Relaxed);
     // Equally weak ways take turns, or the first would change hands for ever beside dead ones.

@@ -61,7 +61,12 @@ impl Drift {
             n += 1;
             let outcome = if right >> left & 1 == 1 { ONE } else { 0 };
             (quick, slow) = if n >= SLOW {
-                (quick + nearest(outcome - quick, QUICK), slow + nearest(outcome - slow, SLOW))
+                // The same by multiplication.
+                const ONCE: i32 = (1 << 16) / QUICK;
+                (
+                    quick + (((outcome - quick) * ONCE + (1 << 15)) >> 16),
+                    slow + ((outcome - slow + SLOW / 2) >> SLOW.trailing_zeros()),
+                )
             } else {
                 (quick + nearest(outcome - quick, n.min(QUICK)), slow + nearest(outcome - slow, n))
             };

@@ -9,7 +9,7 @@
 //! again at all is `ends.rs`'s question: gaps are conditional on a next call, so the two form a mixture cure model
 //! (Boag 1949): P(alive | silent for t) = p S(t) / (p S(t) + 1 - p).
 
-use crate::histogram::{Counters, Often, UNIT};
+use crate::histogram::{Counters, Lanes, Often, UNIT};
 use crate::sync::{AtomicU32, Ordering::Relaxed};
 
 use super::content::PerAgent;
@@ -170,21 +170,27 @@ impl Gaps {
     /// Counts how well each chain (see [`Self::chain`]) foresaw a gap that ended in bucket `reached`.
     #[cold]
     fn compare(&self, context: Context, reached: usize, fade: f32) {
-        let prefix = |histogram: Option<&Histogram>| histogram.map(|histogram| Prefix::new(histogram, reached));
-        let (agent, pace) =
-            (prefix(self.agents.get(context.agent as usize)), prefix(self.paces.get(context.pace as usize)));
-        let tool = prefix(self.tools.get(context.tool as usize));
-        let after = |prior: &[f32; BUCKETS], part: &Option<Prefix>| match part {
-            Some(part) => part.refine(prior, KAPPA, 0.0),
-            None => *prior,
-        };
-        let all = Prefix::new(&self.all, reached).refine(&[0.0; BUCKETS], 1.0, 0.05);
-        let tools = after(&all, &tool);
-        let chains = [after(&all, &agent), after(&all, &pace), after(&tools, &agent), after(&tools, &pace)];
-        for (hazards, skill) in chains.iter().zip(&self.skill) {
-            // The product is at least 0.02^44: f64 holds it.
-            let survived: f64 = hazards[..reached].iter().map(|&h| 1.0 - f64::from(h)).product();
-            let gained = hazards[reached].max(1e-6).ln() + survived.ln() as f32;
+        let mut all = AtRisk::new(Some(&self.all));
+        let mut agent = AtRisk::new(self.agents.get(context.agent as usize));
+        let mut pace = AtRisk::new(self.paces.get(context.pace as usize));
+        let mut tool = AtRisk::new(self.tools.get(context.tool as usize));
+        let mut hazards = [0.0f32; CHAINS];
+        // The product is at least 0.02^44: f64 holds it.
+        let mut survived = [1.0f64; CHAINS];
+        for b in 0..=reached {
+            survived.iter_mut().zip(hazards).for_each(|(survived, hazard)| *survived *= 1.0 - f64::from(hazard));
+            let prior = all.hazard(b, 0.0, 1.0, 0.05);
+            let prior_of_tool = tool.hazard(b, prior, KAPPA, 0.0);
+            hazards = [
+                agent.hazard(b, prior, KAPPA, 0.0),
+                pace.hazard(b, prior, KAPPA, 0.0),
+                agent.hazard(b, prior_of_tool, KAPPA, 0.0),
+                pace.hazard(b, prior_of_tool, KAPPA, 0.0),
+            ];
+            [&mut all, &mut agent, &mut pace, &mut tool].into_iter().for_each(|histogram| histogram.pass(b));
+        }
+        for ((hazard, survived), skill) in hazards.iter().zip(survived).zip(&self.skill) {
+            let gained = hazard.max(1e-6).ln() + survived.ln() as f32;
             // Two gaps learned at once may lose one of the two gains: the ranking of chains does not hang on one.
             let old = f32::from_bits(skill.load(Relaxed));
             skill.store((fade * old + gained).to_bits(), Relaxed);
@@ -193,6 +199,18 @@ impl Gaps {
 
     fn count(&self, context: Context, bucket: usize, above: f32, often: Often) {
         let high = u32::from((above.clamp(0.0, 1.0) * UNIT as f32) as u8);
+        if let Some(weight) = often.drawn() {
+            let lanes = Lanes::new(bucket, [UNIT - high, high], weight);
+            self.all.put(lanes);
+            let put = |histogram: Option<&Histogram>| {
+                if let Some(histogram) = histogram {
+                    histogram.put(lanes);
+                }
+            };
+            put(self.agents.get(context.agent as usize));
+            put(self.paces.get(context.pace as usize));
+            return put(self.tools.get(context.tool as usize));
+        }
         let add = |histogram: Option<&Histogram>| {
             if let Some(histogram) = histogram {
                 histogram.add_steps(bucket, [UNIT - high, high], often);
@@ -238,7 +256,10 @@ impl Services {
         let at = (position(seconds) - 0.5).max(0.0);
         let bucket = (at as u8 as usize).min(BUCKETS - 2);
         let high = u32::from(((at - bucket as f32).clamp(0.0, 1.0) * UNIT as f32) as u8);
-        self.0.add_steps(bucket, [UNIT - high, high], often);
+        match often.drawn() {
+            Some(weight) => self.0.put(Lanes::new(bucket, [UNIT - high, high], weight)),
+            None => self.0.add_steps(bucket, [UNIT - high, high], often),
+        }
     }
 
     /// Hazard per bucket of the end of a call.
@@ -250,34 +271,35 @@ impl Services {
     }
 }
 
-/// A histogram up to a bucket: as much as the hazards up to there depend on.
-struct Prefix {
-    events: [f32; BUCKETS],
-    at_risk: [f32; BUCKETS],
-    reached: usize,
+/// A histogram that is walked through bucket by bucket, and how much of it is left; `None` changes no prior.
+struct AtRisk {
+    counts: Option<[u16; BUCKETS]>,
+    left: f32,
 }
 
-impl Prefix {
-    fn new(histogram: &Histogram, reached: usize) -> Self {
-        let mut counts = [0u16; BUCKETS];
-        histogram.snapshot(&mut counts);
-        let events = counts.map(|count| f32::from(count) / UNIT as f32);
-        let total: u32 = counts.iter().map(|&count| u32::from(count)).sum();
-        let (mut at_risk, mut left) = ([0.0; BUCKETS], total as f32 / UNIT as f32);
-        for b in 0..=reached {
-            at_risk[b] = left;
-            left = (left - events[b]).max(0.0);
-        }
-        Self { events, at_risk, reached }
+impl AtRisk {
+    fn new(histogram: Option<&Histogram>) -> Self {
+        let counts = histogram.map(|histogram| {
+            let mut counts = [0u16; BUCKETS];
+            histogram.snapshot(&mut counts);
+            counts
+        });
+        let total: u32 = counts.iter().flatten().map(|&count| u32::from(count)).sum();
+        Self { counts, left: total as f32 / UNIT as f32 }
     }
 
-    /// As [`refine`], from one array into another.
-    fn refine(&self, prior: &[f32; BUCKETS], kappa: f32, floor: f32) -> [f32; BUCKETS] {
-        let mut hazards = [0.0; BUCKETS];
-        for b in 0..=self.reached {
-            hazards[b] = ((self.events[b] + floor + kappa * prior[b]) / (self.at_risk[b] + kappa)).min(0.98);
-        }
-        hazards
+    /// The hazard of bucket `b`, the next one, as [`refine`] has it.
+    #[inline(always)]
+    fn hazard(&self, b: usize, prior: f32, kappa: f32, floor: f32) -> f32 {
+        let Some(counts) = &self.counts else { return prior };
+        let events = f32::from(counts[b]) / UNIT as f32;
+        ((events + floor + kappa * prior) / (self.left + kappa)).min(0.98)
+    }
+
+    #[inline(always)]
+    fn pass(&mut self, b: usize) {
+        let events = self.counts.as_ref().map_or(0.0, |counts| f32::from(counts[b]) / UNIT as f32);
+        self.left = (self.left - events).max(0.0);
     }
 }
 

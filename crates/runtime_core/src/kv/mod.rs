@@ -713,7 +713,7 @@ impl KvCache {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn mark(&mut self, slot: u32) {
         let tenant = &mut self.tenants[slot as usize];
         if tenant.lanes == NONE {
@@ -1408,7 +1408,7 @@ impl KvCache {
     }
 
     /// Something about the session has changed.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn session_changed(&mut self, handle: SessionHandle) {
         let tenant = &self.tenants[handle.slot()];
         if tenant.generation == handle.generation() {

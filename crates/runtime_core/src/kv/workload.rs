@@ -21,8 +21,8 @@
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::OnceLock;
 
-use crate::histogram::{Counters, Often};
-use crate::ids::{AgentId, SessionKey};
+use crate::histogram::{Counters, Lanes, Often};
+use crate::ids::{mix, AgentId, SessionKey};
 use crate::sessions::{self, Previous, SessionHandle, SessionTable, Word};
 use crate::successors::{after_tool, context_of, context_of_two, SuccessorTable};
 
@@ -211,7 +211,11 @@ impl Recent {
         // A word without the agent has 64 trailing zeros, four lanes; so after the second one comes `NEW`.
         const { assert!(IN_WORD + 4 == NEW) };
         let [first, second] = [low, high].map(|lanes| lanes.trailing_zeros() as usize / 16);
-        if first < 4 { first } else { IN_WORD + second }
+        if first < 4 {
+            first
+        } else {
+            IN_WORD + second
+        }
     }
 
     /// The agents after `agent`, which was at `rank`, has spoken.
@@ -273,9 +277,7 @@ pub(crate) fn standing(sessions: &Sessions, handle: SessionHandle) -> Option<Sta
 /// Whether one of four steps of sessions counts, fourfold. Drawn from its time, so that a replay repeats itself.
 #[inline(always)]
 fn is_drawn(handle: SessionHandle, time_us: u64) -> bool {
-    const ODD: u64 = 0x9E37_79B9_7F4A_7C15;
-    let product = (time_us ^ (handle.slot() as u64) << 40).wrapping_mul(ODD);
-    (product ^ product >> 32).wrapping_mul(ODD) >> 62 == 0
+    mix(time_us ^ (handle.slot() as u64) << 40) % 4 == 0
 }
 
 impl Workload {
@@ -332,7 +334,7 @@ impl Workload {
             let mut after = Status { tool: 0, doubted: false, ..status };
             let mut gap = None;
             if let Some(finish_us) = finish_us.filter(|_| slot.in_flight() == 0) {
-                let log = gaps::log2_ms(now_us.saturating_sub(finish_us) as f32 * 1e-6);
+                let log = gaps::log2_ms(now_us.saturating_sub(finish_us) as f32 / 1e6);
                 after = after.with_gap(log);
                 gap = Some(log);
             }
@@ -362,12 +364,15 @@ impl Workload {
             let context = Context { agent, tool: status.tool, pace: status.pace_class() };
             self.gaps.learn(context, log2_ms, often);
         }
-        self.ranks.add_steps(rank, [1, 0], often);
+        match often.drawn() {
+            Some(weight) => self.ranks.put(Lanes::new(rank, [1, 0], weight)),
+            None => self.ranks.add_steps(rank, [1, 0], often),
+        }
         self.warm_up(agent);
     }
 
-    /// Counts who follows the last two agents, exactly, and who follows the last one: exactly where that could not be
-    /// foreseen from the two, else as often as small counts are. Returns who was expected.
+    /// Counts who follows the last two agents, exactly, and who follows the last one: exactly where nothing was known of the
+    /// two, else as often as small counts are. Returns who was expected.
     #[inline(always)]
     fn learn_transition(&self, before: Previous, ran_tool: bool, agent: u16, often: Often) -> Option<u16> {
         let (mut pair, mut one) = (context_of_two(before.prev, before.last), context_of(before.last));
@@ -377,9 +382,8 @@ impl Workload {
         let Some(expected) = self.transitions.learn(pair, agent, often.small) else {
             return self.transitions.learn(one, agent, often.small);
         };
-        let votes = if expected == agent { often.small } else { 1 };
-        if votes > 0 {
-            self.transitions.add_votes(one, agent, votes);
+        if often.small > 0 {
+            self.transitions.add_votes(one, agent, often.small);
         }
         Some(expected)
     }
@@ -431,7 +435,6 @@ impl Workload {
 mod tests {
     use super::*;
     use crate::histogram::UNIT;
-    use crate::ids::mix;
 
     #[test]
     fn after_many_gaps_votes_are_sampled_but_those_of_a_new_agent_all_count() {
