@@ -58,12 +58,18 @@ impl Table {
     /// The slot with this hash for which `is` holds, [`EMPTY`] if there is none.
     #[inline]
     pub(super) fn find(&self, hash: u64, is: impl Fn(u32) -> bool) -> u32 {
+        self.find_place(hash, is).1
+    }
+
+    /// [`Self::find`], and the place of the entry, good until another one is taken out.
+    #[inline(always)]
+    fn find_place(&self, hash: u64, is: impl Fn(u32) -> bool) -> (usize, u32) {
         let mask = self.entries.len() - 1;
         let mut at = hash as usize & mask;
         loop {
             let slot = self.entry(at);
             if slot == EMPTY || is(slot) {
-                return slot;
+                return (at, slot);
             }
             at = (at + 1) & mask;
         }
@@ -81,13 +87,20 @@ impl Table {
     }
 
     /// Takes out a slot that is there.
-    #[inline]
+    #[inline(always)]
     pub(super) fn remove(&mut self, hash: u64, slot: u32, hash_of: impl Fn(u32) -> u64) {
         let mask = self.entries.len() - 1;
-        let mut hole = hash as usize & mask;
-        while self.entry(hole) != slot {
-            hole = (hole + 1) & mask;
+        let (hole, _) = self.find_place(hash, |entry| entry == slot);
+        if self.entry((hole + 1) & mask) == EMPTY {
+            self.entries[hole].store(EMPTY, Relaxed);
+        } else {
+            self.close(hole, hash_of);
         }
+    }
+
+    /// Takes out an entry that others follow.
+    fn close(&mut self, mut hole: usize, hash_of: impl Fn(u32) -> u64) {
+        let mask = self.entries.len() - 1;
         let mut at = hole;
         loop {
             at = (at + 1) & mask;
