@@ -266,6 +266,20 @@ mod tests {
     }
 
     #[test]
+    fn a_drawn_vote_stands_for_four_and_one_that_was_not_drawn_leaves_a_full_set_alone() {
+        let table = SuccessorTable::<1, 2>::default();
+        for successor in [1, 1, 2] {
+            table.add_votes(NO_CONTEXT, successor, 4);
+        }
+        assert_eq!((table.count(NO_CONTEXT, 1), table.count(NO_CONTEXT, 2)), (8, 4));
+        assert_eq!(table.learn(NO_CONTEXT, 3, 0), Some(1), "it still tells what was expected");
+        assert_eq!((table.count(NO_CONTEXT, 2), table.count(NO_CONTEXT, 3)), (4, 0));
+        // Four misses at once: 4, 2, 1, and the way is taken over.
+        table.add_votes(NO_CONTEXT, 3, 4);
+        assert_eq!((table.count(NO_CONTEXT, 2), table.count(NO_CONTEXT, 3)), (0, 4));
+    }
+
+    #[test]
     fn a_full_set_follows_drift() {
         let table = SuccessorTable::<1, 8>::default();
         for phase in 0..3_u16 {

@@ -194,6 +194,10 @@ mod tests {
             }
         }
         assert!(expected.len() > MAX_CALLS / 2);
+        let homes = calls.homes();
+        assert!(expected.iter().all(|&call| homes.may_hold(hash(call))));
+        let unknown = (1 << 32..(1 << 32) + 1_000).filter(|&call| homes.may_hold(hash(call))).count();
+        assert!(unknown < 600, "{unknown} of 1,000 calls that are not there are looked for in a half full table");
         assert_eq!(calls.iter().map(|run| run.call).collect::<Vec<_>>(), expected);
         for &call in &expected {
             assert_eq!(calls[calls.find(call).unwrap()].call, call);

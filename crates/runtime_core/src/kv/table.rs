@@ -3,10 +3,12 @@
 //! Linear probing, at most half full, deletion by backward shift: no tombstones, nothing is ever rehashed. One writer.
 //!
 //! Other threads may look at a key's *home*, the entry at its hash: it is never empty while the key is in the table, since
-//! whatever lies beyond it got there over it, and moves back into it before it is emptied. One word, one fact: `Relaxed`.
+//! a key lies beyond its home only where that is taken, and moves back before it is emptied. One word, one fact: `Relaxed`.
+//! The workspace `runtime_core_loom` includes this file, too.
 
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::Arc;
+
+use crate::sync::{AtomicU32, Ordering::Relaxed};
 
 /// Marks an empty entry, and "not found".
 pub(super) const EMPTY: u32 = u32::MAX;
@@ -94,14 +96,17 @@ impl Table {
         if self.entry((hole + 1) & mask) == EMPTY {
             self.entries[hole].store(EMPTY, Relaxed);
         } else {
-            self.close(hole, hash_of);
+            self.close::<true>(hole, hash_of);
         }
     }
 
-    /// Takes out an entry that others follow.
-    fn close(&mut self, mut hole: usize, hash_of: impl Fn(u32) -> u64) {
+    /// Takes out an entry that others follow. Without `FILLED` it is emptied before what belongs there has moved back.
+    pub(super) fn close<const FILLED: bool>(&mut self, mut hole: usize, hash_of: impl Fn(u32) -> u64) {
         let mask = self.entries.len() - 1;
         let mut at = hole;
+        if !FILLED {
+            self.entries[hole].store(EMPTY, Relaxed);
+        }
         loop {
             at = (at + 1) & mask;
             let next = self.entry(at);
