@@ -63,6 +63,12 @@ impl Often {
         self.small | self.large == 0
     }
 
+    /// The weight of a vote that has been drawn and counts as much everywhere.
+    #[inline(always)]
+    pub(crate) fn drawn(self) -> Option<u32> {
+        (self.small == self.large && self.large > 1).then_some(self.large)
+    }
+
     /// The weight for counts of which the two lanes are the lowest of `lanes`.
     #[inline(always)]
     const fn weight(self, lanes: u64) -> u32 {
@@ -71,6 +77,27 @@ impl Often {
         } else {
             self.large
         }
+    }
+}
+
+/// Steps at a count and the one after it, as they lie in words: worked out once for several rows alike.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Lanes {
+    word: usize,
+    addend: u64,
+    /// What goes to the word after.
+    beyond: u64,
+}
+
+impl Lanes {
+    /// `steps[0]` at `index` and `steps[1]` at the count after it, `weight` times (each at most [`MAX_STEP`] then).
+    #[inline(always)]
+    pub(crate) fn new(index: usize, steps: [u32; 2], weight: u32) -> Self {
+        debug_assert!(steps.iter().all(|step| step * weight <= MAX_STEP));
+        let both = u64::from((steps[0] | steps[1] << 16) * weight);
+        let shift = index % LANES * 16;
+        let beyond = if shift == 48 { both >> 16 } else { 0 };
+        Self { word: index / LANES, addend: both << shift, beyond }
     }
 }
 
@@ -120,6 +147,17 @@ impl<const WORDS: usize, const HALVE_AT: u32> Counters<WORDS, HALVE_AT> {
         if weight > 0 {
             let [first, second] = steps.map(|step| (step * weight).min(MAX_STEP) as u64);
             self.count_weighed(word, (first | second << 16) << shift, weight);
+        }
+    }
+
+    /// Counts what was drawn, by load and store.
+    #[inline(always)]
+    pub(crate) fn put(&self, lanes: Lanes) {
+        if lanes.word < WORDS {
+            lanes_put(&self.words, lanes.word, lanes.addend, HALVE_AT as u64);
+        }
+        if lanes.beyond > 0 && lanes.word + 1 < WORDS {
+            lanes_put(&self.words, lanes.word + 1, lanes.beyond, HALVE_AT as u64);
         }
     }
 

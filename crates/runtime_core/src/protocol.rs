@@ -28,7 +28,6 @@ use Ordering::{Acquire, Relaxed, Release};
 pub(crate) const COUNT_BITS: u32 = 24;
 /// The low bits of a key that name the successor; the context lies above.
 pub(crate) const SUCCESSOR_BITS: u32 = 16;
-const SUCCESSOR_MASK: u64 = (1 << SUCCESSOR_BITS) - 1;
 /// Mask of a way's count.
 pub(crate) const COUNT_MASK: u64 = (1 << COUNT_BITS) - 1;
 /// Misses of a full set between two halvings of it. Divides 256, so a wrapping `u8` counts them.
@@ -44,17 +43,24 @@ pub(crate) struct Added {
     pub(crate) strongest: u64,
 }
 
-/// Count `key` (below 2^40, its low 16 bits a successor and the others a context) once in `ways`.
+/// Count `key` (below 2^40, its low 16 bits a successor and the others a context) `step` times in `ways`; where the set is
+/// full without it, this is as many misses as `missed` says (none, or a power of two).
 ///
 /// Ways fill from the first to the last and never become vacant again, so two threads that claim
 /// for the same key aim at the same way: one wins, the other scans again and counts there. In a
 /// full set the weakest way's count is halved by a miss and taken over at 1 (equally weak ways in
 /// turn), and every 32nd miss halves the whole set, so that keys which stopped coming give way.
-/// A count that reaches `limit` halves the whole set; a count never exceeds `limit` plus one per
+/// A count that reaches `limit` halves the whole set; a count never exceeds `limit` plus one step per
 /// thread inside this call. Misses are counted by load and store: of two at once one may go uncounted.
 #[inline(always)]
-pub(crate) fn set_add<const WAYS: usize>(ways: &[AtomicU64; WAYS], misses: &AtomicU8, key: u64, limit: u64) -> Added {
-    set_add_with::<true, true, WAYS>(ways, misses, key, limit)
+pub(crate) fn set_add<const WAYS: usize>(
+    ways: &[AtomicU64; WAYS],
+    misses: &AtomicU8,
+    key: u64,
+    (step, missed): (u64, u32),
+    limit: u64,
+) -> Added {
+    set_add_with::<true, true, WAYS>(ways, misses, key, (step, missed), limit)
 }
 
 /// [`set_add`]; without `REEXAMINE` a lost claim goes on to the next way and splits a key in two,
@@ -64,28 +70,33 @@ pub(crate) fn set_add_with<const REEXAMINE: bool, const ONCE: bool, const WAYS: 
     ways: &[AtomicU64; WAYS],
     misses: &AtomicU8,
     key: u64,
+    (step, missed): (u64, u32),
     limit: u64,
 ) -> Added {
-    let (context, successor) = (key >> SUCCESSOR_BITS << (COUNT_BITS + SUCCESSOR_BITS), key & SUCCESSOR_MASK);
+    let context = key >> SUCCESSOR_BITS << (COUNT_BITS + SUCCESSOR_BITS);
     let mut from = 0;
     loop {
         let (mut at, mut strongest) = (usize::MAX, 0);
         // Whole, backwards and by selection alone: where a key lies is anybody's guess, a branch's above all.
         for (index, way) in ways.iter().enumerate().skip(from).rev() {
-            let seen = way.load(Relaxed) ^ context;
-            let pair = seen >> COUNT_BITS;
-            at = if pair == successor { index } else { at };
-            strongest = strongest.max(if pair <= SUCCESSOR_MASK { seen.rotate_right(COUNT_BITS) } else { 0 });
+            let word = way.load(Relaxed);
+            at = if word ^ key << COUNT_BITS <= COUNT_MASK { index } else { at };
+            let seen = word ^ context;
+            let of_context = seen < 1 << (COUNT_BITS + SUCCESSOR_BITS);
+            strongest = strongest.max(if of_context { seen.rotate_right(COUNT_BITS) } else { 0 });
         }
         if at == usize::MAX {
-            match set_claim(ways, misses, key, from) {
+            if missed == 0 && ways[WAYS - 1].load(Relaxed) != 0 {
+                return Added { counted: false, strongest };
+            }
+            match set_claim(ways, misses, key, (step, missed), from) {
                 Claim::Vacant(index) => at = index,
                 Claim::Done(counted) => return Added { counted, strongest },
                 Claim::Lost => continue,
             }
         }
         let seen = ways[at].load(Relaxed);
-        let to = if seen == 0 { key << COUNT_BITS | 1 } else { seen + 1 };
+        let to = if seen == 0 { key << COUNT_BITS } else { seen } + step;
         // Somebody else's by now, or will be.
         if to >> COUNT_BITS != key || ways[at].compare_exchange(seen, to, Relaxed, Relaxed).is_err() {
             from = if REEXAMINE { 0 } else { at + 1 };
@@ -110,7 +121,13 @@ enum Claim {
 
 /// Looks for a vacant way from the way `from` on; in a full set weakens the weakest way, or takes it over.
 #[inline(never)]
-fn set_claim<const WAYS: usize>(ways: &[AtomicU64; WAYS], misses: &AtomicU8, key: u64, from: usize) -> Claim {
+fn set_claim<const WAYS: usize>(
+    ways: &[AtomicU64; WAYS],
+    misses: &AtomicU8,
+    key: u64,
+    (step, missed): (u64, u32),
+    from: usize,
+) -> Claim {
     if ways[WAYS - 1].load(Relaxed) == 0 {
         // Looks at every way before the vacant one once more: whoever claimed one of them meanwhile may have done it for
         // this very key.
@@ -123,9 +140,9 @@ fn set_claim<const WAYS: usize>(ways: &[AtomicU64; WAYS], misses: &AtomicU8, key
         }
         return Claim::Lost;
     }
-    let missed = misses.load(Relaxed);
+    let before = misses.load(Relaxed);
     // Equally weak ways take turns, or the first would change hands for ever beside dead ones.
-    let turn = missed as usize % WAYS;
+    let turn = before as usize % WAYS;
     let mut least = u64::MAX;
     for order in 0..WAYS {
         let count = ways[(turn + order) % WAYS].load(Relaxed) << (64 - COUNT_BITS);
@@ -133,16 +150,17 @@ fn set_claim<const WAYS: usize>(ways: &[AtomicU64; WAYS], misses: &AtomicU8, key
     }
     let weakest = &ways[(turn + (least as u32 & COUNT_MASK as u32) as usize) % WAYS];
     let seen = weakest.load(Relaxed);
-    let kept = (seen & COUNT_MASK) >> 1;
-    let (to, counted) = if kept == 0 { (key << COUNT_BITS | 1, true) } else { (seen & !COUNT_MASK | kept, false) };
+    let kept = (seen & COUNT_MASK) >> missed;
+    let (to, counted) = if kept == 0 { (key << COUNT_BITS | step, true) } else { (seen & !COUNT_MASK | kept, false) };
     if seen & COUNT_MASK != least >> (64 - COUNT_BITS)
         || seen >> COUNT_BITS == key
         || weakest.compare_exchange(seen, to, Relaxed, Relaxed).is_err()
     {
         return Claim::Lost;
     }
-    misses.store(missed.wrapping_add(1), Relaxed);
-    if missed % MISSES_PER_HALVING == MISSES_PER_HALVING - 1 {
+    let after = before.wrapping_add(missed as u8);
+    misses.store(after, Relaxed);
+    if after % MISSES_PER_HALVING < missed as u8 {
         for way in ways {
             way_halve(way);
         }
@@ -372,7 +390,6 @@ const fn next_generation(generation: u16) -> u16 {
 
 /// Whether `stamp` was written after tenancy `generation` ended (modulo 2^15 recyclings of a slot).
 const fn is_newer(stamp: u16, generation: u16) -> bool {
-    // In this order: most stamps are the generation itself.
     (stamp.wrapping_sub(generation) as i16) > 0 && stamp != 0
 }
 
@@ -418,34 +435,32 @@ fn name_slot<const EXCHANGE: bool>(identity: &AtomicU64, generation: u16, rest: 
 /// Find the key `(tag, rest)` (24 + 48 bits) in a set without claiming.
 #[inline]
 pub(crate) fn session_find(heads: &[AtomicU64], identities: &[AtomicU64], tag: u64, rest: u64) -> Option<Tenancy> {
-    // By selection alone, as in `set_add_with`: of ways with the same tag (one key in two million has such a neighbour)
-    // the first is looked at here, the others below.
-    let (mut first, mut found) = (0, 0);
-    for (way, head) in heads.iter().enumerate().rev() {
-        let seen = head.load(Relaxed);
-        (first, found) = if seen >> TAG_SHIFT == tag { (way, seen) } else { (first, found) };
+    match session_first(heads, identities, tag, rest) {
+        Some((way, generation)) => Some(Tenancy { way, generation, fresh: false }),
+        None => session_find_all(heads, identities, tag, rest),
     }
-    let generation = head_generation(found);
-    if generation != 0 && identities[first].load(Relaxed) == rest << 16 | generation as u64 {
-        return Some(Tenancy { way: first, generation, fresh: false });
-    }
-    // Vacant ways have tag 0.
-    if generation != 0 || tag == 0 {
-        return session_find_beyond(heads, identities, tag, rest, first + 1);
-    }
-    None
 }
 
-/// [`session_find`] from the way `from` on.
+/// Way and generation of the key, if it is in the first way that has its tag: it nearly always is.
+#[inline(always)]
+fn session_first(heads: &[AtomicU64], identities: &[AtomicU64], tag: u64, rest: u64) -> Option<(usize, u16)> {
+    // By selection alone, as in `set_add_with`: of ways with the same tag (one key in two million has such a neighbour)
+    // the first is looked at here, the others below.
+    let (wanted, mut first) = (tag << TAG_SHIFT, heads.len());
+    for (way, head) in heads.iter().enumerate().rev() {
+        first = if head.load(Relaxed) ^ wanted < 1 << TAG_SHIFT { way } else { first };
+    }
+    let head = heads.get(first)?;
+    // Vacant ways have tag 0 and generation 0.
+    let generation = head_generation(head.load(Relaxed));
+    let is_it = generation != 0 && identities[first].load(Relaxed) == rest << 16 | generation as u64;
+    is_it.then_some((first, generation))
+}
+
+/// [`session_find`] in all ways.
 #[cold]
-fn session_find_beyond(
-    heads: &[AtomicU64],
-    identities: &[AtomicU64],
-    tag: u64,
-    rest: u64,
-    from: usize,
-) -> Option<Tenancy> {
-    for (way, head) in heads.iter().enumerate().skip(from) {
+fn session_find_all(heads: &[AtomicU64], identities: &[AtomicU64], tag: u64, rest: u64) -> Option<Tenancy> {
+    for (way, head) in heads.iter().enumerate() {
         let seen = head.load(Relaxed);
         if seen >> TAG_SHIFT == tag {
             let generation = head_generation(seen);
@@ -469,20 +484,20 @@ fn session_find_beyond(
 /// this.) A slot that is used or busy gets its second chance; after two rounds only busy slots
 /// do, and after a third, in which every slot was busy, the next is taken all the same: calls that
 /// never finish cannot fill the table.
-#[inline]
+#[inline(always)]
 pub(crate) fn session_enter(heads: &[AtomicU64], identities: &[AtomicU64], tag: u64, rest: u64) -> Tenancy {
     // Most are there: only who is not needs the hand.
-    if let Some(held) = session_find(heads, identities, tag, rest) {
-        let head = &heads[held.way];
-        if head.load(Relaxed) & USED == 0 {
-            head.fetch_or(USED, Relaxed);
-        }
-        return held;
+    let Some((way, generation)) = session_first(heads, identities, tag, rest) else {
+        return session_claim(heads, identities, tag, rest);
+    };
+    if heads[way].load(Relaxed) & USED == 0 {
+        heads[way].fetch_or(USED, Relaxed);
     }
-    session_claim(heads, identities, tag, rest)
+    Tenancy { way, generation, fresh: false }
 }
 
 #[cold]
+#[inline(never)]
 fn session_claim(heads: &[AtomicU64], identities: &[AtomicU64], tag: u64, rest: u64) -> Tenancy {
     session_enter_with::<true, true>(heads, identities, tag, rest)
 }
@@ -549,6 +564,7 @@ pub(crate) fn session_enter_with<const IN_ORDER: bool, const NAMED: bool>(
 }
 
 /// Count a call in flight (up to 2,047); `false` if the tenancy has ended.
+#[inline]
 pub(crate) fn session_begin(head: &AtomicU64, generation: u16) -> bool {
     let mut seen = head.load(Relaxed);
     loop {
@@ -624,8 +640,12 @@ pub(crate) fn stamped_put(word: &AtomicU64, generation: u16, payload: u64) -> bo
 /// [`stamped_put`]; without `OWNED` an ended tenancy writes whenever it likes.
 #[inline]
 pub(crate) fn stamped_put_with<const OWNED: bool>(word: &AtomicU64, generation: u16, payload: u64) -> bool {
-    if OWNED && is_newer(word.load(Relaxed) as u16, generation) {
-        return false;
+    if OWNED {
+        let stamp = word.load(Relaxed) as u16;
+        // In this order: most words are the tenancy's own already.
+        if stamp != generation && is_newer(stamp, generation) {
+            return false;
+        }
     }
     word.store(payload << 16 | generation as u64, Relaxed);
     true
@@ -646,7 +666,7 @@ pub(crate) fn stamped_update_with<const EXCHANGE: bool, const OWNED: bool>(
     let mut seen = word.load(Relaxed);
     loop {
         let stamp = seen as u16;
-        if OWNED && is_newer(stamp, generation) {
+        if OWNED && stamp != generation && is_newer(stamp, generation) {
             return Err(Recycled);
         }
         let previous = (stamp == generation).then_some(seen >> 16);

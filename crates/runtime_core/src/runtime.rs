@@ -28,7 +28,8 @@ use crate::ids::{mix, SessionKey, WorkloadId};
 use crate::kv::index::Published;
 use crate::kv::workload::{self, Sessions, MAX_WORKLOADS};
 use crate::kv::{
-    self, CallStart, Config, Expected, FutureStarts, Hint, KvCache, Prediction, Repairs, Workload, Workloads,
+    self, CallStart, Config, Expected, FutureStarts, Guesses, Hint, Kept, KvCache, Prediction, Repairs, Workload,
+    Workloads,
 };
 use crate::merge::Merged;
 use crate::sessions::SessionHandle;
@@ -144,12 +145,14 @@ pub struct Runtime {
     published: Arc<Published>,
     // Never waited for: `try_lock` is the owner flag of the one writer.
     pool: Mutex<KvCache>,
+    kept: Kept,
     missed: Missed,
     now_us: AtomicU64,
 }
 
 /// Calls whose end was reported while another thread was in the pool, which would otherwise hold their blocks for ever.
-/// Whoever enters the pool next takes them out. A full box loses ends; the pool lets its oldest calls go some day.
+/// Whoever enters the pool next takes them out. Only ends that may concern the pool are posted (see [`Kept`]). A full box
+/// loses ends; the pool lets its oldest calls go some day.
 #[derive(Debug)]
 struct Missed {
     calls: [AtomicU64; 256],
@@ -162,8 +165,10 @@ impl Missed {
     }
 
     fn post(&self, call: u64) {
-        for slot in &self.calls {
-            if slot.compare_exchange(0, call, Relaxed, Relaxed).is_ok() {
+        // From a place of the call's own: threads that post at once keep apart.
+        let (later, first) = self.calls.split_at(mix(call) as usize % self.calls.len());
+        for slot in first.iter().chain(later) {
+            if slot.load(Relaxed) == 0 && slot.compare_exchange(0, call, Relaxed, Relaxed).is_ok() {
                 // Pairs with the Acquire in `take`: who sees the count sees the call.
                 self.posted.fetch_add(1, Release);
                 return;
@@ -176,9 +181,8 @@ impl Missed {
             return;
         }
         for slot in &self.calls {
-            let call = slot.swap(0, Relaxed);
-            if call != 0 {
-                ended(call);
+            if slot.load(Relaxed) != 0 {
+                ended(slot.swap(0, Relaxed));
             }
         }
     }
@@ -201,6 +205,7 @@ impl Runtime {
             workloads: Workloads::new(),
             published: Arc::clone(&pool.index.published),
             sessions,
+            kept: pool.kept(),
             pool: Mutex::new(pool),
             missed: Missed::new(),
             now_us: AtomicU64::new(0),
@@ -362,10 +367,11 @@ impl Runtime {
         let (sessions, agents) = (&events.sessions[..n], &events.agents[..n]);
         let (calls, times_us) = (&events.calls[..n], &events.times_us[..n]);
         let mut observed = Observed { events: n, ..Observed::default() };
+        let mut guesses = Guesses::default();
         for (i, &code) in events.kinds.iter().enumerate() {
             let Some(kind) = EventKind::from_code(code) else { continue };
             let blocks = Self::blocks_of(events, i);
-            let one = One {
+            let one = || One {
                 name: sessions[i],
                 session: salt.session(sessions[i]),
                 agent: agents[i],
@@ -374,82 +380,103 @@ impl Runtime {
                 blocks,
                 hints: &[],
             };
-            let hit = self.apply((workload, learned), kind, &one, pool.as_deref_mut());
-            if kind == EventKind::CallStart {
-                observed.prompt_blocks += blocks.len() as u64;
-                observed.hit_blocks += hit as u64;
-                started(i, hit);
+            match kind {
+                EventKind::CallStart => {
+                    let hit = self.start((workload, learned), &one(), pool.as_deref_mut(), &mut guesses);
+                    observed.prompt_blocks += blocks.len() as u64;
+                    observed.hit_blocks += hit as u64;
+                    started(i, hit);
+                }
+                EventKind::CallEnd => self.end((workload, learned), &one(), pool.as_deref_mut()),
+                _ => {
+                    self.apply((workload, learned), kind, &one(), pool.as_deref_mut(), &mut guesses);
+                }
             }
         }
+        learned.count_guesses(&mut guesses);
         if let Some(mut pool) = pool {
             pool.settle(&self.workloads, &self.sessions);
         }
         Ok(observed)
     }
 
+    /// A call starts; returns its resident blocks.
+    #[inline(always)]
+    fn start(
+        &self,
+        (id, learned): (WorkloadId, &Workload),
+        event: &One<'_>,
+        pool: Option<&mut KvCache>,
+        guesses: &mut Guesses,
+    ) -> usize {
+        let mut pool = pool;
+        let mut queued = None;
+        if let Some(pool) = pool.as_deref_mut() {
+            if let Some(at) = pool.find_call(event.call) {
+                Workload::call_finished(&self.sessions, pool.session_of(at), event.time_us, 0, 0);
+                pool.call_finished(None, at, event.time_us);
+                pool.repairs.duplicate_calls += 1;
+            }
+            queued = pool.admitted(event.call, event.time_us);
+        }
+        let handle = match queued {
+            // What identities teach was learned when the call arrived.
+            Some((handle, agent)) if agent == event.agent && self.sessions.find(event.session) == Some(handle) => {
+                Workload::call_admitted(&self.sessions, handle, event.time_us);
+                handle
+            }
+            other => {
+                if let Some((handle, _)) = other {
+                    self.sessions.end(handle);
+                }
+                learned.call_started(&self.sessions, event.session, event.agent, event.time_us, guesses)
+            }
+        };
+        let Some(pool) = pool else { return 0 };
+        let (hit, let_go) = pool.call_started((id.0, learned), handle, &Self::call_start(event));
+        if let Some(other) = let_go {
+            self.sessions.end(other);
+        }
+        hit
+    }
+
+    /// A call ends.
+    #[inline(always)]
+    fn end(&self, (id, learned): (WorkloadId, &Workload), event: &One<'_>, pool: Option<&mut KvCache>) {
+        let at = pool.as_deref().and_then(|pool| pool.find_call(event.call));
+        let known = pool.as_deref().zip(at).and_then(|(pool, at)| pool.caller(at, id.0, event.name));
+        let known = known.filter(|&handle| self.sessions.is_current(handle));
+        if let Some(handle) = known.or_else(|| self.sessions.find(event.session)) {
+            Workload::call_finished(&self.sessions, handle, event.time_us, 0, event.blocks.len() as u32);
+        }
+        if let Some(pool) = pool {
+            if !event.blocks.is_empty() {
+                pool.stored(learned, event.call, event.time_us, event.blocks, event.hints, true);
+            }
+            match at {
+                Some(at) => pool.call_finished(Some(learned), at, event.time_us),
+                None => pool.call_cancelled(event.call, event.time_us),
+            }
+        } else if self.kept.may_hold(event.call) {
+            self.missed.post(event.call);
+        }
+    }
+
+    /// Anything happens; returns the resident blocks of a call that starts.
     fn apply(
         &self,
         (id, learned): (WorkloadId, &Workload),
         kind: EventKind,
         event: &One<'_>,
         pool: Option<&mut KvCache>,
+        guesses: &mut Guesses,
     ) -> usize {
         match kind {
-            EventKind::CallStart => {
-                let mut pool = pool;
-                if let Some(pool) = pool.as_deref_mut() {
-                    if let Some(at) = pool.find_call(event.call) {
-                        Workload::call_finished(&self.sessions, pool.session_of(at), event.time_us, 0, 0);
-                        pool.call_finished(None, at, event.time_us);
-                        pool.repairs.duplicate_calls += 1;
-                    }
-                }
-                let queued = pool.as_deref_mut().and_then(|pool| pool.admitted(event.call, event.time_us));
-                let is_same = |handle| self.sessions.find(event.session) == Some(handle);
-                let handle = match queued {
-                    // What identities teach was learned when the call arrived.
-                    Some((handle, agent)) if agent == event.agent && is_same(handle) => {
-                        Workload::call_admitted(&self.sessions, handle, event.time_us);
-                        handle
-                    }
-                    other => {
-                        if let Some((handle, _)) = other {
-                            self.sessions.end(handle);
-                        }
-                        learned.call_started(&self.sessions, event.session, event.agent, event.time_us)
-                    }
-                };
-                if let Some(pool) = pool {
-                    let start = Self::call_start(event);
-                    let (hit, let_go) = pool.call_started((id.0, learned), handle, &start);
-                    if let Some(other) = let_go {
-                        self.sessions.end(other);
-                    }
-                    return hit;
-                }
-            }
+            EventKind::CallStart => return self.start((id, learned), event, pool, guesses),
+            EventKind::CallEnd => self.end((id, learned), event, pool),
             EventKind::Stored => {
                 if let Some(pool) = pool {
                     pool.stored(learned, event.call, event.time_us, event.blocks, event.hints, false);
-                }
-            }
-            EventKind::CallEnd => {
-                let at = pool.as_deref().and_then(|pool| pool.find_call(event.call));
-                let known = pool.as_deref().zip(at).and_then(|(pool, at)| pool.caller(at, id.0, event.name));
-                let known = known.filter(|&handle| self.sessions.is_current(handle));
-                if let Some(handle) = known.or_else(|| self.sessions.find(event.session)) {
-                    Workload::call_finished(&self.sessions, handle, event.time_us, 0, event.blocks.len() as u32);
-                }
-                if let Some(pool) = pool {
-                    if !event.blocks.is_empty() {
-                        pool.stored(learned, event.call, event.time_us, event.blocks, event.hints, true);
-                    }
-                    match at {
-                        Some(at) => pool.call_finished(Some(learned), at, event.time_us),
-                        None => pool.call_cancelled(event.call, event.time_us),
-                    }
-                } else {
-                    self.missed.post(event.call);
                 }
             }
             EventKind::ToolStart => {
@@ -493,7 +520,8 @@ impl Runtime {
             EventKind::CallQueued => {
                 if let Some(pool) = pool {
                     if pool.may_queue(event.call) {
-                        let handle = learned.call_started(&self.sessions, event.session, event.agent, event.time_us);
+                        let (session, agent) = (event.session, event.agent);
+                        let handle = learned.call_started(&self.sessions, session, agent, event.time_us, guesses);
                         pool.call_queued(id.0, handle, &Self::call_start(event));
                     }
                 }
@@ -529,7 +557,9 @@ impl Runtime {
         let (name, salt) = (session, Salt::of(workload));
         let (session, call) = (salt.session(name), salt.call(call));
         let one = One { name, session, agent, call, time_us, blocks, hints: &[] };
-        self.apply((workload, learned), EventKind::CallQueued, &one, Some(&mut pool));
+        let mut guesses = Guesses::default();
+        self.apply((workload, learned), EventKind::CallQueued, &one, Some(&mut pool), &mut guesses);
+        learned.count_guesses(&mut guesses);
         pool.settle(&self.workloads, &self.sessions);
         Ok(())
     }
@@ -552,7 +582,9 @@ impl Runtime {
         let (name, salt) = (session, Salt::of(workload));
         let (session, call) = (salt.session(name), salt.call(call));
         let one = One { name, session, agent, call, time_us, blocks, hints };
-        let hit = self.apply((workload, learned), EventKind::CallStart, &one, Some(&mut pool));
+        let mut guesses = Guesses::default();
+        let hit = self.apply((workload, learned), EventKind::CallStart, &one, Some(&mut pool), &mut guesses);
+        learned.count_guesses(&mut guesses);
         pool.settle(&self.workloads, &self.sessions);
         Ok(hit)
     }
@@ -582,10 +614,10 @@ impl Runtime {
         let (name, salt) = (session, Salt::of(workload));
         let (session, call) = (salt.session(name), salt.call(call));
         let one = One { name, session, agent: 0, call, time_us, blocks: output, hints };
-        self.apply((workload, learned), EventKind::CallEnd, &one, Some(&mut pool));
+        self.end((workload, learned), &one, Some(&mut pool));
         if tool > 0 {
             let one = One { agent: tool, blocks: &[], hints: &[], ..one };
-            self.apply((workload, learned), EventKind::ToolStart, &one, Some(&mut pool));
+            self.apply((workload, learned), EventKind::ToolStart, &one, Some(&mut pool), &mut Guesses::default());
         }
         pool.settle(&self.workloads, &self.sessions);
         Ok(())
@@ -753,7 +785,8 @@ impl Runtime {
     pub fn with_segments(options: Options, segments: usize) -> Result<Self> {
         let runtime = Self::new(options)?;
         let pool = KvCache::with_segments(options.pool_blocks, runtime.sessions.capacity(), options.config, segments);
-        Ok(Self { published: Arc::clone(&pool.index.published), pool: Mutex::new(pool), ..runtime })
+        let (published, kept) = (Arc::clone(&pool.index.published), pool.kept());
+        Ok(Self { published, kept, pool: Mutex::new(pool), ..runtime })
     }
 
     /// What a workload has taught, for reports.

@@ -121,6 +121,57 @@ struct Body<const EXTRA: usize> {
     extra: [AtomicU64; EXTRA],
 }
 
+/// A session's slot, found once for several steps: each is what [`SessionTable`] does by handle.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slot<'a, const EXTRA: usize> {
+    head: &'a AtomicU64,
+    body: &'a Body<EXTRA>,
+    generation: u16,
+}
+
+impl<const EXTRA: usize> Slot<'_, EXTRA> {
+    #[inline(always)]
+    pub(crate) fn load(self, word: Word) -> Option<u64> {
+        stamped_load(self.body.word(word), self.generation)
+    }
+
+    #[inline(always)]
+    pub(crate) fn store(self, word: Word, value: u64) {
+        stamped_put(self.body.word(word), self.generation, value.min(PAYLOAD_MAX));
+    }
+
+    #[inline(always)]
+    pub(crate) fn in_flight(self) -> u16 {
+        let head = self.head.load(Relaxed);
+        if head_generation(head) == self.generation {
+            head_busy(head) as u16
+        } else {
+            0
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn begin(self) {
+        session_begin(self.head, self.generation);
+    }
+
+    #[inline(always)]
+    pub(crate) fn end(self) {
+        session_end(self.head, self.generation);
+    }
+}
+
+impl<const EXTRA: usize> Body<EXTRA> {
+    #[inline(always)]
+    fn word(&self, word: Word) -> &AtomicU64 {
+        match word {
+            Word::LastStart => &self.last_start,
+            Word::LastFinish => &self.last_finish,
+            Word::Extra(index) => &self.extra[index],
+        }
+    }
+}
+
 /// Bounded table of sessions; see the module's page.
 #[derive(Debug)]
 pub struct SessionTable<const EXTRA: usize = 8> {
@@ -189,7 +240,7 @@ impl<const EXTRA: usize> SessionTable<EXTRA> {
     }
 
     /// The session's handle, claiming a slot if it has none. `true` beside it: newly claimed.
-    #[inline]
+    #[inline(always)]
     pub fn enter(&self, key: SessionKey) -> (SessionHandle, bool) {
         let (base, tag, rest) = self.locate(key);
         let heads = &self.heads[base..base + SET];
@@ -222,7 +273,7 @@ impl<const EXTRA: usize> SessionTable<EXTRA> {
 
     /// Enter the session and advance it to `agent`, whatever recycling goes on: the step is
     /// counted exactly once, and two concurrent steps of a session see each other in some order.
-    #[inline]
+    #[inline(always)]
     pub fn transition(&self, key: SessionKey, agent: AgentId) -> (SessionHandle, Previous) {
         loop {
             let (handle, _) = self.enter(key);
@@ -264,12 +315,14 @@ impl<const EXTRA: usize> SessionTable<EXTRA> {
     /// Calls in flight, 0 if recycled.
     #[inline]
     pub fn in_flight(&self, handle: SessionHandle) -> u16 {
-        let head = self.heads[handle.slot()].load(Relaxed);
-        if head_generation(head) == handle.generation {
-            head_busy(head) as u16
-        } else {
-            0
-        }
+        self.slot(handle).in_flight()
+    }
+
+    /// The handle's slot, for several steps in turn.
+    #[inline]
+    pub(crate) fn slot(&self, handle: SessionHandle) -> Slot<'_, EXTRA> {
+        let (head, body) = (&self.heads[handle.slot()], &self.bodies[handle.slot()]);
+        Slot { head, body, generation: handle.generation }
     }
 
     /// The session ended: its slot goes to the next newcomer. `false` if recycled already.
@@ -279,12 +332,7 @@ impl<const EXTRA: usize> SessionTable<EXTRA> {
 
     #[inline]
     fn word(&self, handle: SessionHandle, word: Word) -> &AtomicU64 {
-        let body = &self.bodies[handle.slot()];
-        match word {
-            Word::LastStart => &body.last_start,
-            Word::LastFinish => &body.last_finish,
-            Word::Extra(index) => &body.extra[index],
-        }
+        self.bodies[handle.slot()].word(word)
     }
 
     /// A word the session wrote; `None` if it has not, or its slot was recycled and written.

@@ -85,19 +85,29 @@ impl<const SETS: usize, const WAYS: usize, const HALVE_AT: u32> SuccessorTable<S
     /// Count `successor` after `context`. `false`: the set was full of stronger pairs, whose weakest
     /// lost half its count instead.
     pub fn add(&self, context: u64, successor: u16) -> bool {
-        self.count_one(context, successor).counted
+        self.count_votes(context, successor, (1, 1)).counted
     }
 
-    /// [`Self::add`]; returns what [`Self::likeliest`] said before.
-    pub fn learn(&self, context: u64, successor: u16) -> Option<u16> {
-        let strongest = self.count_one(context, successor).strongest;
+    /// [`Self::add`], `votes` times at once, at most `HALVE_AT`.
+    #[inline]
+    pub(crate) fn add_votes(&self, context: u64, successor: u16, votes: u32) {
+        debug_assert!(votes <= HALVE_AT);
+        self.count_votes(context, successor, (votes, votes));
+    }
+
+    /// [`Self::add`]; returns what [`Self::likeliest`] said before. Where the set is full of other pairs, this counts as so
+    /// many misses (none, or a power of two).
+    #[inline]
+    pub fn learn(&self, context: u64, successor: u16, misses: u32) -> Option<u16> {
+        let strongest = self.count_votes(context, successor, (1, misses)).strongest;
         (strongest > 0).then_some(strongest as u16)
     }
 
     #[inline(always)]
-    fn count_one(&self, context: u64, successor: u16) -> Added {
+    fn count_votes(&self, context: u64, successor: u16, (votes, misses): (u32, u32)) -> Added {
         let (set, tag) = Self::locate(context);
-        set_add(&self.ways[set], &self.misses[set], tag << SUCCESSOR_BITS | successor as u64, HALVE_AT as u64)
+        let key = tag << SUCCESSOR_BITS | successor as u64;
+        set_add(&self.ways[set], &self.misses[set], key, (u64::from(votes), misses), HALVE_AT as u64)
     }
 
     /// Write the successors of `context` with their counts into `out`; returns how many there are
@@ -180,7 +190,7 @@ impl<const SETS: usize, const WAYS: usize, const HALVE_AT: u32> SuccessorTable<S
         let (set, pair) = ((key >> 40) as usize, key & ((1 << 40) - 1));
         if let (Some(ways), Some(misses)) = (self.ways.get(set), self.misses.get(set)) {
             for _ in 0..count.min(HALVE_AT) {
-                set_add(ways, misses, pair, u64::from(HALVE_AT));
+                set_add(ways, misses, pair, (1, 1), u64::from(HALVE_AT));
             }
         }
     }
@@ -253,6 +263,20 @@ mod tests {
         for regular in 0..4 {
             assert!(table.count(NO_CONTEXT, regular) >= 4, "{regular} was pushed out");
         }
+    }
+
+    #[test]
+    fn a_drawn_vote_stands_for_four_and_one_that_was_not_drawn_leaves_a_full_set_alone() {
+        let table = SuccessorTable::<1, 2>::default();
+        for successor in [1, 1, 2] {
+            table.add_votes(NO_CONTEXT, successor, 4);
+        }
+        assert_eq!((table.count(NO_CONTEXT, 1), table.count(NO_CONTEXT, 2)), (8, 4));
+        assert_eq!(table.learn(NO_CONTEXT, 3, 0), Some(1), "it still tells what was expected");
+        assert_eq!((table.count(NO_CONTEXT, 2), table.count(NO_CONTEXT, 3)), (4, 0));
+        // Four misses at once: 4, 2, 1, and the way is taken over.
+        table.add_votes(NO_CONTEXT, 3, 4);
+        assert_eq!((table.count(NO_CONTEXT, 2), table.count(NO_CONTEXT, 3)), (0, 4));
     }
 
     #[test]

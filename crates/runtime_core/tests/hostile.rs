@@ -170,6 +170,37 @@ fn an_end_that_comes_while_the_pool_is_busy_lets_the_blocks_go() {
 }
 
 #[test]
+fn ends_that_come_while_the_pool_is_busy_are_kept_for_it_only_if_it_has_heard_of_the_call() {
+    let (runtime, workload) = runtime(100, 8);
+    call(&runtime, workload, 1, 1, 1, &[10, 11, 12]);
+    send(&runtime, workload, &One { kind: EventKind::CallStart, session: 1, call: 2, at: 2, blocks: &[10, 11] });
+    let before = runtime.repairs().unwrap().unknown_calls;
+    let end = |call| One { kind: EventKind::CallEnd, session: 2, call, at: 4, blocks: &[] };
+    runtime
+        .evict(1, 3, |_| {
+            // Far more calls that start and end without the pool than are kept for it: what matters is not lost.
+            for call in 100..1_100 {
+                let start = One { kind: EventKind::CallStart, session: 2, call, at: 3, blocks: &[] };
+                send(&runtime, workload, &start);
+                send(&runtime, workload, &end(call));
+            }
+            send(&runtime, workload, &end(2));
+        })
+        .unwrap();
+    assert_eq!(runtime.evict(10, 5, |_| {}).unwrap(), 2, "the call's blocks were let go");
+    let unknown = runtime.repairs().unwrap().unknown_calls - before;
+    assert!(unknown < 20, "{unknown} ends were kept for nothing");
+    // A call that waits is known, too.
+    send(&runtime, workload, &One { kind: EventKind::CallQueued, session: 1, call: 3, at: 6, blocks: &[10] });
+    call(&runtime, workload, 1, 4, 6, &[20]);
+    runtime.evict(1, 7, |_| _ = send(&runtime, workload, &end(3))).unwrap();
+    let before = runtime.repairs().unwrap().unknown_calls;
+    send(&runtime, workload, &end(3));
+    assert_eq!(runtime.repairs().unwrap().unknown_calls, before + 1, "it was cancelled while the pool was busy");
+    assert_of_use(&runtime, workload, 8);
+}
+
+#[test]
 fn equal_keys_and_key_zero_are_one_block() {
     let (runtime, workload) = runtime(50, 8);
     call(&runtime, workload, 1, 1, 1, &[5; 40]);

@@ -5,6 +5,7 @@ use crate::protocol::{
     session_enter_with, session_find, set_add_with, stamped_load, stamped_put_with, stamped_update,
     stamped_update_with, way_halve_with, PublishedEntry, Seqlock, SingleWriter, COUNT_MASK,
 };
+use crate::table::Table;
 use loom::cell::UnsafeCell;
 use loom::sync::atomic::{AtomicU32, AtomicU64, AtomicU8, Ordering::Relaxed};
 use loom::sync::Arc;
@@ -54,7 +55,13 @@ impl<const WAYS: usize> Set<WAYS> {
     }
 
     fn add<const REEXAMINE: bool, const ONCE: bool>(&self, key: u64, limit: u64) -> bool {
-        set_add_with::<REEXAMINE, ONCE, WAYS>(&self.ways, &self.misses, key, limit).counted
+        self.add_votes::<REEXAMINE, ONCE>(key, 1, limit)
+    }
+
+    /// One vote that stands for several: of as many misses, where the set is full.
+    fn add_votes<const REEXAMINE: bool, const ONCE: bool>(&self, key: u64, votes: u32, limit: u64) -> bool {
+        let (ways, misses) = (&self.ways, &self.misses);
+        set_add_with::<REEXAMINE, ONCE, WAYS>(ways, misses, key, (u64::from(votes), votes), limit).counted
     }
 
     fn counts(&self) -> Vec<(u64, u64)> {
@@ -81,6 +88,27 @@ fn two_threads_claim_one_key<const REEXAMINE: bool>() {
 model! {
     concurrent_claims_of_a_key_share_one_way: two_threads_claim_one_key::<true>;
     without_a_second_look_a_key_is_split: two_threads_claim_one_key::<false> => "a key is split";
+}
+
+/// One thread counts every vote, the other one of four.
+fn a_drawn_vote_beside_a_single_one<const REEXAMINE: bool>() {
+    let set = Set::<3>::new();
+    let other = set.clone();
+    let thread = thread::spawn(move || {
+        other.add_votes::<REEXAMINE, true>(7, 4, 100);
+        other.add::<REEXAMINE, true>(8, 100);
+    });
+    set.add_votes::<REEXAMINE, true>(8, 4, 100);
+    set.add::<REEXAMINE, true>(7, 100);
+    thread.join().unwrap();
+    let mut counts = set.counts();
+    counts.sort_unstable();
+    assert_eq!(counts, [(7, 5), (8, 5)], "a vote is split or lost");
+}
+
+model! {
+    a_drawn_vote_counts_whole_beside_single_ones: a_drawn_vote_beside_a_single_one::<true>;
+    without_a_second_look_a_drawn_vote_is_split: a_drawn_vote_beside_a_single_one::<false> => "a vote is split or lost";
 }
 
 fn halving_against_counting<const EXCHANGE: bool>() {
@@ -135,6 +163,24 @@ fn take_over_of_a_full_set() {
 #[test]
 fn concurrent_newcomers_of_a_full_set_are_counted_exactly() {
     check(take_over_of_a_full_set);
+}
+
+/// The same where one of them stands for four: it takes the weakest over at once.
+fn take_over_by_a_drawn_vote() {
+    let set = Set::<2>::new();
+    set.ways[0].store(1 << 24 | 40, Relaxed);
+    set.ways[1].store(2 << 24 | 9, Relaxed);
+    let other = set.clone();
+    let thread = thread::spawn(move || u64::from(other.add::<true, true>(3, 100)));
+    let counted = 4 * u64::from(set.add_votes::<true, true>(3, 4, 100)) + thread.join().unwrap();
+    let total: u64 = set.counts().iter().filter(|(key, _)| *key == 3).map(|(_, n)| n).sum();
+    assert!((counted, total) == (4, 4) || (counted, total) == (5, 5), "{counted} {total}");
+    assert_eq!(set.counts()[0], (1, 40), "the strong way stands");
+}
+
+#[test]
+fn a_drawn_newcomer_of_a_full_set_is_counted_exactly() {
+    check(take_over_by_a_drawn_vote);
 }
 
 // --- packed counters ----------------------------------------------------------------------------
@@ -368,6 +414,30 @@ fn begin_against_recycling() {
 #[test]
 fn a_call_in_flight_is_protected_or_told() {
     check(begin_against_recycling);
+}
+
+// --- the table of calls in flight ----------------------------------------------------------------
+
+/// Two calls with one home; the one that lies there ends while another thread looks for the second one.
+fn a_look_at_home<const FILLED: bool>() {
+    let mut table = Table::new(2);
+    table.insert(0, 10);
+    table.insert(0, 11);
+    let homes = table.homes();
+    let thread = thread::spawn(move || {
+        table.close::<FILLED>(0, |_| 0);
+        table
+    });
+    assert!(homes.may_hold(0), "a call in flight is not seen");
+    let mut table = thread.join().unwrap();
+    assert!(homes.may_hold(0));
+    table.remove(0, 11, |_| 0);
+    assert!(!homes.may_hold(0));
+}
+
+model! {
+    a_call_in_flight_is_seen_at_home: a_look_at_home::<true>;
+    without_filling_the_hole_first_it_is_overlooked: a_look_at_home::<false> => "a call in flight is not seen";
 }
 
 // --- several words that must agree --------------------------------------------------------------

@@ -5,26 +5,29 @@
 
 use std::ops::{Index, IndexMut};
 
-use super::table::{hash, Table, EMPTY};
+use super::table::{hash, Homes, Table, EMPTY};
 use super::Running;
 
 /// Calls in flight that are tracked; the oldest gives way.
 pub(super) const MAX_CALLS: usize = 4096;
 const NONE: u16 = u16::MAX;
 
+/// A call, and where it stands in line.
 #[derive(Clone, Copy, Debug)]
-struct Link {
+struct Slot {
+    run: Running,
     older: u16,
     /// Of a slot that is free, the next one.
     newer: u16,
 }
 
+const _: () = assert!(size_of::<Slot>() == 64);
+
 /// See the module's page.
 #[derive(Debug)]
 pub(super) struct Calls {
     /// Slots that were in use at some time; the first of them are in the cache.
-    slots: Vec<Running>,
-    links: Vec<Link>,
+    slots: Vec<Slot>,
     table: Table,
     len: usize,
     free: u16,
@@ -36,7 +39,6 @@ impl Calls {
     pub(super) fn new() -> Self {
         Self {
             slots: Vec::with_capacity(MAX_CALLS),
-            links: Vec::with_capacity(MAX_CALLS),
             table: Table::new(MAX_CALLS),
             len: 0,
             free: NONE,
@@ -46,7 +48,12 @@ impl Calls {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.slots.capacity() * size_of::<Running>() + self.links.capacity() * size_of::<Link>() + self.table.bytes()
+        self.slots.capacity() * size_of::<Slot>() + self.table.bytes()
+    }
+
+    /// Where any thread may look whether a call is perhaps here.
+    pub(super) fn homes(&self) -> Homes {
+        self.table.homes()
     }
 
     pub(super) fn is_full(&self) -> bool {
@@ -59,7 +66,7 @@ impl Calls {
         if self.len == 0 {
             return None;
         }
-        let slot = self.table.find(hash(call), |slot| self.slots[slot as usize].call == call);
+        let slot = self.table.find(hash(call), |slot| self.slots[slot as usize].run.call == call);
         (slot != EMPTY).then_some(slot as usize)
     }
 
@@ -70,34 +77,33 @@ impl Calls {
 
     /// The slot of the call that started next.
     pub(super) fn newer(&self, slot: usize) -> Option<usize> {
-        let newer = self.links[slot].newer;
+        let newer = self.slots[slot].newer;
         (newer != NONE).then_some(usize::from(newer))
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Running> {
-        std::iter::successors(self.oldest(), |&slot| self.newer(slot)).map(|slot| &self.slots[slot])
+        std::iter::successors(self.oldest(), |&slot| self.newer(slot)).map(|slot| &self.slots[slot].run)
     }
 
     /// Adds a call that is not there; there must be room.
-    #[inline]
+    #[inline(always)]
     pub(super) fn push(&mut self, run: Running) {
         debug_assert!(!self.is_full() && self.find(run.call).is_none());
-        let link = Link { older: self.newest, newer: NONE };
+        let new = Slot { run, older: self.newest, newer: NONE };
         let slot = if self.free == NONE {
-            self.slots.push(run);
-            self.links.push(link);
+            self.slots.push(new);
             self.slots.len() as u16 - 1
         } else {
             let slot = self.free;
-            self.free = self.links[usize::from(slot)].newer;
-            self.slots[usize::from(slot)] = run;
-            self.links[usize::from(slot)] = link;
+            let free = &mut self.slots[usize::from(slot)];
+            self.free = free.newer;
+            *free = new;
             slot
         };
         if self.newest == NONE {
             self.oldest = slot;
         } else {
-            self.links[usize::from(self.newest)].newer = slot;
+            self.slots[usize::from(self.newest)].newer = slot;
         }
         self.newest = slot;
         self.table.insert(hash(run.call), u32::from(slot));
@@ -105,29 +111,27 @@ impl Calls {
     }
 
     /// Takes out the call in `slot`.
-    #[inline]
-    pub(super) fn remove(&mut self, slot: usize) -> Running {
-        let run = self.slots[slot];
-        let Link { older, newer } = self.links[slot];
+    #[inline(always)]
+    pub(super) fn remove(&mut self, slot: usize) -> &Running {
+        let Slot { run: Running { call, .. }, older, newer } = self.slots[slot];
         match older {
             NONE => self.oldest = newer,
-            older => self.links[usize::from(older)].newer = newer,
+            older => self.slots[usize::from(older)].newer = newer,
         }
         match newer {
             NONE => self.newest = older,
-            newer => self.links[usize::from(newer)].older = older,
+            newer => self.slots[usize::from(newer)].older = older,
         }
-        self.links[slot].newer = self.free;
+        self.slots[slot].newer = self.free;
         self.free = slot as u16;
         self.len -= 1;
         let slots = &self.slots;
-        self.table.remove(hash(run.call), slot as u32, |slot| hash(slots[slot as usize].call));
-        run
+        self.table.remove(hash(call), slot as u32, |slot| hash(slots[slot as usize].run.call));
+        &self.slots[slot].run
     }
 
     pub(super) fn clear(&mut self) {
         self.slots.clear();
-        self.links.clear();
         self.table.clear();
         self.len = 0;
         (self.free, self.oldest, self.newest) = (NONE, NONE, NONE);
@@ -139,14 +143,14 @@ impl Index<usize> for Calls {
 
     #[inline]
     fn index(&self, slot: usize) -> &Running {
-        &self.slots[slot]
+        &self.slots[slot].run
     }
 }
 
 impl IndexMut<usize> for Calls {
     #[inline]
     fn index_mut(&mut self, slot: usize) -> &mut Running {
-        &mut self.slots[slot]
+        &mut self.slots[slot].run
     }
 }
 
@@ -190,6 +194,10 @@ mod tests {
             }
         }
         assert!(expected.len() > MAX_CALLS / 2);
+        let homes = calls.homes();
+        assert!(expected.iter().all(|&call| homes.may_hold(hash(call))));
+        let unknown = (1 << 32..(1 << 32) + 1_000).filter(|&call| homes.may_hold(hash(call))).count();
+        assert!(unknown < 600, "{unknown} of 1,000 calls that are not there are looked for in a half full table");
         assert_eq!(calls.iter().map(|run| run.call).collect::<Vec<_>>(), expected);
         for &call in &expected {
             assert_eq!(calls[calls.find(call).unwrap()].call, call);

@@ -13,34 +13,74 @@ const SLOW: i32 = 512;
 /// So much may chance take from the quick share: 0.18, when its standard deviation is at most 0.05.
 const CHANCE: i32 = 18 * 65_535 / 100;
 
+/// Guesses that a thread has not counted yet: what one batch of events teaches is counted a few at a time, so that threads
+/// do not take a word that all share from each other at every event.
+#[derive(Debug, Default)]
+pub(crate) struct Guesses {
+    /// One bit each, the last one lowest.
+    right: u32,
+    n: u32,
+}
+
+impl Guesses {
+    /// Of so many, none waits longer.
+    const MOST: u32 = 8;
+
+    /// Adds one; true where it is time to count.
+    #[inline(always)]
+    pub(crate) fn push(&mut self, right: bool) -> bool {
+        self.right = self.right << 1 | u32::from(right);
+        self.n += 1;
+        self.n == Self::MOST
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.n == 0
+    }
+}
+
 /// The two shares (16 bits each) and the guesses so far (up to `SLOW`), in one word.
 #[derive(Debug, Default)]
 #[repr(C)]
 pub(crate) struct Drift(AtomicU64);
 
 impl Drift {
-    /// Counts a guess; true where the past should be discounted. Of two guesses at once one may be lost,
-    /// and with it that an alarm has been raised: then it is raised again.
-    #[inline]
-    pub(crate) fn guessed(&self, right: bool) -> bool {
+    /// Counts guesses in their order, none of which are left; true where the past should be discounted. Of what two
+    /// threads count at once one part may be lost, and with it that an alarm has been raised: then it is raised again.
+    pub(crate) fn count(&self, guesses: &mut Guesses) -> bool {
         const ONE: i32 = 65_535;
+        let Guesses { right, n: mut left } = std::mem::take(guesses);
         let word = self.0.load(Relaxed);
-        let (quick, slow) = (i32::from(word as u16), i32::from((word >> 16) as u16));
+        let (mut quick, mut slow) = (i32::from(word as u16), i32::from((word >> 16) as u16));
         // Plain means at first, or the start would weigh on the slow share for long.
-        let n = i32::from((word >> 32) as u16) + 1;
-        let outcome = if right { ONE } else { 0 };
-        let (quick, slow) = if n >= SLOW {
-            (quick + nearest(outcome - quick, QUICK), slow + nearest(outcome - slow, SLOW))
-        } else {
-            (quick + nearest(outcome - quick, n.min(QUICK)), slow + nearest(outcome - slow, n))
-        };
-        let next = |slow: i32| (n.min(SLOW) as u64) << 32 | (slow as u64) << 16 | quick as u64;
-        if slow - quick <= CHANCE {
-            self.0.store(next(slow), Relaxed);
-            return false;
+        let mut n = i32::from((word >> 32) as u16);
+        let mut alarm = false;
+        while left > 0 {
+            left -= 1;
+            n += 1;
+            let outcome = if right >> left & 1 == 1 { ONE } else { 0 };
+            (quick, slow) = if n >= SLOW {
+                // The same by multiplication.
+                const ONCE: i32 = (1 << 16) / QUICK;
+                (
+                    quick + (((outcome - quick) * ONCE + (1 << 15)) >> 16),
+                    slow + ((outcome - slow + SLOW / 2) >> SLOW.trailing_zeros()),
+                )
+            } else {
+                (quick + nearest(outcome - quick, n.min(QUICK)), slow + nearest(outcome - slow, n))
+            };
+            if slow - quick > CHANCE {
+                (slow, alarm) = (quick, true);
+            }
         }
-        // Whoever stores the alarm raises it: one discount for one change.
-        self.0.compare_exchange(word, next(quick), Relaxed, Relaxed).is_ok()
+        let next = (n.min(SLOW) as u64) << 32 | (slow as u64) << 16 | quick as u64;
+        if alarm {
+            // Whoever stores the alarm raises it: one discount for one change.
+            return self.0.compare_exchange(word, next, Relaxed, Relaxed).is_ok();
+        }
+        self.0.store(next, Relaxed);
+        false
     }
 }
 
@@ -57,10 +97,13 @@ mod tests {
     #[test]
     fn a_drop_of_the_share_raises_one_alarm_and_chance_none() {
         let drift = Drift::default();
-        let mut alarms = 0;
+        let (mut alarms, mut guesses) = (0, Guesses::default());
         let mut draw = |i: u64, share: f64| {
             let right = (crate::ids::mix(i) as f64) < share * u64::MAX as f64;
-            alarms += usize::from(drift.guessed(right));
+            if guesses.push(right) {
+                alarms += usize::from(drift.count(&mut guesses));
+                assert!(guesses.is_empty());
+            }
             alarms
         };
         for i in 0..20_000 {

@@ -5,7 +5,7 @@
 //! of the last answer (octaves) and the tool that runs (its result has to go somewhere), combined in log-odds around the global rate:
 //! logit p = logit p_0 + sum over features f of (logit p_f - logit p_0).
 
-use crate::histogram::{Counters, Often, OFTEN, UNIT};
+use crate::histogram::{Counters, Lanes, Often, OFTEN, UNIT};
 
 use super::content::ROWS;
 use super::gaps::TOOLS;
@@ -84,6 +84,18 @@ impl Ends {
     #[inline]
     fn add(&self, features: Features, steps: [u32; 2], often: Often) {
         let [all, agent, step, size, tool] = Self::cells_of(features);
+        if let Some(weight) = often.drawn() {
+            let put = |cell: Option<usize>| {
+                if let Some(cell) = cell {
+                    self.lanes.put(Lanes::new(2 * cell, steps, weight));
+                }
+            };
+            put(all);
+            put(agent);
+            put(step);
+            put(size);
+            return put(tool);
+        }
         let add = |cell: Option<usize>| {
             if let Some(cell) = cell {
                 self.lanes.add_steps(2 * cell, steps, often);

@@ -9,7 +9,7 @@
 //! again at all is `ends.rs`'s question: gaps are conditional on a next call, so the two form a mixture cure model
 //! (Boag 1949): P(alive | silent for t) = p S(t) / (p S(t) + 1 - p).
 
-use crate::histogram::{Counters, Often, UNIT};
+use crate::histogram::{Counters, Lanes, Often, UNIT};
 use crate::sync::{AtomicU32, Ordering::Relaxed};
 
 use super::content::PerAgent;
@@ -23,7 +23,7 @@ pub(crate) const PACES: usize = 20;
 pub(crate) const TOOLS: usize = 12;
 const CHAINS: usize = 4;
 const KAPPA: f32 = 2.0;
-/// So many gaps are foreseen by every chain, then every `COMPARED`th.
+/// So many gaps are foreseen by every chain, then every `COMPARED`th; of many, every `COMPARED`th of those that are drawn.
 const ALL_COMPARED: u32 = 512;
 const COMPARED: u32 = 32;
 /// So many gaps are many.
@@ -144,40 +144,53 @@ impl Gaps {
         self.seen.load(Relaxed) >= MANY
     }
 
-    /// Counts a gap of so many [`log2_ms`], and how well each chain foresaw it.
+    /// Counts a gap of so many [`log2_ms`], and how well each chain foresaw it. Of many gaps only those need to be told
+    /// that count somewhere.
     pub(crate) fn learn(&self, context: Context, log2_ms: f32, often: Often) {
         let position = position_of(log2_ms);
         let at = (position - 0.5).max(0.0);
         let (bucket, reached) = ((at as u8 as usize).min(BUCKETS - 2), position as u8 as usize);
-        let seen = self.seen.load(Relaxed).wrapping_add(1);
-        self.seen.store(seen, Relaxed);
-        if seen < ALL_COMPARED || seen % COMPARED == 0 {
-            let fade = if seen < ALL_COMPARED { 0.999 } else { 0.999f32.powi(COMPARED as i32) };
-            self.compare(context, reached, fade);
+        let seen = self.seen.load(Relaxed);
+        let (step, each) = match often.large {
+            _ if seen < MANY => (1, COMPARED),
+            0 => (0, 0),
+            large => (large, COMPARED * large),
+        };
+        if step > 0 {
+            let now = seen.wrapping_add(step);
+            self.seen.store(now, Relaxed);
+            if now < ALL_COMPARED || now / each != seen / each {
+                let fade = if now < ALL_COMPARED { 0.999 } else { 0.999f32.powi(COMPARED as i32) };
+                self.compare(context, reached, fade);
+            }
         }
-        if !often.is_never() {
-            self.count(context, bucket, at - bucket as f32, often);
-        }
+        self.count(context, bucket, at - bucket as f32, often);
     }
 
     /// Counts how well each chain (see [`Self::chain`]) foresaw a gap that ended in bucket `reached`.
     #[cold]
     fn compare(&self, context: Context, reached: usize, fade: f32) {
-        let prefix = |histogram: Option<&Histogram>| histogram.map(|histogram| Prefix::new(histogram, reached));
-        let (agent, pace) =
-            (prefix(self.agents.get(context.agent as usize)), prefix(self.paces.get(context.pace as usize)));
-        let tool = prefix(self.tools.get(context.tool as usize));
-        let after = |prior: &[f32; BUCKETS], part: &Option<Prefix>| match part {
-            Some(part) => part.refine(prior, KAPPA, 0.0),
-            None => *prior,
-        };
-        let all = Prefix::new(&self.all, reached).refine(&[0.0; BUCKETS], 1.0, 0.05);
-        let tools = after(&all, &tool);
-        let chains = [after(&all, &agent), after(&all, &pace), after(&tools, &agent), after(&tools, &pace)];
-        for (hazards, skill) in chains.iter().zip(&self.skill) {
-            // The product is at least 0.02^44: f64 holds it.
-            let survived: f64 = hazards[..reached].iter().map(|&h| 1.0 - f64::from(h)).product();
-            let gained = hazards[reached].max(1e-6).ln() + survived.ln() as f32;
+        let mut all = AtRisk::new(Some(&self.all));
+        let mut agent = AtRisk::new(self.agents.get(context.agent as usize));
+        let mut pace = AtRisk::new(self.paces.get(context.pace as usize));
+        let mut tool = AtRisk::new(self.tools.get(context.tool as usize));
+        let mut hazards = [0.0f32; CHAINS];
+        // The product is at least 0.02^44: f64 holds it.
+        let mut survived = [1.0f64; CHAINS];
+        for b in 0..=reached {
+            survived.iter_mut().zip(hazards).for_each(|(survived, hazard)| *survived *= 1.0 - f64::from(hazard));
+            let prior = all.hazard(b, 0.0, 1.0, 0.05);
+            let prior_of_tool = tool.hazard(b, prior, KAPPA, 0.0);
+            hazards = [
+                agent.hazard(b, prior, KAPPA, 0.0),
+                pace.hazard(b, prior, KAPPA, 0.0),
+                agent.hazard(b, prior_of_tool, KAPPA, 0.0),
+                pace.hazard(b, prior_of_tool, KAPPA, 0.0),
+            ];
+            [&mut all, &mut agent, &mut pace, &mut tool].into_iter().for_each(|histogram| histogram.pass(b));
+        }
+        for ((hazard, survived), skill) in hazards.iter().zip(survived).zip(&self.skill) {
+            let gained = hazard.max(1e-6).ln() + survived.ln() as f32;
             // Two gaps learned at once may lose one of the two gains: the ranking of chains does not hang on one.
             let old = f32::from_bits(skill.load(Relaxed));
             skill.store((fade * old + gained).to_bits(), Relaxed);
@@ -186,6 +199,18 @@ impl Gaps {
 
     fn count(&self, context: Context, bucket: usize, above: f32, often: Often) {
         let high = u32::from((above.clamp(0.0, 1.0) * UNIT as f32) as u8);
+        if let Some(weight) = often.drawn() {
+            let lanes = Lanes::new(bucket, [UNIT - high, high], weight);
+            self.all.put(lanes);
+            let put = |histogram: Option<&Histogram>| {
+                if let Some(histogram) = histogram {
+                    histogram.put(lanes);
+                }
+            };
+            put(self.agents.get(context.agent as usize));
+            put(self.paces.get(context.pace as usize));
+            return put(self.tools.get(context.tool as usize));
+        }
         let add = |histogram: Option<&Histogram>| {
             if let Some(histogram) = histogram {
                 histogram.add_steps(bucket, [UNIT - high, high], often);
@@ -231,7 +256,10 @@ impl Services {
         let at = (position(seconds) - 0.5).max(0.0);
         let bucket = (at as u8 as usize).min(BUCKETS - 2);
         let high = u32::from(((at - bucket as f32).clamp(0.0, 1.0) * UNIT as f32) as u8);
-        self.0.add_steps(bucket, [UNIT - high, high], often);
+        match often.drawn() {
+            Some(weight) => self.0.put(Lanes::new(bucket, [UNIT - high, high], weight)),
+            None => self.0.add_steps(bucket, [UNIT - high, high], often),
+        }
     }
 
     /// Hazard per bucket of the end of a call.
@@ -243,34 +271,35 @@ impl Services {
     }
 }
 
-/// A histogram up to a bucket: as much as the hazards up to there depend on.
-struct Prefix {
-    events: [f32; BUCKETS],
-    at_risk: [f32; BUCKETS],
-    reached: usize,
+/// A histogram that is walked through bucket by bucket, and how much of it is left; `None` changes no prior.
+struct AtRisk {
+    counts: Option<[u16; BUCKETS]>,
+    left: f32,
 }
 
-impl Prefix {
-    fn new(histogram: &Histogram, reached: usize) -> Self {
-        let mut counts = [0u16; BUCKETS];
-        histogram.snapshot(&mut counts);
-        let events = counts.map(|count| f32::from(count) / UNIT as f32);
-        let total: u32 = counts.iter().map(|&count| u32::from(count)).sum();
-        let (mut at_risk, mut left) = ([0.0; BUCKETS], total as f32 / UNIT as f32);
-        for b in 0..=reached {
-            at_risk[b] = left;
-            left = (left - events[b]).max(0.0);
-        }
-        Self { events, at_risk, reached }
+impl AtRisk {
+    fn new(histogram: Option<&Histogram>) -> Self {
+        let counts = histogram.map(|histogram| {
+            let mut counts = [0u16; BUCKETS];
+            histogram.snapshot(&mut counts);
+            counts
+        });
+        let total: u32 = counts.iter().flatten().map(|&count| u32::from(count)).sum();
+        Self { counts, left: total as f32 / UNIT as f32 }
     }
 
-    /// As [`refine`], from one array into another.
-    fn refine(&self, prior: &[f32; BUCKETS], kappa: f32, floor: f32) -> [f32; BUCKETS] {
-        let mut hazards = [0.0; BUCKETS];
-        for b in 0..=self.reached {
-            hazards[b] = ((self.events[b] + floor + kappa * prior[b]) / (self.at_risk[b] + kappa)).min(0.98);
-        }
-        hazards
+    /// The hazard of bucket `b`, the next one, as [`refine`] has it.
+    #[inline(always)]
+    fn hazard(&self, b: usize, prior: f32, kappa: f32, floor: f32) -> f32 {
+        let Some(counts) = &self.counts else { return prior };
+        let events = f32::from(counts[b]) / UNIT as f32;
+        ((events + floor + kappa * prior) / (self.left + kappa)).min(0.98)
+    }
+
+    #[inline(always)]
+    fn pass(&mut self, b: usize) {
+        let events = self.counts.as_ref().map_or(0.0, |counts| f32::from(counts[b]) / UNIT as f32);
+        self.left = (self.left - events).max(0.0);
     }
 }
 

@@ -45,6 +45,9 @@ mod table;
 mod twins;
 pub(crate) mod workload;
 
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::Arc;
+
 use crate::sessions::SessionHandle;
 
 use calls::Calls;
@@ -60,6 +63,7 @@ use sharing::{Curves, Owner};
 use table::Table;
 use workload::{standing, Sessions, Standing, MAX_WORKLOADS};
 
+pub(crate) use drift::Guesses;
 pub use explain::{Promise, SilenceCurve};
 pub(crate) use workload::Workloads;
 pub use workload::{Workload, STATE_BUDGET_BYTES};
@@ -339,6 +343,23 @@ struct Plan {
     times: CallTimes,
 }
 
+/// What threads that are not in the pool know of the calls that it keeps.
+#[derive(Clone, Debug)]
+pub(crate) struct Kept {
+    in_flight: table::Homes,
+    waiting: Arc<AtomicU32>,
+}
+
+impl Kept {
+    /// False where the pool has not heard of the call, or has let it go: its end is no news there. Wait-free.
+    ///
+    /// Who has been told that the call has started or waits is not told false, because that happened before.
+    #[inline]
+    pub(crate) fn may_hold(&self, call: u64) -> bool {
+        self.in_flight.may_hold(table::hash(call)) || self.waiting.load(Relaxed) > 0
+    }
+}
+
 /// The pool's index and the decisions about it. One writer.
 #[derive(Debug)]
 pub(crate) struct KvCache {
@@ -454,6 +475,11 @@ impl KvCache {
             starts: if oracle { vec![[u64::MAX; STEPS]; sessions] } else { Vec::new() },
             index,
         }
+    }
+
+    /// What other threads may ask of its calls.
+    pub(crate) fn kept(&self) -> Kept {
+        Kept { in_flight: self.running.homes(), waiting: self.queue.waiting() }
     }
 
     /// Bytes of the index; of everything kept per session.
@@ -687,6 +713,7 @@ impl KvCache {
         }
     }
 
+    #[inline(always)]
     fn mark(&mut self, slot: u32) {
         let tenant = &mut self.tenants[slot as usize];
         if tenant.lanes == NONE {
@@ -705,53 +732,65 @@ impl KvCache {
     // ---- events ----
 
     /// A call starts. Pins the resident prefix; returns its length, and the session of a call that had to be let go.
+    #[inline(always)]
     pub(crate) fn call_started(
         &mut self,
         workload: (u32, &Workload),
         handle: SessionHandle,
         start: &CallStart<'_>,
     ) -> (usize, Option<SessionHandle>) {
-        let &CallStart { call, session, agent, now_us, keys, hints } = start;
+        let &CallStart { call, session, agent, now_us, keys, .. } = start;
         let now_us = self.clock(now_us);
         let slot = handle.slot() as u32;
         debug_assert_eq!(self.running.find(call), None);
         let let_go = if self.running.is_full() { self.make_way() } else { None };
         self.tenant(handle, workload.0, session);
+        let tenant = &mut self.tenants[slot as usize];
+        tenant.calls = tenant.calls.saturating_add(1);
+        let run = Running {
+            call,
+            started_us: now_us,
+            handle,
+            workload: workload.0,
+            lane: NONE,
+            agent,
+            tail: NONE,
+            len: 0,
+            prompt_len: 0,
+            cut: false,
+            shadow: NONE,
+        };
+        // Who has had no blocks needs no lanes, and has nothing to touch or to score.
+        if keys.is_empty() && tenant.lanes == NONE {
+            self.ticket = 0;
+            self.running.push(run);
+            return (0, let_go);
+        }
+        (self.blocks_started(workload.1, run, slot, start), let_go)
+    }
+
+    /// The rest of [`Self::call_started`] where there are blocks.
+    fn blocks_started(&mut self, workload: &Workload, run: Running, slot: u32, start: &CallStart<'_>) -> usize {
+        let &CallStart { session, agent, keys, hints, .. } = start;
         self.find_path(keys);
         let hit = self.path.len();
         let shadow = if self.config.guard { self.guard.started(session, keys, hit) } else { NONE };
-        let tenant = &mut self.tenants[slot as usize];
-        tenant.calls = tenant.calls.saturating_add(1);
-        let (mut lane, mut whole) = (NONE, true);
-        // Who has had no blocks needs no lanes.
-        if !keys.is_empty() || tenant.lanes != NONE {
-            lane = self.lane(slot, agent);
-            if !self.path.is_empty() || self.lanes[lane as usize].head != NONE {
-                self.refresh_curves(lane, workload.1);
-                whole = self.touch(workload.1, lane, slot, now_us, keys.len() as u32, hints);
-            }
-            self.lanes[lane as usize].calls = self.lanes[lane as usize].calls.wrapping_add(1);
+        let lane = self.lane(slot, agent);
+        let mut whole = true;
+        if !self.path.is_empty() || self.lanes[lane as usize].head != NONE {
+            self.refresh_curves(lane, workload);
+            whole = self.touch(workload, lane, slot, run.started_us, keys.len() as u32, hints);
         }
+        self.lanes[lane as usize].calls = self.lanes[lane as usize].calls.wrapping_add(1);
         self.ticket = 0;
         let tail = match self.path.last() {
             Some(&block) => self.pin(block),
             None => NONE,
         };
-        self.running.push(Running {
-            call,
-            started_us: now_us,
-            handle,
-            workload: workload.0,
-            lane,
-            agent,
-            tail,
-            len: hit as u32,
-            prompt_len: keys.len() as u32,
-            cut: !whole,
-            shadow,
-        });
+        let prompt_len = keys.len() as u32;
+        self.running.push(Running { lane, tail, len: hit as u32, prompt_len, cut: !whole, shadow, ..run });
         self.mark(slot);
-        (hit, let_go)
+        hit
     }
 
     /// The resident prefix of a prompt.
@@ -834,12 +873,12 @@ impl KvCache {
     }
 
     fn let_go(&mut self, at: usize) -> SessionHandle {
-        let run = self.running.remove(at);
-        self.guard.ended(run.shadow);
-        if run.tail != NONE {
-            self.unpin(run.tail);
+        let &Running { handle, tail, shadow, .. } = self.running.remove(at);
+        self.guard.ended(shadow);
+        if tail != NONE {
+            self.unpin(tail);
         }
-        run.handle
+        handle
     }
 
     /// A session is over: so are its calls.
@@ -1226,27 +1265,33 @@ impl KvCache {
     }
 
     /// A call in flight, found at `at`, has ended: its blocks may go.
+    #[inline(always)]
     pub(crate) fn call_finished(&mut self, workload: Option<&Workload>, at: usize, now_us: u64) {
         let now_us = self.clock(now_us);
-        let run = self.running.remove(at);
-        self.guard.ended(run.shadow);
+        let &Running { handle, started_us, tail, shadow, .. } = self.running.remove(at);
         if let Some(workload) = workload {
-            let often = workload.often(run.handle, run.started_us);
+            let often = workload.often(handle, started_us);
             if !often.is_never() {
-                workload.services.learn(now_us.saturating_sub(run.started_us) as f32 / 1e6, often);
+                workload.services.learn(now_us.saturating_sub(started_us) as f32 / 1e6, often);
             }
         }
-        if run.tail != NONE {
-            let mut segment = self.index.segment_of(run.tail);
-            while segment != NONE {
-                self.index.seg_mut(segment).last_use_us = now_us;
-                self.index.recency_remove(segment);
-                self.index.recency_push(segment);
-                segment = self.index.parent_segment(segment);
-            }
-            self.unpin(run.tail);
+        self.guard.ended(shadow);
+        if tail != NONE {
+            self.blocks_finished(tail, now_us);
         }
-        self.session_changed(run.handle);
+        self.session_changed(handle);
+    }
+
+    /// A call that ends at the block `tail` has ended.
+    fn blocks_finished(&mut self, tail: u32, now_us: u64) {
+        let mut segment = self.index.segment_of(tail);
+        while segment != NONE {
+            self.index.seg_mut(segment).last_use_us = now_us;
+            self.index.recency_remove(segment);
+            self.index.recency_push(segment);
+            segment = self.index.parent_segment(segment);
+        }
+        self.unpin(tail);
     }
 
     /// Blocks of the agent's last prompt were brought back from a lower tier: `keys` is the chain from the root, of
@@ -1363,12 +1408,14 @@ impl KvCache {
     }
 
     /// Something about the session has changed.
+    #[inline(always)]
     pub(crate) fn session_changed(&mut self, handle: SessionHandle) {
-        let tenant = self.tenants[handle.slot()];
+        let tenant = &self.tenants[handle.slot()];
         if tenant.generation == handle.generation() {
+            let leader = tenant.leader.0;
             self.mark(handle.slot() as u32);
-            if tenant.leader.0 != NONE {
-                self.mark(tenant.leader.0);
+            if leader != NONE {
+                self.mark(leader);
             }
         }
     }

@@ -6,6 +6,8 @@
 //! for it. A ticket that is no longer in the queue means nothing, so nothing has to be cleared when a call is cancelled.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::Arc;
 
 use crate::sessions::SessionHandle;
 
@@ -25,6 +27,8 @@ pub(crate) struct Waiting {
 #[derive(Debug)]
 pub(crate) struct Queue {
     calls: VecDeque<Waiting>,
+    /// How many they are, for other threads.
+    waiting: Arc<AtomicU32>,
     next_ticket: u16,
     /// Moving mean of the time between two admissions while calls waited, seconds.
     interval_s: f32,
@@ -33,7 +37,22 @@ pub(crate) struct Queue {
 
 impl Queue {
     pub(crate) fn new() -> Self {
-        Self { calls: VecDeque::with_capacity(MAX_WAITING), next_ticket: 1, interval_s: 0.5, admitted_us: 0 }
+        Self {
+            calls: VecDeque::with_capacity(MAX_WAITING),
+            waiting: Arc::default(),
+            next_ticket: 1,
+            interval_s: 0.5,
+            admitted_us: 0,
+        }
+    }
+
+    /// The number of waiting calls, to be read by any thread.
+    pub(crate) fn waiting(&self) -> Arc<AtomicU32> {
+        Arc::clone(&self.waiting)
+    }
+
+    fn publish(&self) {
+        self.waiting.store(self.calls.len() as u32, Relaxed);
     }
 
     pub(crate) fn bytes(&self) -> usize {
@@ -61,13 +80,16 @@ impl Queue {
             self.admitted_us = now_us;
         }
         self.calls.push_back(Waiting { call, handle, agent, ticket });
+        self.publish();
         ticket
     }
 
     /// A call leaves, wherever it stands.
     pub(crate) fn remove(&mut self, call: u64) -> Option<Waiting> {
         let at = self.calls.iter().position(|waiting| waiting.call == call)?;
-        self.calls.remove(at)
+        let waiting = self.calls.remove(at);
+        self.publish();
+        waiting
     }
 
     /// A call leaves because it starts.
@@ -82,6 +104,7 @@ impl Queue {
     /// Calls of a session leave without having started.
     pub(crate) fn remove_session(&mut self, handle: SessionHandle) {
         self.calls.retain(|waiting| waiting.handle != handle);
+        self.publish();
     }
 
     /// The first waiting call of a session.

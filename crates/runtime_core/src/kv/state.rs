@@ -118,6 +118,7 @@ impl Workload {
 mod tests {
     use super::*;
     use crate::ids::{AgentId, SessionKey};
+    use crate::kv::drift::Guesses;
     use crate::kv::workload::Sessions;
     use crate::successors::context_of;
 
@@ -127,7 +128,8 @@ mod tests {
         for session in 0..sessions {
             for step in 0..6u64 {
                 let at = session * 10_000_000 + step * 1_000_000;
-                let handle = workload.call_started(&table, SessionKey(session + 1), (step % 3) as u16, at);
+                let (key, agent) = (SessionKey(session + 1), (step % 3) as u16);
+                let handle = workload.call_started(&table, key, agent, at, &mut Guesses::default());
                 Workload::call_finished(&table, handle, at + 200_000, 0, 3);
             }
         }

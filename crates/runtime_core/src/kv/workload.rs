@@ -10,6 +10,7 @@
 //! | `services` | histogram of durations of calls | 88 |
 //! | `ends` | trials and successes by agent, step, size, tool | 256 |
 //! | `sharing` | uses by other sessions by degree, depth and age, agent and step; remembered anchors | 3,232 |
+//! | `warm` | agents whose votes are drawn | 4 |
 //! | `followers` | uses by sessions that follow the owner, by offset, lag and agent | 96 |
 //! | | padding to a cache line | |
 //! | victim queue | heads of 256 score classes (kept beside the index, counted here) | 1,056 |
@@ -17,15 +18,16 @@
 //! Everything is atomic and `Relaxed`: counts are facts of their own, a reader that sees one a moment early or late moves
 //! a probability by one observation. Any number of threads may teach and ask at once.
 
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::OnceLock;
 
-use crate::histogram::{Counters, Often};
+use crate::histogram::{Counters, Lanes, Often};
 use crate::ids::{mix, AgentId, SessionKey};
-use crate::sessions::{SessionHandle, SessionTable, Word};
+use crate::sessions::{self, Previous, SessionHandle, SessionTable, Word};
 use crate::successors::{after_tool, context_of, context_of_two, SuccessorTable};
 
-use super::content::Content;
-use super::drift::Drift;
+use super::content::{Content, ROWS};
+use super::drift::{Drift, Guesses};
 use super::ends::{Ends, Features};
 use super::followers::Followers;
 use super::gaps::{self, Context, Gaps, Services};
@@ -59,8 +61,14 @@ pub struct Workload {
     pub(crate) services: Services,
     pub(crate) ends: Ends,
     pub(crate) sharing: Sharing,
+    /// One bit for each agent whose small counts are drawn too; that of [`OTHERS`] for all without counts of their own.
+    /// Read at every event and hardly ever written, so it lies apart from what is.
+    warm: AtomicU32,
     pub(crate) followers: Followers,
 }
+
+/// The bit of agents without counts of their own.
+const OTHERS: u32 = if ROWS < 31 { ROWS as u32 } else { 31 };
 
 impl Workload {
     /// Bytes of learned state, the victim queue's heads included.
@@ -110,7 +118,9 @@ impl Workloads {
 }
 
 /// The words of a session that the policy keeps.
-pub(crate) type Sessions = SessionTable<3>;
+pub(crate) type Sessions = SessionTable<EXTRA>;
+type SessionSlot<'a> = sessions::Slot<'a, EXTRA>;
+const EXTRA: usize = 3;
 
 /// Most recent four agents, then the next three, 16 bits each: unknown ones are `u16::MAX`.
 const RECENT: Word = Word::Extra(0);
@@ -163,14 +173,19 @@ const NOBODY: u64 = (1 << (16 * IN_WORD)) - 1;
 impl Recent {
     #[inline]
     pub(crate) fn load(sessions: &Sessions, handle: SessionHandle) -> Self {
-        Self([RECENT, RECENT_MORE].map(|word| sessions.load(handle, word).unwrap_or(NOBODY)))
+        Self::load_from(sessions.slot(handle))
     }
 
     #[inline]
-    fn store(self, before: Self, sessions: &Sessions, handle: SessionHandle) {
+    fn load_from(slot: SessionSlot<'_>) -> Self {
+        Self([RECENT, RECENT_MORE].map(|word| slot.load(word).unwrap_or(NOBODY)))
+    }
+
+    #[inline]
+    fn store(self, before: Self, slot: SessionSlot<'_>) {
         for (at, word) in [RECENT, RECENT_MORE].into_iter().enumerate() {
             if self.0[at] != before.0[at] {
-                sessions.store(handle, word, self.0[at]);
+                slot.store(word, self.0[at]);
             }
         }
     }
@@ -193,10 +208,13 @@ impl Recent {
             let other = word ^ (LOW * u64::from(agent));
             other.wrapping_sub(LOW) & !other & LOW << 15
         });
-        match (low, high) {
-            (0, 0) => NEW,
-            (0, _) => IN_WORD + high.trailing_zeros() as usize / 16,
-            _ => low.trailing_zeros() as usize / 16,
+        // A word without the agent has 64 trailing zeros, four lanes; so after the second one comes `NEW`.
+        const { assert!(IN_WORD + 4 == NEW) };
+        let [first, second] = [low, high].map(|lanes| lanes.trailing_zeros() as usize / 16);
+        if first < 4 {
+            first
+        } else {
+            IN_WORD + second
         }
     }
 
@@ -209,12 +227,11 @@ impl Recent {
             (word & kept | (word << 16 | lowest) & !kept) & NOBODY
         };
         let [low, high] = self.0;
-        let first = moved(low, rank, u64::from(agent));
-        if rank < IN_WORD {
-            Self([first, high])
-        } else {
-            Self([first, moved(high, rank - IN_WORD, low >> (16 * (IN_WORD - 1)))])
-        }
+        let last = low >> (16 * (IN_WORD - 1));
+        // By selection: which word the agent was in is anybody's guess.
+        let stays = u64::from(rank < IN_WORD).wrapping_neg();
+        let second = moved(high, rank.saturating_sub(IN_WORD), last);
+        Self([moved(low, rank, u64::from(agent)), high & stays | second & !stays])
     }
 }
 
@@ -257,65 +274,126 @@ pub(crate) fn standing(sessions: &Sessions, handle: SessionHandle) -> Option<Sta
     })
 }
 
+/// Whether one of four steps of sessions counts, fourfold. Drawn from its time, so that a replay repeats itself.
+#[inline(always)]
+fn is_drawn(handle: SessionHandle, time_us: u64) -> bool {
+    mix(time_us ^ (handle.slot() as u64) << 40) % 4 == 0
+}
+
 impl Workload {
     /// How often a step of a session counts: four times in one case of four where counts are large, else once; and once
-    /// many gaps have been learned, four times in one case of four everywhere. Drawn from the step's time, so that a
-    /// replay repeats itself.
+    /// many gaps have been learned, four times in one case of four everywhere.
     #[inline]
     pub(crate) fn often(&self, handle: SessionHandle, time_us: u64) -> Often {
-        let large = if mix(time_us ^ (handle.slot() as u64) << 40) % 4 == 0 { 4 } else { 0 };
-        Often { small: if self.gaps.are_many() { large } else { 1 }, large }
+        self.often_of(OTHERS, handle, time_us)
     }
 
-    /// A session calls `agent`. Lock-free, from any thread; every transition is counted exactly once.
-    pub(crate) fn call_started(&self, sessions: &Sessions, key: SessionKey, agent: u16, now_us: u64) -> SessionHandle {
+    /// As [`Self::often`]; votes of an agent that is new all count where counts are small.
+    #[inline(always)]
+    fn often_of(&self, agent: u32, handle: SessionHandle, time_us: u64) -> Often {
+        let large = if is_drawn(handle, time_us) { 4 } else { 0 };
+        let is_warm = self.warm.load(Relaxed) >> agent.min(OTHERS) & 1 == 1;
+        Often { small: if is_warm { large } else { 1 }, large }
+    }
+
+    /// Notes whether votes of an agent are drawn from now on.
+    fn warm_up(&self, agent: u16) {
+        let (all, own) = (1 << OTHERS, 1 << u32::from(agent).min(OTHERS));
+        let now = match (self.gaps.are_many(), self.ends.are_many(agent)) {
+            (false, _) => 0,
+            (true, false) => all,
+            (true, true) => all | own,
+        };
+        // Written only where something has changed; of two changes at once the second one may have to be noted again.
+        let seen = self.warm.load(Relaxed);
+        if seen & (all | own) != now {
+            self.warm.store(seen & !(all | own) | now, Relaxed);
+        }
+    }
+
+    /// A session calls `agent`. Lock-free, from any thread; every transition is counted exactly once, but for the half of
+    /// it that [`Self::learn_transition`] draws. Guesses that are left in `guesses` must be counted by
+    /// [`Self::count_guesses`].
+    #[inline(always)]
+    pub(crate) fn call_started(
+        &self,
+        sessions: &Sessions,
+        key: SessionKey,
+        agent: u16,
+        now_us: u64,
+        guesses: &mut Guesses,
+    ) -> SessionHandle {
         let (handle, before) = sessions.transition(key, AgentId(agent));
-        let recent = Recent::load(sessions, handle);
+        let slot = sessions.slot(handle);
+        let recent = Recent::load_from(slot);
         let rank = recent.rank(agent);
         if before.last.is_known() {
-            let finish_us = sessions.load(handle, Word::LastFinish);
-            let mut often = self.often(handle, finish_us.unwrap_or(now_us));
-            if !self.ends.are_many(before.last.0) {
-                // The agent is new.
-                often.small = 1;
-            }
-            let status = Status::unpack(sessions.load(handle, STATUS));
-            let features = Features { agent: before.last.0, steps: before.steps, size: status.size, tool: status.tool };
-            if !often.is_never() {
-                self.ends.went_on(features, status.doubted, often);
-            }
+            let finish_us = slot.load(Word::LastFinish);
+            let often = self.often_of(u32::from(before.last.0), handle, finish_us.unwrap_or(now_us));
+            let status = Status::unpack(slot.load(STATUS));
             let mut after = Status { tool: 0, doubted: false, ..status };
-            if let Some(finish_us) = finish_us {
-                if sessions.in_flight(handle) == 0 {
-                    let gap = gaps::log2_ms(now_us.saturating_sub(finish_us) as f32 / 1e6);
-                    let context = Context { agent: before.last.0, tool: status.tool, pace: status.pace_class() };
-                    self.gaps.learn(context, gap, often);
-                    after = after.with_gap(gap);
-                }
+            let mut gap = None;
+            if let Some(finish_us) = finish_us.filter(|_| slot.in_flight() == 0) {
+                let log = gaps::log2_ms(now_us.saturating_sub(finish_us) as f32 / 1e6);
+                after = after.with_gap(log);
+                gap = Some(log);
             }
-            sessions.store(handle, STATUS, after.pack());
-            let (mut pair, mut one) = (context_of_two(before.prev, before.last), context_of(before.last));
-            if status.tool != 0 {
-                (pair, one) = (after_tool(pair), after_tool(one));
-            }
-            let expected = match self.transitions.learn(pair, agent) {
-                None => self.transitions.learn(one, agent),
-                expected => {
-                    self.transitions.add(one, agent);
-                    expected
-                }
-            };
-            if expected.is_some_and(|expected| self.drift.guessed(expected == agent)) {
-                self.transitions.discount();
-            }
+            slot.store(STATUS, after.pack());
             if !often.is_never() {
-                self.ranks.add_steps(rank, [1, 0], often);
+                self.vote(before, status, gap, rank, often);
+            }
+            if let Some(expected) = self.learn_transition(before, status.tool != 0, agent, often) {
+                if guesses.push(expected == agent) {
+                    self.count_guesses(guesses);
+                }
             }
         }
-        recent.front(agent, rank).store(recent, sessions, handle);
-        sessions.store(handle, Word::LastStart, now_us);
-        sessions.begin(handle);
+        recent.front(agent, rank).store(recent, slot);
+        slot.store(Word::LastStart, now_us);
+        slot.begin();
         handle
+    }
+
+    /// Counts that a session has gone on, after which gap, and how recent the agent was that it called.
+    #[inline(never)]
+    fn vote(&self, before: Previous, status: Status, gap: Option<f32>, rank: usize, often: Often) {
+        let agent = before.last.0;
+        let features = Features { agent, steps: before.steps, size: status.size, tool: status.tool };
+        self.ends.went_on(features, status.doubted, often);
+        if let Some(log2_ms) = gap {
+            let context = Context { agent, tool: status.tool, pace: status.pace_class() };
+            self.gaps.learn(context, log2_ms, often);
+        }
+        match often.drawn() {
+            Some(weight) => self.ranks.put(Lanes::new(rank, [1, 0], weight)),
+            None => self.ranks.add_steps(rank, [1, 0], often),
+        }
+        self.warm_up(agent);
+    }
+
+    /// Counts who follows the last two agents, exactly, and who follows the last one: exactly where nothing was known of the
+    /// two, else as often as small counts are. Returns who was expected.
+    #[inline(always)]
+    fn learn_transition(&self, before: Previous, ran_tool: bool, agent: u16, often: Often) -> Option<u16> {
+        let (mut pair, mut one) = (context_of_two(before.prev, before.last), context_of(before.last));
+        if ran_tool {
+            (pair, one) = (after_tool(pair), after_tool(one));
+        }
+        let Some(expected) = self.transitions.learn(pair, agent, often.small) else {
+            return self.transitions.learn(one, agent, often.small);
+        };
+        if often.small > 0 {
+            self.transitions.add_votes(one, agent, often.small);
+        }
+        Some(expected)
+    }
+
+    /// Counts what a batch of events has left; where the order of agents has changed, discounts the past.
+    #[inline(never)]
+    pub(crate) fn count_guesses(&self, guesses: &mut Guesses) {
+        if !guesses.is_empty() && self.drift.count(guesses) {
+            self.transitions.discount();
+        }
     }
 
     /// A call that waited starts: the gap and the transition were learned when it arrived.
@@ -324,12 +402,14 @@ impl Workload {
     }
 
     /// A call of the session has ended; `tool` runs next (0: none), the answer filled `output_blocks`.
+    #[inline]
     pub(crate) fn call_finished(sessions: &Sessions, handle: SessionHandle, now_us: u64, tool: u8, output_blocks: u32) {
-        sessions.end(handle);
-        sessions.store(handle, Word::LastFinish, now_us);
+        let slot = sessions.slot(handle);
+        slot.end();
+        slot.store(Word::LastFinish, now_us);
         let size = (32 - output_blocks.leading_zeros()) as u8;
-        let status = Status::unpack(sessions.load(handle, STATUS));
-        sessions.store(handle, STATUS, Status { tool, size, ..status }.pack());
+        let status = Status::unpack(slot.load(STATUS));
+        slot.store(STATUS, Status { tool, size, ..status }.pack());
     }
 
     /// A tool of the session has started: what follows is its gap.
@@ -362,7 +442,7 @@ mod tests {
         let mut now_us = 1_000_000;
         let mut call = |key: u64, agent: u16| {
             now_us += 1_000 + mix(now_us) % 1_000;
-            let handle = workload.call_started(&sessions, SessionKey(key), agent, now_us);
+            let handle = workload.call_started(&sessions, SessionKey(key), agent, now_us, &mut Guesses::default());
             now_us += 1_000;
             Workload::call_finished(&sessions, handle, now_us, 0, 0);
         };
