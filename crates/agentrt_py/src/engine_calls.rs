@@ -647,8 +647,7 @@ impl EngineCalls {
         Ok(call)
     }
 
-    /// What a request says of itself, as `identity.given` reads it; None where it says too little, says it strangely, or
-    /// a name is new.
+    /// What a request says of itself, as `identity.given` reads it; None where it says too little or says it strangely.
     fn named(&self, request: &Bound<'_, PyAny>) -> PyResult<Option<Named>> {
         let py = request.py();
         let params = match dict(request.getattr_opt(intern!(py, "kv_transfer_params"))?) {
@@ -678,8 +677,15 @@ impl EngineCalls {
         if !is_name(&session)? || !is_name(&agent)? {
             return Ok(None);
         }
-        let (session, agent) = (self.sessions.bind(py).get_item(session)?, self.agents.bind(py).get_item(agent)?);
-        let (Some(session), Some(agent)) = (session, agent) else { return Ok(None) };
+        let identities = self.identities.bind(py);
+        let session = match self.sessions.bind(py).get_item(&session)? {
+            Some(session) => session,
+            None => identities.call_method1(intern!(py, "session"), (session,))?,
+        };
+        let agent = match self.agents.bind(py).get_item(&agent)? {
+            Some(agent) => agent,
+            None => identities.call_method1(intern!(py, "intern"), (agent,))?,
+        };
         Ok(Some(Named { session: session.extract()?, agent: agent.extract()?, session_ends, inferred: None }))
     }
 

@@ -102,10 +102,10 @@ class Identities:
         """The identity of a request whose prompt has these block keys; tell :meth:`ended` when it has ended."""
         says = given(request)
         if says.session is not None and says.agent is not None:
-            return Identity(self._session(says.session), self.intern(says.agent), False, False, says.session_ends)
+            return Identity(self.session(says.session), self.intern(says.agent), False, False, says.session_ends)
         session, anchor, call, _ = self.core.started(np.ascontiguousarray(keys, np.uint64))
         if says.session is not None:
-            session = self._session(says.session)
+            session = self.session(says.session)
         name = says.agent
         if name is None:
             name = f"anchor-{anchor}" if anchor else "?"
@@ -128,7 +128,8 @@ class Identities:
             self._names.append(name)
         return number
 
-    def _session(self, name: str) -> int:
+    def session(self, name: str) -> int:
+        """The number of a session's name."""
         number = self.sessions.get(name)
         if number is None:
             if len(self.sessions) >= SESSIONS:
