@@ -394,13 +394,7 @@ impl FreeQueue {
 
     /// The key of the hash that a block carries now.
     fn key_of(&self, block: &Bound<'_, PyAny>) -> PyResult<Option<u64>> {
-        let hash = block.getattr(self.hash_slot.bind(block.py()))?;
-        if hash.is_none() {
-            return Ok(None);
-        }
-        let hash = hash.cast::<PyBytes>()?;
-        // A hash too short to have a key is a hash all the same.
-        Ok(Some(tail(hash.as_bytes(), GROUP_BYTES).unwrap_or(0)))
+        key_in(&block.getattr(self.hash_slot.bind(block.py()))?)
     }
 
     /// A block carries a key (0: none) from now on; returns the key that it has lost.
@@ -528,25 +522,25 @@ impl FreeQueue {
             keys.clear();
             self.ask(py, short, now_us, &mut keys)?;
             let none = keys.is_empty();
+            // In three rounds: the loads of each are independent and overlap.
+            let mut named: Vec<Candidate<'py>> = Vec::with_capacity(keys.len());
             for &key in &keys {
-                let Some(&id) = self.known.get(&key) else {
-                    self.stale_blocks += 1;
-                    continue;
-                };
-                let block = blocks.get_item(id as usize)?;
-                if self.key_of(&block)? != Some(key) {
+                match self.known.remove(&key) {
+                    Some(id) => named.push(Candidate { block: blocks.get_item(id as usize)?, id, key }),
+                    None => self.stale_blocks += 1,
+                }
+            }
+            let slot = self.hash_slot.bind(py);
+            let hashes = named.iter().map(|one| one.block.getattr(slot)).collect::<PyResult<Vec<_>>>()?;
+            for (one, hash) in named.into_iter().zip(&hashes) {
+                if key_in(hash)? != Some(one.key) {
                     // The engine has reused the block meanwhile.
-                    self.known.remove(&key);
                     self.stale_blocks += 1;
-                } else if !is_free(&block)? {
+                } else if !is_free(&one.block)? {
                     // Named before the engine has released it: next time.
-                    self.known.remove(&key);
-                    self.duplicates.push_back(id);
-                } else {
-                    self.known.remove(&key);
-                    if !spare.contains(&id) && !self.is_named(id) {
-                        victims.push(Candidate { block, id, key });
-                    }
+                    self.duplicates.push_back(one.id);
+                } else if !spare.contains(&one.id) && !self.is_named(one.id) {
+                    victims.push(one);
                 }
             }
             self.keys = keys;
@@ -574,6 +568,16 @@ impl FreeQueue {
             }
         }
     }
+}
+
+/// The key of a block's hash; None where it has none.
+fn key_in(hash: &Bound<'_, PyAny>) -> PyResult<Option<u64>> {
+    if hash.is_none() {
+        return Ok(None);
+    }
+    let hash = hash.cast::<PyBytes>()?;
+    // A hash too short to have a key is a hash all the same.
+    Ok(Some(tail(hash.as_bytes(), GROUP_BYTES).unwrap_or(0)))
 }
 
 /// Whether a block is in the queue.

@@ -1160,6 +1160,7 @@ impl KvCache {
         let scarce = self.index.segments_are_scarce();
         let mut segment = NONE;
         let mut class_now = 0;
+        self.index.look_for(keys);
         for (i, &key) in keys.iter().enumerate() {
             // A key that hangs elsewhere is no hash of this prefix.
             if self.index.is_full() || self.index.find(key) != NONE {
