@@ -772,6 +772,126 @@ class FreeQueue:
             How many victims were named.
         """
 
+@final
+class EngineCounts:
+    """What has been seen of vLLM's requests, for logs, metrics and tests."""
+
+    @property
+    def requests(self) -> int:
+        """Requests queued."""
+    @property
+    def finished(self) -> int:
+        """Requests that are over."""
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of admitted prompts."""
+    @property
+    def hit_tokens(self) -> int:
+        """Of these, found in the pool."""
+    @property
+    def resets(self) -> int:
+        """Resets of the prefix cache."""
+    @property
+    def sessions_inferred(self) -> int:
+        """Requests that named no session."""
+    @property
+    def agents_inferred(self) -> int:
+        """Requests that named no agent."""
+    @property
+    def steps(self) -> int:
+        """Steps scheduled."""
+    @property
+    def running(self) -> int:
+        """Requests in the last step."""
+
+@final
+class EngineCall:
+    """A request that vLLM holds."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def session(self) -> int: ...
+    @property
+    def agent(self) -> int: ...
+    @property
+    def session_ends(self) -> bool: ...
+    @property
+    def session_inferred(self) -> bool: ...
+    @property
+    def agent_inferred(self) -> bool: ...
+    @property
+    def arrived_us(self) -> int:
+        """When the core was told of it."""
+    @property
+    def started_us(self) -> int: ...
+    @property
+    def hit(self) -> int:
+        """Leading blocks that vLLM has found."""
+    @property
+    def allocated(self) -> bool: ...
+    @property
+    def keys(self) -> NDArray[np.uint64]:
+        """Keys of the prompt's full blocks."""
+    @property
+    def output(self) -> NDArray[np.uint64]:
+        """Keys of the answer's full blocks, once it is over."""
+    @property
+    def group(self) -> int:
+        """Key of the deepest block that vLLM has found; 0 without one."""
+
+@final
+class EngineCalls:
+    """The requests that vLLM holds, and what the core knows of them. For the vLLM adapter.
+
+    One thread calls everything; times are microseconds.
+
+    Args:
+        pool: vLLM's ``BlockPool``.
+        block_size: Tokens of a block.
+        core: Who is told: a workload, any object with the methods of the adapter's ``Core``, or None.
+        identities: The adapter's ``Identities``, asked where a request does not name session and agent plainly.
+        queue: The free queue; None where the pool is built otherwise than expected.
+    """
+
+    queue: FreeQueue | None
+    acting: bool
+    eager: bool
+    on_reset: Callable[[], object] | None
+    def __new__(
+        cls, pool: object, block_size: int, core: object, identities: object, queue: FreeQueue | None, /
+    ) -> EngineCalls: ...
+    @property
+    def calls(self) -> dict[str, EngineCall]:
+        """By request id."""
+    @property
+    def counts(self) -> EngineCounts: ...
+    @property
+    def prefilling_calls(self) -> int:
+        """Admitted calls whose prompts will take more blocks."""
+    def new_request(self, request: object, now_us: int, /) -> EngineCall | None:
+        """A request has been queued; None where it is known."""
+    def asked(self, request: object, num_computed_tokens: int, now_us: int, /) -> EngineCall:
+        """VLLM asks about a waiting request of which it has found so many tokens."""
+    def before_allocation(self, request: object, num_computed_tokens: int, now_us: int, /) -> None:
+        """Blocks for a waiting request are about to be allocated: the call starts, and victims are put in place."""
+    def allocated(self, request: object, blocks: object, /) -> EngineCall | None:
+        """A request has its blocks; returns its call the first time."""
+    def step_ended(self, scheduler_output: object, now_us: int, /) -> None:
+        """A step has been scheduled: prepares what running requests will take in the next one."""
+    def finished(
+        self, request: object, block_ids_by_group: Sequence[Sequence[int]], now_us: int, /
+    ) -> EngineCall | None:
+        """A request is over, one way or another; its blocks are freed next."""
+    def register(self, keys: NDArray[np.uint64], block_ids: list[int], now_us: int, /) -> None:
+        """``block_ids`` carry ``keys``; what vLLM has evicted for them by itself, the core hears of now."""
+    def check_reset(self, now_us: int, /) -> None:
+        """Notices a reset of vLLM's prefix cache."""
+    def reset(self, now_us: int, /) -> None:
+        """Forgets all blocks; what was learned stays."""
+    def restart(self, now_us: int, /) -> None:
+        """Starts over after a time without hooks: what was in flight may be gone."""
+
 def copy_host_blocks(
     arrays: Sequence[NDArray[np.uint8]],
     sources: NDArray[np.int64],

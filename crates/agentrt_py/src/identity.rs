@@ -15,6 +15,12 @@ pub(crate) struct Identity {
 }
 
 impl Identity {
+    /// As `ended` of Python.
+    pub(crate) fn ended_now(&self, call: u32, keys: &[u64]) -> PyResult<()> {
+        self.writer()?.ended(Started::from_bits(call), keys);
+        Ok(())
+    }
+
     fn writer(&self) -> PyResult<MutexGuard<'_, identity::Identity>> {
         match self.inner.try_lock() {
             Ok(guard) => Ok(guard),
@@ -46,8 +52,7 @@ impl Identity {
     #[pyo3(signature = (call, blocks, /))]
     fn ended(&self, call: u32, blocks: &Bound<'_, PyAny>) -> PyResult<()> {
         let keys = array::<u64>("blocks", blocks)?;
-        self.writer()?.ended(Started::from_bits(call), keys.as_slice()?);
-        Ok(())
+        self.ended_now(call, keys.as_slice()?)
     }
 
     /// Bytes in use; none of it grows.

@@ -4,6 +4,7 @@
 #![deny(unsafe_code)]
 
 mod convert;
+mod engine_calls;
 mod errors;
 mod explain;
 mod flat;
@@ -37,6 +38,8 @@ fn is_debug_build() -> bool {
 mod _core {
     #[pymodule_export]
     use super::{build_info, is_debug_build};
+    #[pymodule_export]
+    use crate::engine_calls::{EngineCall, EngineCalls, EngineCounts};
     #[pymodule_export]
     use crate::explain::explain;
     #[pymodule_export]

@@ -578,6 +578,13 @@ pub(crate) struct Workload {
     name: String,
 }
 
+impl Workload {
+    /// Feeds events; for callers in this crate. Returns the resident blocks of the calls that start.
+    pub(crate) fn feed_now(&self, py: Python<'_>, events: &Events<'_>) -> PyResult<u64> {
+        Ok(self.shared.feed(py, self.id, events)?.hit_blocks)
+    }
+}
+
 #[pymethods]
 impl Workload {
     /// The session called `name`: any string or 64-bit integer.

@@ -76,11 +76,18 @@ pub(crate) fn block_keys<'py>(
     start: usize,
     stop: usize,
 ) -> PyResult<Bound<'py, PyArray1<u64>>> {
+    let mut keys = Vec::new();
+    read_keys(hashes, start, stop, &mut keys)?;
+    Ok(PyArray1::from_vec(py, keys))
+}
+
+/// Appends what [`block_keys`] returns.
+pub(crate) fn read_keys(hashes: &Bound<'_, PyAny>, start: usize, stop: usize, keys: &mut Vec<u64>) -> PyResult<()> {
     let hashes = hashes.cast::<PyList>().map_err(|_| {
         type_error("hashes", "is not a list".into(), "pass the list of a request's block hashes".into())
     })?;
     let stop = stop.min(hashes.len());
-    let mut keys = Vec::with_capacity(stop.saturating_sub(start));
+    keys.reserve(stop.saturating_sub(start));
     for i in start..stop {
         let hash = hashes.get_item(i)?;
         let key = hash.cast::<PyBytes>().ok().and_then(|hash| tail(hash.as_bytes(), 0));
@@ -88,7 +95,7 @@ pub(crate) fn block_keys<'py>(
             value_error("hashes", format!("item {i} is no hash"), "pass bytes, at least 8 of them".into())
         })?);
     }
-    Ok(PyArray1::from_vec(py, keys))
+    Ok(())
 }
 
 /// Who names victims.
@@ -121,6 +128,8 @@ pub(crate) struct FreeQueue {
     known: HashMap<u64, u32, KeyHash>,
     key_at: Vec<u64>,
     named: Vec<Named>,
+    /// Where the block of each named key is.
+    named_at: HashMap<u64, u32, KeyHash>,
     /// Namings in the order in which they stand in the queue.
     front: VecDeque<(u32, u64)>,
     /// Of these, such as have neither been hit nor forgotten.
@@ -204,6 +213,7 @@ impl FreeQueue {
             known: HashMap::with_capacity_and_hasher(n, KeyHash(0)),
             key_at: vec![0; n],
             named: vec![Named::default(); n],
+            named_at: HashMap::with_hasher(KeyHash(0)),
             front: VecDeque::new(),
             live: 0,
             duplicates: VecDeque::new(),
@@ -219,12 +229,7 @@ impl FreeQueue {
 
     /// The prefix cache has been reset.
     fn clear(&mut self) {
-        self.known.clear();
-        self.key_at.fill(0);
-        self.named.fill(Named::default());
-        self.front.clear();
-        self.live = 0;
-        self.duplicates.clear();
+        self.forget_all();
     }
 
     /// Blocks named and not allocated or hit since, as far as is known.
@@ -251,18 +256,9 @@ impl FreeQueue {
         block_ids: &Bound<'py, PyList>,
     ) -> PyResult<Option<Bound<'py, PyArray1<u64>>>> {
         let keys: PyReadonlyArray1<'_, u64> = array("keys", keys)?;
-        let keys = keys.as_slice()?;
-        let mut lost = Vec::new();
-        for i in start..block_ids.len() {
-            let id: u32 = block_ids.get_item(i)?.extract()?;
-            if id as usize >= self.key_at.len() {
-                return Err(value_error("block_ids", format!("has block {id}"), "pass blocks of the pool".into()));
-            }
-            if id != self.null_block {
-                let key = keys.get(i - start).copied().unwrap_or(0);
-                lost.extend(self.carries(id, key));
-            }
-        }
+        let ids: Vec<u32> =
+            (start..block_ids.len()).map(|i| block_ids.get_item(i)?.extract()).collect::<PyResult<_>>()?;
+        let lost = self.carry_all(keys.as_slice()?, &ids)?;
         Ok(if lost.is_empty() { None } else { Some(PyArray1::from_vec(py, lost)) })
     }
 
@@ -270,14 +266,54 @@ impl FreeQueue {
     ///
     /// `spare`: ids of blocks that are about to leave the queue because the arriving request hits them.
     #[pyo3(signature = (n, now_us, spare = None, /))]
-    fn prepare(
-        &mut self,
-        py: Python<'_>,
-        n: usize,
-        now_us: &Bound<'_, PyAny>,
-        spare: Option<Vec<u32>>,
-    ) -> PyResult<usize> {
-        let spare = spare.unwrap_or_default();
+    fn prepare(&mut self, py: Python<'_>, n: usize, now_us: u64, spare: Option<Vec<u32>>) -> PyResult<usize> {
+        self.prepare_now(py, n, now_us, &spare.unwrap_or_default())
+    }
+}
+
+impl FreeQueue {
+    /// As `clear` of Python.
+    pub(crate) fn forget_all(&mut self) {
+        self.known.clear();
+        self.key_at.fill(0);
+        self.named.fill(Named::default());
+        self.named_at.clear();
+        self.front.clear();
+        self.live = 0;
+        self.duplicates.clear();
+    }
+
+    /// Whether blocks are named.
+    pub(crate) fn has_named(&self) -> bool {
+        self.live > 0
+    }
+
+    /// Whether blocks with these keys may be among the named ones, or be named by whoever names.
+    pub(crate) fn may_spare(&self, keys: &[u64]) -> bool {
+        match self.source {
+            _ if self.live == 0 => false,
+            // The runtime names nothing below what it does not hold.
+            Source::Runtime(_) => keys.iter().any(|key| self.named_at.contains_key(key)),
+            _ => true,
+        }
+    }
+
+    /// As `register` of Python: `ids` carry `keys` from now on, ids beyond the keys none; returns the keys that are lost.
+    pub(crate) fn carry_all(&mut self, keys: &[u64], ids: &[u32]) -> PyResult<Vec<u64>> {
+        let mut lost = Vec::new();
+        for (i, &id) in ids.iter().enumerate() {
+            if id as usize >= self.key_at.len() {
+                return Err(value_error("block_ids", format!("has block {id}"), "pass blocks of the pool".into()));
+            }
+            if id != self.null_block {
+                lost.extend(self.carries(id, keys.get(i).copied().unwrap_or(0)));
+            }
+        }
+        Ok(lost)
+    }
+
+    /// As `prepare` of Python.
+    pub(crate) fn prepare_now(&mut self, py: Python<'_>, n: usize, now_us: u64, spare: &[u32]) -> PyResult<usize> {
         let queue = self.pool.bind(py).getattr(intern!(py, "free_block_queue"))?;
         let free: usize = queue.getattr(intern!(py, "num_free_blocks"))?.extract()?;
         let next_slot = intern!(py, "next_free_block");
@@ -323,8 +359,8 @@ impl FreeQueue {
         }
         let want = (n + self.batch).min(free).saturating_sub(ready);
         let victims = match self.source {
-            Source::Queue => self.in_queue_order(&last, want, &spare)?,
-            _ => self.victims(py, want, now_us, &spare)?,
+            Source::Queue => self.in_queue_order(&last, want, spare)?,
+            _ => self.victims(py, want, now_us, spare)?,
         };
         if victims.len() < want {
             self.short_rankings += 1;
@@ -333,37 +369,38 @@ impl FreeQueue {
         for victim in &victims {
             self.namings += 1;
             self.named[victim.id as usize] = Named { number: self.namings, key: victim.key };
+            self.named_at.insert(victim.key, victim.id);
             self.front.push_back((victim.id, self.namings));
         }
         self.live += victims.len();
         self.ranked_blocks += victims.len() as u64;
         Ok(victims.len())
     }
-}
 
-impl FreeQueue {
+    /// A block is no victim any more.
+    fn unname(&mut self, id: u32) {
+        let named = &mut self.named[id as usize];
+        if std::mem::take(&mut named.number) != 0 {
+            if self.named_at.get(&named.key) == Some(&id) {
+                self.named_at.remove(&named.key);
+            }
+            self.live -= 1;
+        }
+    }
+
     fn is_named(&self, id: u32) -> bool {
         self.named.get(id as usize).is_some_and(|named| named.number != 0)
     }
 
     /// The key of the hash that a block carries now.
     fn key_of(&self, block: &Bound<'_, PyAny>) -> PyResult<Option<u64>> {
-        let hash = block.getattr(self.hash_slot.bind(block.py()))?;
-        if hash.is_none() {
-            return Ok(None);
-        }
-        let hash = hash.cast::<PyBytes>()?;
-        // A hash too short to have a key is a hash all the same.
-        Ok(Some(tail(hash.as_bytes(), GROUP_BYTES).unwrap_or(0)))
+        key_in(&block.getattr(self.hash_slot.bind(block.py()))?)
     }
 
     /// A block carries a key (0: none) from now on; returns the key that it has lost.
     fn carries(&mut self, id: u32, key: u64) -> Option<u64> {
         let at = id as usize;
-        if self.named[at].number != 0 {
-            self.named[at].number = 0;
-            self.live -= 1;
-        }
+        self.unname(id);
         let before = std::mem::replace(&mut self.key_at[at], key);
         let mut lost = None;
         if before != key && before != 0 && self.known.get(&before) == Some(&id) {
@@ -392,10 +429,8 @@ impl FreeQueue {
                 return true;
             }
             self.front.pop_front();
-            let passed = &mut self.named[at as usize];
-            if passed.number == number {
-                passed.number = 0;
-                self.live -= 1;
+            if self.named[at as usize].number == number {
+                self.unname(at);
             }
         }
         false
@@ -403,9 +438,8 @@ impl FreeQueue {
 
     fn forget_front(&mut self) {
         while let Some((at, number)) = self.front.pop_front() {
-            let named = &mut self.named[at as usize];
-            if named.number == number {
-                named.number = 0;
+            if self.named[at as usize].number == number {
+                self.unname(at);
             }
         }
         self.live = 0;
@@ -421,8 +455,7 @@ impl FreeQueue {
                 if is_queued(&block)? && self.key_of(&block)? == Some(named.key) {
                     return Ok(Some(block));
                 }
-                self.named[at as usize].number = 0;
-                self.live -= 1;
+                self.unname(at);
             }
             self.front.pop_back();
         }
@@ -460,7 +493,7 @@ impl FreeQueue {
         &mut self,
         py: Python<'py>,
         want: usize,
-        now_us: &Bound<'py, PyAny>,
+        now_us: u64,
         spare: &[u32],
     ) -> PyResult<Vec<Candidate<'py>>> {
         let blocks = self.blocks.bind(py).clone();
@@ -489,25 +522,25 @@ impl FreeQueue {
             keys.clear();
             self.ask(py, short, now_us, &mut keys)?;
             let none = keys.is_empty();
+            // In three rounds: the loads of each are independent and overlap.
+            let mut named: Vec<Candidate<'py>> = Vec::with_capacity(keys.len());
             for &key in &keys {
-                let Some(&id) = self.known.get(&key) else {
-                    self.stale_blocks += 1;
-                    continue;
-                };
-                let block = blocks.get_item(id as usize)?;
-                if self.key_of(&block)? != Some(key) {
+                match self.known.remove(&key) {
+                    Some(id) => named.push(Candidate { block: blocks.get_item(id as usize)?, id, key }),
+                    None => self.stale_blocks += 1,
+                }
+            }
+            let slot = self.hash_slot.bind(py);
+            let hashes = named.iter().map(|one| one.block.getattr(slot)).collect::<PyResult<Vec<_>>>()?;
+            for (one, hash) in named.into_iter().zip(&hashes) {
+                if key_in(hash)? != Some(one.key) {
                     // The engine has reused the block meanwhile.
-                    self.known.remove(&key);
                     self.stale_blocks += 1;
-                } else if !is_free(&block)? {
+                } else if !is_free(&one.block)? {
                     // Named before the engine has released it: next time.
-                    self.known.remove(&key);
-                    self.duplicates.push_back(id);
-                } else {
-                    self.known.remove(&key);
-                    if !spare.contains(&id) && !self.is_named(id) {
-                        victims.push(Candidate { block, id, key });
-                    }
+                    self.duplicates.push_back(one.id);
+                } else if !spare.contains(&one.id) && !self.is_named(one.id) {
+                    victims.push(one);
                 }
             }
             self.keys = keys;
@@ -519,10 +552,10 @@ impl FreeQueue {
     }
 
     /// Asks for `n` keys. What is no key counts as stale.
-    fn ask(&mut self, py: Python<'_>, n: usize, now_us: &Bound<'_, PyAny>, keys: &mut Vec<u64>) -> PyResult<()> {
+    fn ask(&mut self, py: Python<'_>, n: usize, now_us: u64, keys: &mut Vec<u64>) -> PyResult<()> {
         match &self.source {
             Source::Queue => Ok(()),
-            Source::Runtime(runtime) => runtime.get().name_victims(n, now_us.extract()?, keys),
+            Source::Runtime(runtime) => runtime.get().name_victims(n, now_us, keys),
             Source::Callable(evict) => {
                 let named = evict.bind(py).call1((n, now_us))?;
                 for key in named.try_iter()? {
@@ -535,6 +568,16 @@ impl FreeQueue {
             }
         }
     }
+}
+
+/// The key of a block's hash; None where it has none.
+fn key_in(hash: &Bound<'_, PyAny>) -> PyResult<Option<u64>> {
+    if hash.is_none() {
+        return Ok(None);
+    }
+    let hash = hash.cast::<PyBytes>()?;
+    // A hash too short to have a key is a hash all the same.
+    Ok(Some(tail(hash.as_bytes(), GROUP_BYTES).unwrap_or(0)))
 }
 
 /// Whether a block is in the queue.

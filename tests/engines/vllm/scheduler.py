@@ -152,7 +152,7 @@ class Server:
         if self.connector is not None:
             assert not {kind: n for kind, n in self.connector.guard.faults.items() if not kind.endswith("slow")}
             assert not self.connector.adapter.calls
-            assert not self.connector.adapter._prefilling
+            assert not self.connector.adapter.held.prefilling_calls
 
 
 def prompt(*blocks: int, rest: int = 1) -> list[int]:

@@ -26,7 +26,7 @@ def quiet(made: Engine) -> None:
     assert made.connector is not None
     assert not faults(made.connector)
     assert not adapter_of(made).calls
-    assert not adapter_of(made)._prefilling
+    assert not adapter_of(made).held.prefilling_calls
     made.check()
 
 

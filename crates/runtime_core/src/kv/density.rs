@@ -7,7 +7,8 @@
 //! P(reuse within n) = 1 - (1 - sum_i c_i F_i(n)) (1 - P_shared(n | age)).
 //!
 //! Times lie on a grid of 24 points from 30 ms by factors of 2^(3/4); F_(i+1) is the convolution of F_i with one cycle
-//! (a call, then a fresh gap).
+//! (a call, then a fresh gap). The grid is geometric, so t_j less the middle of a cell before it lies few points below t_j:
+//! a convolution is a sum of as many shifted vectors ([`Delay`]).
 
 use std::sync::LazyLock;
 
@@ -21,11 +22,18 @@ pub(crate) const GRID: usize = 24;
 /// F_1..F_6 on the grid.
 pub(crate) type CallTimes = [[f32; GRID]; STEPS];
 
+/// Points by which a [`Delay`] shifts at most; of these, 0 and 1 are those of all cells, the others of the last two.
+const REACH: usize = 3;
+const FAR: usize = REACH - 1;
+
 /// Constants of the grid, the same for everybody.
 struct Grid {
     t: [f32; GRID],
-    /// Where t_j minus the middle of cell b lies on the grid.
-    minus: [[At; GRID]; GRID],
+    /// Where t_j lies among the buckets of gaps.
+    position: [f32; GRID],
+    /// F(t_j - middle of cell b) = sum over d of `minus` F(t_(j-d)), by b, d and j for small d; for others by j - b.
+    near: [[[f32; GRID]; 2]; GRID],
+    far: [[[f32; GRID]; 2]; FAR],
 }
 
 /// A place on the grid: F = F_(i-1) + f (F_i - F_(i-1)).
@@ -38,8 +46,22 @@ struct At {
 static GRID_TABLE: LazyLock<Grid> = LazyLock::new(|| {
     let t: [f32; GRID] = std::array::from_fn(|j| 0.03 * (j as f32 * 0.75).exp2());
     let middle = |b: usize| if b == 0 { t[0] / 2.0 } else { (t[b] * t[b - 1]).sqrt() };
-    let minus = std::array::from_fn(|j| std::array::from_fn(|b| locate(&t, t[j] - middle(b))));
-    Grid { t, minus }
+    let mut near = [[[0.0; GRID]; 2]; GRID];
+    let mut far = [[[0.0; GRID]; 2]; FAR];
+    for b in 0..GRID {
+        for j in b..GRID {
+            let At { i, f } = locate(&t, t[j] - middle(b));
+            let mut add = |d: usize, share: f32| match d {
+                0 | 1 => near[b][d][j] = share,
+                _ => far[d - 2][j - b][j] = share,
+            };
+            add(j - i as usize, f);
+            if i > 0 {
+                add(j + 1 - i as usize, 1.0 - f);
+            }
+        }
+    }
+    Grid { t, position: t.map(gaps::position), near, far }
 });
 
 /// Computes the grid, so that no later call waits for another one that does.
@@ -67,20 +89,64 @@ fn eval(f: &[f32; GRID], at: At) -> f32 {
     }
 }
 
+/// e to the power of x, to 2e-7 of it and, where x is far from 0, to x / 2^23: without branches, so that a whole grid goes
+/// through vector registers.
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    // Adding it rounds to an integer, which then stands in the last bits.
+    const ROUND: f32 = 12_582_912.0;
+    let y = (x * std::f32::consts::LOG2_E).clamp(-126.0, 126.0);
+    let rounded = y + ROUND;
+    let f = y - (rounded - ROUND);
+    let power = f32::from_bits((rounded.to_bits() << 23).wrapping_add(0x3F80_0000));
+    let high = 0.009_618_13 + f * (0.001_333_36 + f * 0.000_154_04);
+    power * (1.0 + f * (std::f32::consts::LN_2 + f * (0.240_226_51 + f * (0.055_504_11 + f * high))))
+}
+
+/// The natural logarithm of a number above 0, to 1e-7, likewise.
+#[inline(always)]
+fn ln(x: f32) -> f32 {
+    const SQRT_HALF: u32 = 0x3F35_04F3;
+    let above = x.to_bits().wrapping_sub(SQRT_HALF);
+    let exponent = (above as i32 >> 23) as f32;
+    let mantissa = f32::from_bits((above & 0x7F_FFFF) + SQRT_HALF);
+    // ln m = 2 artanh t, t = (m - 1) / (m + 1), |t| < 0.172.
+    let t = (mantissa - 1.0) / (mantissa + 1.0);
+    let square = t * t;
+    let series = 2.0 / 3.0 + square * (2.0 / 5.0 + square * (2.0 / 7.0 + square * (2.0 / 9.0)));
+    exponent * std::f32::consts::LN_2 + t * (2.0 + square * series)
+}
+
+/// `f` of each: a loop, which goes through vector registers where `array::map` does not.
+#[inline(always)]
+fn each<const N: usize>(mut values: [f32; N], f: impl Fn(f32) -> f32) -> [f32; N] {
+    for value in &mut values {
+        *value = f(*value);
+    }
+    values
+}
+
 /// Cumulative hazard over gap buckets.
+#[derive(Debug)]
 struct Cumulative([f32; BUCKETS + 1]);
 
 impl Cumulative {
     fn new(hazards: &[f32; BUCKETS]) -> Self {
+        let survived = each(*hazards, |hazard| ln(1.0 - hazard));
         let mut sum = [0.0; BUCKETS + 1];
         for b in 0..BUCKETS {
-            sum[b + 1] = sum[b] - (1.0 - hazards[b]).ln();
+            sum[b + 1] = sum[b] - survived[b];
         }
         Self(sum)
     }
 
+    #[inline]
     fn at(&self, seconds: f32) -> f32 {
-        let position = gaps::position(seconds);
+        self.at_position(gaps::position(seconds))
+    }
+
+    #[inline]
+    fn at_position(&self, position: f32) -> f32 {
         let b = position as usize;
         self.0[b] + (self.0[b + 1] - self.0[b]) * (position - b as f32)
     }
@@ -101,23 +167,94 @@ pub(crate) struct Silence<'a> {
     pub(crate) continues: f32,
     /// The same for calls after the next.
     pub(crate) continues_later: f32,
-    /// Hazards of a call's duration.
-    pub(crate) services: &'a [f32; BUCKETS],
+    pub(crate) services: &'a Services,
 }
 
-/// The distribution `times`, later by what is left of a call that has run for `since_s`, and by `more_s`.
-fn delayed(times: &[f32; GRID], services: &Cumulative, since_s: f32, more_s: f32) -> [f32; GRID] {
-    let grid = &*GRID_TABLE;
-    let begun = services.at(since_s);
-    let mut ended_before = 0.0;
-    let masses: [f32; GRID] = std::array::from_fn(|b| {
+/// What distributions become by a delay that has these masses in the cells of the grid: a linear map of which only the
+/// diagonals next to the main one are not empty.
+#[derive(Debug)]
+struct Delay([[f32; GRID]; REACH + 1]);
+
+impl Delay {
+    fn new(masses: &[f32; GRID]) -> Self {
+        let grid = &*GRID_TABLE;
+        let (mut same, mut one) = ([0.0f32; GRID], [0.0f32; GRID]);
+        for (&mass, [to_same, to_one]) in masses.iter().zip(&grid.near) {
+            for j in 0..GRID {
+                same[j] += mass * to_same[j];
+                one[j] += mass * to_one[j];
+            }
+        }
+        let [two, three] = [0, 1].map(|d| {
+            let [own, before] = &grid.far[d];
+            let mut row = [0.0f32; GRID];
+            for j in 1..GRID {
+                row[j] = masses[j - 1] * before[j] + masses[j] * own[j];
+            }
+            row
+        });
+        Self([same, one, two, three])
+    }
+
+    fn of(&self, times: &[f32; GRID]) -> [f32; GRID] {
+        let mut before = [0.0; GRID + REACH];
+        before[REACH..].copy_from_slice(times);
+        let mut later = [0.0f32; GRID];
+        for (d, row) in self.0.iter().enumerate().rev() {
+            for ((later, share), time) in later.iter_mut().zip(row).zip(&before[REACH - d..]) {
+                *later += share * time;
+            }
+        }
+        later
+    }
+}
+
+/// How long calls take.
+#[derive(Debug)]
+pub(crate) struct Services {
+    hazards: [f32; BUCKETS],
+    cumulative: Cumulative,
+    /// By a whole call.
+    call: Delay,
+}
+
+impl Services {
+    pub(crate) fn new(hazards: &[f32; BUCKETS]) -> Self {
+        let cumulative = Cumulative::new(hazards);
+        let ended = each(each(GRID_TABLE.position, |at| cumulative.at_position(at)), |hazard| 1.0 - exp(-hazard));
+        Self { hazards: *hazards, cumulative, call: Delay::new(&masses(ended)) }
+    }
+
+    /// As [`Self::new`], at once where the hazards are the same.
+    pub(crate) fn renew(&mut self, hazards: &[f32; BUCKETS]) -> &Self {
+        if self.hazards != *hazards {
+            *self = Self::new(hazards);
+        }
+        self
+    }
+
+    /// By what is left of a call that has run for `since_s`, and `more_s` besides.
+    fn rest(&self, since_s: f32, more_s: f32) -> Delay {
+        let services = &self.cumulative;
+        let begun = services.at(since_s);
+        let t = &GRID_TABLE.t;
+        if more_s == 0.0 {
+            let positions = each(*t, |t| gaps::position(since_s + t));
+            let hazards = each(positions, |at| services.at_position(at));
+            return Delay::new(&masses(each(hazards, |hazard| 1.0 - exp(begun - hazard))));
+        }
         let ended =
-            over_waits(more_s, |wait_s| 1.0 - (begun - services.at(since_s + (grid.t[b] - wait_s).max(0.0))).exp());
-        let mass = ended - ended_before;
-        ended_before = ended;
-        mass
-    });
-    std::array::from_fn(|j| masses.iter().zip(&grid.minus[j]).map(|(mass, &at)| mass * eval(times, at)).sum())
+            |t: f32| over_waits(more_s, |wait_s| 1.0 - exp(begun - services.at(since_s + (t - wait_s).max(0.0))));
+        Delay::new(&masses(t.map(ended)))
+    }
+}
+
+/// The mass in each cell of a distribution.
+fn masses(mut times: [f32; GRID]) -> [f32; GRID] {
+    for j in (1..GRID).rev() {
+        times[j] -= times[j - 1];
+    }
+    times
 }
 
 /// The thirds of a gamma distribution of shape 2 and mean 1: a wait in a queue is known to a factor, not to the second. Engines
@@ -129,60 +266,45 @@ pub(crate) fn waited(share: f32) -> f32 {
     1.0 - (-2.0 * share).exp() * (1.0 + 2.0 * share)
 }
 
-/// The mean over likely waits around `mean_s`; one is enough where nothing waits.
+/// The mean over likely waits around `mean_s`.
 fn over_waits(mean_s: f32, mut f: impl FnMut(f32) -> f32) -> f32 {
-    if mean_s == 0.0 {
-        return f(0.0);
-    }
     WAITS.iter().map(|wait| f(wait * mean_s)).sum::<f32>() / WAITS.len() as f32
+}
+
+/// P(a session that calls again and has been silent for `age_s` has called within t).
+fn called(gap: &Cumulative, age_s: f32, queue_s: f32) -> [f32; GRID] {
+    let (grid, before) = (&*GRID_TABLE, gap.at(age_s));
+    if queue_s == 0.0 {
+        let positions = if age_s == 0.0 { grid.position } else { each(grid.t, |t| gaps::position(age_s + t)) };
+        return each(each(positions, |at| gap.at_position(at)), |hazard| 1.0 - exp(before - hazard));
+    }
+    grid.t.map(|t| {
+        over_waits(queue_s, |wait_s| match t - wait_s {
+            x if x > 0.0 => 1.0 - exp(before - gap.at(age_s + x)),
+            _ => 0.0,
+        })
+    })
 }
 
 /// F_1..F_6 of a session.
 pub(crate) fn call_times(silence: &Silence<'_>) -> CallTimes {
-    let grid = &*GRID_TABLE;
     let cumulative = Cumulative::new(silence.hazards);
-    let before = cumulative.at(silence.age_s);
-    let survived = (-before).exp();
+    let survived = (-cumulative.at(silence.age_s)).exp();
     let alive = silence.continues * survived / (silence.continues * survived + 1.0 - silence.continues).max(1e-9);
-    let services = Cumulative::new(silence.services);
     let mut times = [[0.0; GRID]; STEPS];
     // P(the next call starts within t) once the last one has ended; the same for later ones.
-    let (mut next, mut later) = ([0.0; GRID], [0.0; GRID]);
-    for (j, &t) in grid.t.iter().enumerate() {
-        let within = |from_s: f32, wait_s: f32| match t - wait_s {
-            x if x > 0.0 => 1.0 - (cumulative.at(from_s) - cumulative.at(from_s + x)).exp(),
-            _ => 0.0,
-        };
-        next[j] = alive * over_waits(silence.queue_s, |wait_s| within(silence.age_s, wait_s));
-        later[j] = silence.continues_later * over_waits(silence.queue_s, |wait_s| within(0.0, wait_s));
-    }
+    let fresh = called(&cumulative, 0.0, silence.queue_s);
+    let silent = if silence.age_s == 0.0 { fresh } else { called(&cumulative, silence.age_s, silence.queue_s) };
+    let (next, later) = (each(silent, |p| alive * p), each(fresh, |p| silence.continues_later * p));
     times[0] = match silence.running_s {
-        Some(since_s) => delayed(&next, &services, since_s, silence.queued_s),
+        Some(since_s) => silence.services.rest(since_s, silence.queued_s).of(&next),
         None => next,
     };
-    // P(one cycle ends in cell b): a call, then a gap.
-    let mut cycle = delayed(&later, &services, 0.0, 0.0);
-    for j in (1..GRID).rev() {
-        cycle[j] -= cycle[j - 1];
-    }
-    // One cycle more is a linear map of the grid: F_(i+1)(t_j) = sum_b P(cycle in cell b) F_i(t_j - middle of b).
-    let mut map = [[0.0f32; GRID]; GRID];
-    for (row, minus) in map.iter_mut().zip(&grid.minus) {
-        for (&mass, &At { i, f }) in cycle.iter().zip(minus) {
-            if i < 0 || mass <= 1e-6 {
-                continue;
-            }
-            row[i as usize] += mass * f;
-            if i > 0 {
-                row[i as usize - 1] += mass * (1.0 - f);
-            }
-        }
-    }
+    // One cycle more, a call and then a gap.
+    let cycle = masses(silence.services.call.of(&later));
+    let cycle = Delay::new(&each(cycle, |mass| if mass <= 1e-6 { 0.0 } else { mass }));
     for i in 1..STEPS {
-        let previous = times[i - 1];
-        for (time, row) in times[i].iter_mut().zip(&map) {
-            *time = row.iter().zip(&previous).map(|(m, f)| m * f).sum();
-        }
+        times[i] = cycle.of(&times[i - 1]);
     }
     times
 }
@@ -234,15 +356,31 @@ pub(crate) fn score(
     horizon_s: Option<f32>,
 ) -> f32 {
     let grid = &*GRID_TABLE;
+    let sum = |times: &CallTimes, first: &[f32; STEPS]| {
+        let mut sum = [0.0f32; GRID];
+        for (first, times) in first.iter().zip(times) {
+            for (sum, time) in sum.iter_mut().zip(times) {
+                *sum += first * time;
+            }
+        }
+        sum
+    };
+    let own = sum(times, first_use);
+    let not_foreign = match foreign {
+        Foreign::Learned { curve, risk, age_s } => {
+            let now = curve.at(*age_s);
+            each(each(grid.t, |t| risk * (now - curve.at(age_s + t))), exp)
+        }
+        Foreign::At(when) => each(grid.t, |t| f32::from(u8::from(*when > t))),
+    };
+    let mut reuses: [f32; GRID] = std::array::from_fn(|j| (1.0 - own[j]) * not_foreign[j]);
+    if let Some((times, first)) = follower {
+        let followed = sum(times, first);
+        reuses = std::array::from_fn(|j| reuses[j] * (1.0 - followed[j]));
+    }
     let (mut best, mut held, mut before, mut from) = (0.0f32, 0.0f32, 0.0f32, 0.0f32);
     for (j, &t) in grid.t.iter().enumerate() {
-        let own: f32 = (0..STEPS).map(|i| first_use[i] * times[i][j]).sum();
-        let not_foreign = match foreign {
-            Foreign::Learned { curve, risk, age_s } => (risk * (curve.at(*age_s) - curve.at(age_s + t))).exp(),
-            Foreign::At(when) => f32::from(u8::from(*when > t)),
-        };
-        let followed: f32 = follower.map_or(0.0, |(times, first)| (0..STEPS).map(|i| first[i] * times[i][j]).sum());
-        let reuse = 1.0 - (1.0 - own) * not_foreign * (1.0 - followed);
+        let reuse = 1.0 - reuses[j];
         held += (t - from) * (1.0 - 0.5 * (reuse + before));
         (from, before) = (t, reuse);
         match horizon_s {
@@ -274,6 +412,34 @@ pub(crate) fn bucket_score(bucket: u16) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_quick_functions_are_as_good_as_the_exact_ones() {
+        for i in 0..200_000 {
+            let x = i as f32 * -1e-3;
+            let (quick, exact) = (f64::from(exp(x)), f64::from(x).exp());
+            assert!((quick / exact.max(1.2e-38) - 1.0).abs() < 3e-7 + f64::from(-x) / 8e6 || exact < 1.2e-38, "{x}");
+            let x = 1.0 - i as f32 * 4.9e-6;
+            assert!((f64::from(ln(x)) - f64::from(x).ln()).abs() < 4e-7, "{x}");
+        }
+        assert_eq!((exp(0.0), ln(1.0)), (1.0, 0.0));
+        assert!((0.0..1e-37).contains(&exp(-1000.0)));
+    }
+
+    #[test]
+    fn a_delay_moves_a_distribution_by_the_middle_of_its_cell() {
+        let t = &GRID_TABLE.t;
+        let times: [f32; GRID] = std::array::from_fn(|j| 1.0 - (-t[j] / 7.0).exp());
+        for b in 0..GRID {
+            let mut masses = [0.0; GRID];
+            masses[b] = 0.5;
+            let later = Delay::new(&masses).of(&times);
+            let middle_s = if b == 0 { t[0] / 2.0 } else { (t[b] * t[b - 1]).sqrt() };
+            for j in 0..GRID {
+                assert!((later[j] - 0.5 * within(&times, t[j] - middle_s)).abs() < 1e-6, "{b} {j}");
+            }
+        }
+    }
 
     fn never() -> Foreign<'static> {
         Foreign::At(f32::INFINITY)
@@ -318,7 +484,7 @@ mod tests {
                 queue_s: 0.0,
                 continues: 0.9,
                 continues_later: 0.9,
-                services: &[0.5; BUCKETS],
+                services: &Services::new(&[0.5; BUCKETS]),
             })
         };
         assert!((times(0.0)[0][GRID - 1] - 0.9).abs() < 0.01);

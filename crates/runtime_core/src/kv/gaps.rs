@@ -305,11 +305,16 @@ impl AtRisk {
 
 /// One step of the back-off: `hazards` is the prior and becomes the posterior.
 fn refine(hazards: &mut [f32; BUCKETS], counts: &[u16; BUCKETS], kappa: f32, floor: f32) {
-    let mut at_risk: f32 = counts.iter().map(|&c| f32::from(c)).sum::<f32>() / UNIT as f32;
-    for (hazard, &count) in hazards.iter_mut().zip(counts) {
+    let total: u32 = counts.iter().map(|&count| u32::from(count)).sum();
+    let (mut at_risk, mut left) = ([0.0; BUCKETS], total as f32 / UNIT as f32);
+    for (at_risk, &count) in at_risk.iter_mut().zip(counts) {
+        *at_risk = left;
+        left = (left - f32::from(count) / UNIT as f32).max(0.0);
+    }
+    // Apart from the above, so that divisions go through vector registers.
+    for ((hazard, &count), at_risk) in hazards.iter_mut().zip(counts).zip(at_risk) {
         let events = f32::from(count) / UNIT as f32;
         *hazard = ((events + floor + kappa * *hazard) / (at_risk + kappa)).min(0.98);
-        at_risk = (at_risk - events).max(0.0);
     }
 }
 

@@ -352,6 +352,15 @@ impl Index {
         slot
     }
 
+    /// Reads the hash-table entries of `keys`, as [`Self::look_ahead`] does.
+    pub(crate) fn look_for(&self, keys: &[u64]) {
+        let sum = keys.iter().fold(0, |sum, &key| {
+            let home = self.published.home(nonzero(key));
+            sum ^ self.published.table[home].load(Relaxed)
+        });
+        std::hint::black_box(sum);
+    }
+
     /// Reads the hash-table entries of `n` blocks from `slot` upwards: independent loads overlap where the removals that
     /// follow would wait for one after the other.
     pub(crate) fn look_ahead(&self, slot: u32, n: usize) {

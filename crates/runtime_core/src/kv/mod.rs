@@ -384,6 +384,7 @@ pub(crate) struct KvCache {
     pressed: bool,
     view: View,
     plans: Vec<Plan>,
+    services: density::Services,
     hand: usize,
     expected_hand: usize,
     now_us: u64,
@@ -450,6 +451,7 @@ impl KvCache {
                 follower_times: [[0.0; GRID]; STEPS],
             },
             pressed: false,
+            services: density::Services::new(&[0.0; gaps::BUCKETS]),
             plans: vec![
                 Plan {
                     identity: (NONE, 0, 0, None),
@@ -1197,6 +1199,7 @@ impl KvCache {
         let scarce = self.index.segments_are_scarce();
         let mut segment = NONE;
         let mut class_now = 0;
+        self.index.look_for(keys);
         for (i, &key) in keys.iter().enumerate() {
             // A key that hangs elsewhere is no hash of this prefix.
             if self.index.is_full() || self.index.find(key) != NONE {
@@ -1545,7 +1548,8 @@ impl KvCache {
         let since_us = now_us.saturating_sub(if at.in_flight { at.last_start_us } else { at.last_finish_us });
         if plan.phase != phase || now_us.saturating_sub(plan.times_us) > since_us / 16 {
             (plan.phase, plan.times_us) = (phase, now_us);
-            plan.times = call_times(workload, &at, now_us, (wait_s, queue_s), &self.config);
+            let services = self.services.renew(&workload.services.hazards());
+            plan.times = call_times(workload, &at, now_us, (wait_s, queue_s), services, &self.config);
         }
         Some((plan, waiting))
     }
@@ -1996,6 +2000,7 @@ fn call_times(
     at: &Standing,
     now_us: u64,
     (queued_s, queue_s): (Option<f32>, f32),
+    services: &density::Services,
     config: &Config,
 ) -> CallTimes {
     let since_s = |from_us: u64| now_us.saturating_sub(from_us) as f32 / 1e6;
@@ -2014,7 +2019,7 @@ fn call_times(
         queue_s,
         continues: workload.ends.continues(at.features, config),
         continues_later: workload.ends.overall(),
-        services: &workload.services.hazards(),
+        services,
     })
 }
 
@@ -2061,7 +2066,8 @@ pub(crate) fn time_predictions(
     out: &mut [Prediction],
 ) {
     let Some(at) = standing(sessions, handle) else { return };
-    let times = call_times(workload, &at, now_us, (None, 0.0), config);
+    let services = density::Services::new(&workload.services.hazards());
+    let times = call_times(workload, &at, now_us, (None, 0.0), &services, config);
     for prediction in out {
         let row = &times[prediction.step as usize - 1];
         prediction.median_s = density::quantile_s(row, 0.5);
@@ -2087,7 +2093,8 @@ pub(crate) fn score_agents(
     let recent = workload::Recent::load(sessions, handle);
     let (known, n) = candidates(workload, recent, &at);
     let weights = Chain::new(workload, config, &known[..n], at.tool_runs()).weights(at.prev, at.last);
-    let times = call_times(workload, &at, now_us, (None, 0.0), config);
+    let services = density::Services::new(&workload.services.hazards());
+    let times = call_times(workload, &at, now_us, (None, 0.0), &services, config);
     for (agent, out) in agents.iter().zip(out) {
         *out = known[..n].iter().position(|a| a == agent).map_or(0.0, |i| {
             let first = &weights[i].0[0];

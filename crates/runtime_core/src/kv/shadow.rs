@@ -6,6 +6,9 @@
 use super::index::NONE;
 use crate::ids::mix;
 
+/// Keys that are looked for at once.
+const AHEAD: usize = 64;
+
 #[derive(Clone, Copy, Debug)]
 struct Node {
     key: u64,
@@ -69,6 +72,9 @@ impl Shadow {
     pub(crate) fn hold(&mut self, keys: &[u64], tail: &mut u32) -> usize {
         let mut found = 0;
         for (i, &key) in keys.iter().enumerate() {
+            if i % AHEAD == 0 {
+                self.look_for(&keys[i..keys.len().min(i + AHEAD)]);
+            }
             let mut node = self.table[self.place(key)];
             if node == NONE {
                 node = self.insert(key, *tail);
@@ -88,6 +94,15 @@ impl Shadow {
             *tail = node;
         }
         found
+    }
+
+    /// Reads where the keys are: independent loads overlap where what follows would wait for one after the other.
+    fn look_for(&self, keys: &[u64]) {
+        let sum = keys.iter().fold(0, |sum, &key| {
+            let node = self.table[self.home(key)];
+            sum ^ self.nodes.get(node as usize).map_or(0, |node| node.parent)
+        });
+        std::hint::black_box(sum);
     }
 
     /// The call that holds everything from the root to `tail` has ended.

@@ -111,7 +111,11 @@ def guarded(name: str, default: Any, about: str) -> Callable[..., Any]:
             guard.failed(name, error)
             return default
         finally:
-            guard.took(name, guard.clock() - start)
+            # As Guard.took.
+            seconds = guard.clock() - start
+            guard.spent_s += seconds
+            if seconds > SLOW_S:
+                guard.note(f"{name}: slow")
 
     method.__doc__ = about
     return method

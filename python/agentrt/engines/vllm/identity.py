@@ -7,23 +7,27 @@ Inferred, where no session or no agent is given, by the core (:class:`agentrt._c
 conversation, so agents that have system prompts of their own become sessions of their own; an agent is named by the
 system prompt that many sessions start with, ``?`` without.
 
-Memory is bounded: the core's tables, and ``AGENTS`` names.
+Memory is bounded: the core's tables, ``AGENTS`` names and the numbers of ``SESSIONS`` names.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agentrt import _core
 
+if TYPE_CHECKING:
+    from agentrt._core import EngineCall
+
 __all__ = ["Identities", "Identity", "given"]
 
 AGENTS = 4_096
+SESSIONS = 16_384
 # Names longer than this are somebody's mistake; the hash of the beginning is as good.
 NAME_CHARS = 256
 
@@ -46,6 +50,11 @@ class Identity(NamedTuple):
     session_ends: bool
     #: What :meth:`Identities.ended` needs of it; None where nothing was inferred.
     call: int | None = None
+
+    @classmethod
+    def of(cls, call: EngineCall) -> Identity:
+        """That of a request that vLLM holds."""
+        return cls(call.session, call.agent, call.session_inferred, call.agent_inferred, call.session_ends)
 
 
 def _name(value: object) -> str | None:
@@ -79,9 +88,11 @@ class Identities:
     """Turns requests into session and agent numbers."""
 
     def __init__(self) -> None:
-        self._agents: dict[str, int] = {}
+        #: Numbers by name, which :class:`agentrt._core.EngineCalls` reads.
+        self.agents: dict[str, int] = {}
+        self.sessions: dict[str, int] = {}
+        self.core = _core.Identity()
         self._names: list[str] = []
-        self._core = _core.Identity()
 
     def name(self, agent: int) -> str:
         """The name of an agent's number."""
@@ -91,10 +102,10 @@ class Identities:
         """The identity of a request whose prompt has these block keys; tell :meth:`ended` when it has ended."""
         says = given(request)
         if says.session is not None and says.agent is not None:
-            return Identity(_hash(says.session), self.intern(says.agent), False, False, says.session_ends)
-        session, anchor, call, _ = self._core.started(np.ascontiguousarray(keys, np.uint64))
+            return Identity(self.session(says.session), self.intern(says.agent), False, False, says.session_ends)
+        session, anchor, call, _ = self.core.started(np.ascontiguousarray(keys, np.uint64))
         if says.session is not None:
-            session = _hash(says.session)
+            session = self.session(says.session)
         name = says.agent
         if name is None:
             name = f"anchor-{anchor}" if anchor else "?"
@@ -104,15 +115,25 @@ class Identities:
     def ended(self, identity: Identity, output: NDArray[np.uint64]) -> None:
         """The request has ended, its answer filled these blocks."""
         if identity.call is not None:
-            self._core.ended(identity.call, output)
+            self.core.ended(identity.call, output)
 
     def intern(self, name: str) -> int:
         """The number of an agent's name; names beyond the limit share the last number."""
-        number = self._agents.get(name)
+        number = self.agents.get(name)
         if number is None:
-            number = len(self._agents)
+            number = len(self.agents)
             if number >= AGENTS:
                 return AGENTS
-            self._agents[name] = number
+            self.agents[name] = number
             self._names.append(name)
+        return number
+
+    def session(self, name: str) -> int:
+        """The number of a session's name."""
+        number = self.sessions.get(name)
+        if number is None:
+            if len(self.sessions) >= SESSIONS:
+                # Those that go on come back.
+                self.sessions.clear()
+            number = self.sessions[name] = _hash(name)
         return number

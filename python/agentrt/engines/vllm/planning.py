@@ -56,6 +56,8 @@ class PlanningAdapter(Adapter):
         core.supplies = ("tools", "idle_capacity")
         super().__init__(pool, settings, block_size, groups, core=core, step_tokens=step_tokens)
         self.runtime_core = core
+        # What is idle or silent is asked about at any time.
+        self.held.eager = True
         self._hits: dict[str, int] = {}
         scheduling = self.gate.scheduling if self.gate is not None else None
         if not isinstance(scheduling, CoreScheduling) or self.ranker is None:
@@ -65,7 +67,9 @@ class PlanningAdapter(Adapter):
             self.prefills = Prefills(scheduler, block_size)
         if GAPS in names:
             self.gaps = Gaps(scheduling, core, released, pool, block_size)
-            self.ranker = FreeQueue(pool, partial(self._victims, self.gaps), min(MAX_BATCH, pool.num_gpu_blocks // 128))
+            batch = min(MAX_BATCH, pool.num_gpu_blocks // 128)
+            self.held.queue = FreeQueue(pool, partial(self._victims, self.gaps), batch)
+            self.held.on_reset = self.gaps.clear
 
     def _victims(self, gaps: Gaps, n: int, now_us: int) -> Sequence[int]:
         load = self._load()
@@ -91,13 +95,13 @@ class PlanningAdapter(Adapter):
         super().new_request(request)
         call = self.calls.get(request.request_id)
         if self.gaps is not None and call is not None:
-            self.gaps.arrived(call.identity.session, call.arrived_us)
+            self.gaps.arrived(call.session, call.arrived_us)
 
     def before_allocation(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Blocks are about to be allocated."""
         if self.prefills is None or request.request_id not in self.prefills.live:
             return super().before_allocation(request, num_computed_tokens)
-        self._check_reset()
+        self.held.check_reset(self.now_us())
         hit = num_computed_tokens // self.block_size
         self._hits[request.request_id] = hit
         ids: list[int] = []
@@ -127,13 +131,13 @@ class PlanningAdapter(Adapter):
         super().finished(request, block_ids_by_group)
         if call is None:
             return FREES
-        session, agent, *_ = call.identity
+        session, agent = call.session, call.agent
         if prefills is not None:
             if call.allocated:
                 prefills.remember(request, session, agent, call.number, call.keys)
             prefills.wanted = not self.calls
         if gaps is not None:
-            if call.identity.session_ends:
+            if call.session_ends:
                 gaps.over(session)
             elif call.allocated:
                 blocks = min(request.num_computed_tokens // self.block_size, len(request.block_hashes))
@@ -152,7 +156,7 @@ class PlanningAdapter(Adapter):
         prefill = prefills.ended(request, computed, hit)
         if computed > 0:
             keys = block_keys(request.block_hashes, 0, computed)
-            self._register(keys, 0, block_ids)
+            self.held.register(keys, block_ids, self.now_us())
             self.runtime_core.restored(prefill.session, prefill.agent, self.now_us(), keys)
         return FREES
 
@@ -166,12 +170,6 @@ class PlanningAdapter(Adapter):
             if name:
                 return self.runtime_core.tool(str(name)[:256])
         return 0
-
-    def reset(self) -> None:
-        """Forgets all blocks; what was learned stays."""
-        super().reset()
-        if self.gaps is not None:
-            self.gaps.clear()
 
     def restart(self) -> None:
         """Starts over after a time without hooks."""

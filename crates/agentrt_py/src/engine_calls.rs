@@ -1,0 +1,936 @@
+//! The requests that vLLM holds, in one call from Python a hook: whose they are, which blocks they carry, what the core
+//! has been told of them, and what stands at the head of the free queue when they are allocated.
+//!
+//! What a hook has to tell the core goes there in one batch. Ends of calls and new blocks may wait for the next start or
+//! the end of the step, whichever is first: neither is asked about before. They carry their own times and keep their
+//! order.
+//!
+//! Everything rarer than that is Python's: identities that are not plain strings or are inferred, cores that are Python
+//! objects, order and holds of waiting calls, recording.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use numpy::{PyArray1, PyReadonlyArray1};
+use pyo3::exceptions::PyTypeError;
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList, PyString, PyTuple};
+use runtime_core::runtime::{EventKind, Events};
+
+use crate::convert::array;
+use crate::identity::Identity;
+use crate::runtime::Workload;
+use crate::vllm::{read_keys, FreeQueue};
+
+/// Names longer than this are somebody's mistake; Python cuts them.
+const NAME_CHARS: usize = 256;
+/// So many events wait at most.
+const MAX_PENDING: usize = 256;
+
+/// A request that vLLM holds.
+#[pyclass(module = "agentrt._core")]
+pub(crate) struct EngineCall {
+    #[pyo3(get)]
+    number: u64,
+    #[pyo3(get)]
+    session: u64,
+    #[pyo3(get)]
+    agent: u16,
+    #[pyo3(get)]
+    session_ends: bool,
+    #[pyo3(get)]
+    session_inferred: bool,
+    #[pyo3(get)]
+    agent_inferred: bool,
+    /// What `Identity.ended` needs; None where nothing was inferred.
+    inferred: Option<u32>,
+    keys: Vec<u64>,
+    output: Vec<u64>,
+    /// When it was told to the core as waiting, or started.
+    #[pyo3(get)]
+    arrived_us: u64,
+    #[pyo3(get)]
+    started_us: u64,
+    /// Whether the core knows of it; whether it is still to be told as waiting, unless it starts first.
+    told: bool,
+    untold: bool,
+    /// Leading blocks that the core held to be resident when the call started; None before.
+    core_hit: Option<usize>,
+    /// Leading blocks that vLLM has found.
+    #[pyo3(get)]
+    hit: usize,
+    /// Blocks from here on may be new since the core was asked.
+    low: usize,
+    #[pyo3(get)]
+    allocated: bool,
+    /// Blocks that its prompt will still take.
+    left: usize,
+    request_id: Py<PyAny>,
+}
+
+#[pymethods]
+impl EngineCall {
+    /// Keys of the prompt's full blocks.
+    #[getter]
+    fn keys<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<u64>> {
+        PyArray1::from_slice(py, &self.keys)
+    }
+
+    /// Keys of the answer's full blocks, once it is over.
+    #[getter]
+    fn output<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<u64>> {
+        PyArray1::from_slice(py, &self.output)
+    }
+
+    /// Key of the deepest block that vLLM has found; 0 without one.
+    #[getter]
+    fn group(&self) -> u64 {
+        self.hit.checked_sub(1).and_then(|at| self.keys.get(at)).copied().unwrap_or(0)
+    }
+}
+
+impl EngineCall {
+    fn after(&self, from: usize) -> &[u64] {
+        self.keys.get(from..).unwrap_or(&[])
+    }
+}
+
+macro_rules! counts {
+    ($($name:ident: $about:literal),* $(,)?) => {
+        /// What has been seen, for logs, metrics and tests.
+        #[pyclass(frozen, module = "agentrt._core")]
+        #[derive(Default)]
+        pub(crate) struct EngineCounts {
+            $($name: AtomicU64),*
+        }
+
+        #[pymethods]
+        impl EngineCounts {
+            $(#[doc = $about]
+            #[getter]
+            fn $name(&self) -> u64 {
+                self.$name.load(Relaxed)
+            })*
+        }
+    };
+}
+counts! {
+    requests: "Requests queued.",
+    finished: "Requests that are over.",
+    prompt_tokens: "Tokens of admitted prompts.",
+    hit_tokens: "Of these, found in the pool.",
+    resets: "Resets of the prefix cache.",
+    sessions_inferred: "Requests that named no session.",
+    agents_inferred: "Requests that named no agent.",
+    steps: "Steps scheduled.",
+    running: "Requests in the last step.",
+}
+
+fn add(count: &AtomicU64, n: u64) {
+    count.fetch_add(n, Relaxed);
+}
+
+/// Whom the hooks tell.
+enum Core {
+    Nobody,
+    Workload(Py<Workload>),
+    Object(Py<PyAny>),
+}
+
+/// Events that the core has not been told yet, one vector a field.
+#[derive(Default)]
+struct Pending {
+    kinds: Vec<u8>,
+    sessions: Vec<u64>,
+    agents: Vec<u16>,
+    calls: Vec<u64>,
+    times_us: Vec<u64>,
+    offsets: Vec<u32>,
+    blocks: Vec<u64>,
+}
+
+impl Pending {
+    fn push(&mut self, kind: EventKind, (session, agent): (u64, u16), call: u64, time_us: u64, keys: &[u64]) {
+        if self.offsets.is_empty() {
+            self.offsets.push(0);
+        }
+        self.kinds.push(kind as u8);
+        self.sessions.push(session);
+        self.agents.push(agent);
+        self.calls.push(call);
+        self.times_us.push(time_us);
+        self.blocks.extend_from_slice(keys);
+        self.offsets.push(self.blocks.len() as u32);
+    }
+
+    fn clear(&mut self) {
+        self.kinds.clear();
+        self.sessions.clear();
+        self.agents.clear();
+        self.calls.clear();
+        self.times_us.clear();
+        self.offsets.clear();
+        self.blocks.clear();
+    }
+}
+
+/// Who a request says it is of.
+struct Named {
+    session: u64,
+    agent: u16,
+    session_ends: bool,
+    inferred: Option<(bool, bool, Option<u32>)>,
+}
+
+/// The requests that vLLM holds and what the core knows of them. One thread calls everything.
+#[pyclass(module = "agentrt._core")]
+pub(crate) struct EngineCalls {
+    pool: Py<PyAny>,
+    /// vLLM's map of cached blocks: another object after a reset.
+    map: Py<PyAny>,
+    block_size: usize,
+    core: Core,
+    /// The `FreeQueue`; None where the pool is built otherwise than expected.
+    #[pyo3(get, set)]
+    queue: Option<Py<FreeQueue>>,
+    /// Whether victims are put in place.
+    #[pyo3(get, set)]
+    acting: bool,
+    /// Whether the core is told everything at once.
+    #[pyo3(get, set)]
+    eager: bool,
+    /// Called after a reset.
+    #[pyo3(get, set)]
+    on_reset: Option<Py<PyAny>>,
+    /// Python's `Identities`, with its tables of numbers by name, and what infers.
+    identities: Py<PyAny>,
+    sessions: Py<PyDict>,
+    agents: Py<PyDict>,
+    inferring: Py<Identity>,
+    /// By request id.
+    #[pyo3(get)]
+    calls: Py<PyDict>,
+    #[pyo3(get)]
+    counts: Py<EngineCounts>,
+    /// Calls the core does not know of yet, in the order of their arrival, and such as it has heard of since.
+    untold: Vec<Py<EngineCall>>,
+    untold_calls: usize,
+    /// Admitted calls whose prompts will take more blocks.
+    prefilling: Vec<Py<EngineCall>>,
+    pending: Pending,
+    numbers: u64,
+    /// The latest time a hook has been called at.
+    now_us: u64,
+    keys: Vec<u64>,
+}
+
+#[pymethods]
+impl EngineCalls {
+    /// `core`: a workload, any object with the methods of the adapter's `Core`, or None.
+    #[new]
+    #[pyo3(signature = (pool, block_size, core, identities, queue, /))]
+    fn new(
+        pool: &Bound<'_, PyAny>,
+        block_size: usize,
+        core: &Bound<'_, PyAny>,
+        identities: &Bound<'_, PyAny>,
+        queue: Option<Py<FreeQueue>>,
+    ) -> PyResult<Self> {
+        let py = pool.py();
+        let core = if core.is_none() {
+            Core::Nobody
+        } else if let Ok(workload) = core.cast::<Workload>() {
+            Core::Workload(workload.clone().unbind())
+        } else {
+            Core::Object(core.clone().unbind())
+        };
+        Ok(Self {
+            pool: pool.clone().unbind(),
+            map: pool.getattr(intern!(py, "cached_block_hash_to_block"))?.unbind(),
+            block_size: block_size.max(1),
+            core,
+            queue,
+            acting: false,
+            eager: false,
+            on_reset: None,
+            identities: identities.clone().unbind(),
+            sessions: identities.getattr("sessions")?.cast_into::<PyDict>()?.unbind(),
+            agents: identities.getattr("agents")?.cast_into::<PyDict>()?.unbind(),
+            inferring: identities.getattr("core")?.cast_into::<Identity>()?.unbind(),
+            calls: PyDict::new(py).unbind(),
+            counts: Py::new(py, EngineCounts::default())?,
+            untold: Vec::new(),
+            untold_calls: 0,
+            prefilling: Vec::new(),
+            pending: Pending::default(),
+            numbers: 0,
+            now_us: 0,
+            keys: Vec::new(),
+        })
+    }
+
+    /// Admitted calls whose prompts will take more blocks.
+    #[getter]
+    fn prefilling_calls(&self) -> usize {
+        self.prefilling.len()
+    }
+
+    /// A request has been queued; None where it is known.
+    #[pyo3(signature = (request, now_us, /))]
+    fn new_request<'py>(
+        &mut self,
+        request: &Bound<'py, PyAny>,
+        now_us: u64,
+    ) -> PyResult<Option<Bound<'py, EngineCall>>> {
+        self.now_us = now_us;
+        let id = request.getattr(intern!(request.py(), "request_id"))?;
+        if self.calls.bind(request.py()).contains(&id)? {
+            return Ok(None);
+        }
+        self.arrive(request, id).map(Some)
+    }
+
+    /// VLLM asks about a waiting request of which it has found so many tokens.
+    #[pyo3(signature = (request, num_computed_tokens, now_us, /))]
+    fn asked<'py>(
+        &mut self,
+        request: &Bound<'py, PyAny>,
+        num_computed_tokens: usize,
+        now_us: u64,
+    ) -> PyResult<Bound<'py, EngineCall>> {
+        let py = request.py();
+        self.now_us = now_us;
+        self.check_reset_now(py)?;
+        let id = request.getattr(intern!(py, "request_id"))?;
+        let call = match self.call(py, &id)? {
+            Some(call) => call,
+            None => self.arrive(request, id)?,
+        };
+        if self.untold_calls > usize::from(call.borrow().untold) {
+            // Others wait, too: their blocks must not make room for this one.
+            self.tell_queued(py, Some(&call))?;
+        }
+        call.borrow_mut().hit = num_computed_tokens / self.block_size;
+        Ok(call)
+    }
+
+    /// Blocks for a waiting request are about to be allocated: the call starts, and victims are put in place.
+    #[pyo3(signature = (request, num_computed_tokens, now_us, /))]
+    fn before_allocation(
+        &mut self,
+        request: &Bound<'_, PyAny>,
+        num_computed_tokens: usize,
+        now_us: u64,
+    ) -> PyResult<()> {
+        let py = request.py();
+        let call = self.asked(request, num_computed_tokens, now_us)?;
+        let hit = call.borrow().hit;
+        let tokens: usize = request.getattr(intern!(py, "num_tokens"))?.extract()?;
+        let need = tokens.div_ceil(self.block_size).saturating_sub(hit);
+        if need > self.free_blocks(py)? {
+            // It will have to wait.
+            return Ok(());
+        }
+        let core_hit = {
+            let mut one = call.borrow_mut();
+            if !one.allocated {
+                one.started_us = now_us;
+            }
+            one.core_hit
+        };
+        if core_hit.is_none() {
+            self.start(&call, now_us)?;
+        }
+        let core_hit = call.borrow().core_hit.unwrap_or(0);
+        let Some(queue) = self.queue.as_ref().filter(|_| need > 0 && self.acting) else { return Ok(()) };
+        let queue = queue.bind(py);
+        let spare = if hit > core_hit && queue.borrow().may_spare(call.borrow().after(core_hit)) {
+            self.hit_ids(request, core_hit, hit)?
+        } else {
+            Vec::new()
+        };
+        self.prefilling.retain(|other| !other.bind(py).is(&call));
+        let others: usize = self.prefilling.iter().map(|other| other.bind(py).borrow().left).sum();
+        queue.borrow_mut().prepare_now(py, need + others, now_us, &spare)?;
+        call.borrow_mut().left = need;
+        self.prefilling.push(call.unbind());
+        Ok(())
+    }
+
+    /// A request has its blocks; returns its call the first time.
+    #[pyo3(signature = (request, blocks, /))]
+    fn allocated<'py>(
+        &mut self,
+        request: &Bound<'py, PyAny>,
+        blocks: &Bound<'py, PyAny>,
+    ) -> PyResult<Option<Bound<'py, EngineCall>>> {
+        let py = request.py();
+        let Some(call) = self.call(py, &request.getattr(intern!(py, "request_id"))?)? else { return Ok(None) };
+        // A MultiConnector does not tell the blocks.
+        let group = match blocks.getattr_opt(intern!(py, "blocks"))? {
+            Some(groups) if groups.is_truthy()? => Some(groups.get_item(0)?),
+            _ => None,
+        };
+        let group = match group {
+            Some(group) if group.is_truthy()? => Some(group),
+            _ => None,
+        };
+        if let Some(group) = &group {
+            self.has_blocks(request, &call, group.len()?)?;
+        }
+        let (core_hit, hit) = {
+            let mut one = call.borrow_mut();
+            let core_hit = one.core_hit.unwrap_or(0);
+            // Admitted again after a preemption: what is not a hit has new blocks.
+            one.low = one.low.min(core_hit).min(one.hit);
+            (core_hit, one.hit)
+        };
+        let named = self.queue.as_ref().is_some_and(|queue| queue.bind(py).borrow().has_named());
+        if hit > core_hit && named {
+            // Named blocks that are in use again are no victims any more.
+            let ids = match &group {
+                Some(group) if group.len()? >= hit => ids_of(group, core_hit, hit)?,
+                _ => self.hit_ids(request, core_hit, hit)?,
+            };
+            if ids.len() == hit - core_hit {
+                let keys = call.borrow().after(core_hit).to_vec();
+                self.carry(py, &keys[..keys.len().min(ids.len())], &ids)?;
+            }
+        }
+        if call.borrow().allocated {
+            return Ok(None);
+        }
+        let unstarted = {
+            let mut one = call.borrow_mut();
+            one.allocated = true;
+            one.core_hit.is_none()
+        };
+        let counts = self.counts.get();
+        add(&counts.prompt_tokens, request.getattr(intern!(py, "num_prompt_tokens"))?.extract()?);
+        add(&counts.hit_tokens, (hit * self.block_size) as u64);
+        if unstarted {
+            // Its start was missed, by a fault or a pause.
+            let started_us = call.borrow().started_us;
+            self.start(&call, started_us)?;
+        }
+        self.stored(&call, core_hit)?;
+        Ok(Some(call))
+    }
+
+    /// A step has been scheduled: prepares what running requests will take in the next one.
+    #[pyo3(signature = (scheduler_output, now_us, /))]
+    fn step_ended(&mut self, scheduler_output: &Bound<'_, PyAny>, now_us: u64) -> PyResult<()> {
+        let py = scheduler_output.py();
+        self.now_us = now_us;
+        let scheduled = scheduler_output.getattr(intern!(py, "num_scheduled_tokens"))?;
+        let scheduled = scheduled.cast::<PyDict>().map_err(|_| PyTypeError::new_err("num_scheduled_tokens"))?;
+        let running = scheduled.len();
+        let counts = self.counts.get();
+        add(&counts.steps, 1);
+        counts.running.store(running as u64, Relaxed);
+        self.check_reset_now(py)?;
+        if self.untold_calls > 0 {
+            self.tell_queued(py, None)?;
+        }
+        self.flush(py)?;
+        if running == 0 || !self.acting {
+            return Ok(());
+        }
+        let waiting = if self.prefilling.is_empty() { 0 } else { self.still_waiting(scheduled)? };
+        match &self.queue {
+            Some(queue) => {
+                let soon = waiting + running / self.block_size + 1;
+                queue.bind(py).borrow_mut().prepare_now(py, soon, now_us, &[]).map(drop)
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// A request is over, one way or another; its blocks are freed next.
+    #[pyo3(signature = (request, block_ids_by_group, now_us, /))]
+    fn finished<'py>(
+        &mut self,
+        request: &Bound<'py, PyAny>,
+        block_ids_by_group: &Bound<'py, PyAny>,
+        now_us: u64,
+    ) -> PyResult<Option<Bound<'py, EngineCall>>> {
+        let py = request.py();
+        self.now_us = now_us;
+        let id = request.getattr(intern!(py, "request_id"))?;
+        let Some(call) = self.call(py, &id)? else { return Ok(None) };
+        self.calls.bind(py).del_item(&id)?;
+        self.prefilling.retain(|other| !other.bind(py).is(&call));
+        self.check_reset_now(py)?;
+        add(&self.counts.get().finished, 1);
+        {
+            let mut one = call.borrow_mut();
+            if std::mem::take(&mut one.untold) {
+                self.untold_calls -= 1;
+            }
+        }
+        let (prompt, mut computed) = (call.borrow().keys.len(), call.borrow().keys.len());
+        if call.borrow().allocated {
+            // Blocks in use cannot be victims, so it is early enough to learn now which carries what.
+            let tokens: usize = request.getattr(intern!(py, "num_computed_tokens"))?.extract()?;
+            let ids = match block_ids_by_group.len()? {
+                0 => None,
+                _ => Some(block_ids_by_group.get_item(0)?),
+            };
+            computed = (tokens / self.block_size).min(ids.as_ref().map_or(Ok(0), |ids| ids.len())?);
+            let low = call.borrow().low.min(computed);
+            let hashes = request.getattr(intern!(py, "block_hashes"))?;
+            let mut keys = std::mem::take(&mut self.keys);
+            keys.clear();
+            read_keys(&hashes, low, computed, &mut keys)?;
+            if let (Some(ids), false) = (ids, matches!(self.core, Core::Nobody)) {
+                let ids = numbers(&ids, low)?;
+                self.carry(py, &keys, &ids)?;
+            }
+            if computed > prompt {
+                call.borrow_mut().output.extend_from_slice(keys.get(prompt - low..).unwrap_or(&[]));
+            }
+            self.keys = keys;
+        }
+        let one = call.borrow();
+        if let Some(inferred) = one.inferred {
+            self.inferring.get().ended_now(inferred, &one.output)?;
+        }
+        if one.told {
+            self.tell(py, EventKind::CallEnd, (one.session, 0), one.number, now_us, &one.output)?;
+            if computed < prompt {
+                // Cut short in the middle of its prompt: the rest was never computed.
+                self.tell(py, EventKind::Removed, (0, 0), 0, now_us, &one.keys[computed..=computed])?;
+            }
+        }
+        if one.session_ends {
+            self.tell(py, EventKind::SessionEnd, (one.session, 0), 0, now_us, &[])?;
+        }
+        drop(one);
+        self.settle_up(py)?;
+        Ok(Some(call))
+    }
+
+    /// `block_ids` carry `keys`; what vLLM has evicted for them by itself, the core hears of now.
+    #[pyo3(signature = (keys, block_ids, now_us, /))]
+    fn register(&mut self, py: Python<'_>, keys: &Bound<'_, PyAny>, block_ids: Vec<u32>, now_us: u64) -> PyResult<()> {
+        self.now_us = now_us;
+        let keys: PyReadonlyArray1<'_, u64> = array("keys", keys)?;
+        self.carry(py, keys.as_slice()?, &block_ids)?;
+        self.settle_up(py)
+    }
+
+    /// Notices a reset of vLLM's prefix cache.
+    #[pyo3(signature = (now_us, /))]
+    fn check_reset(&mut self, py: Python<'_>, now_us: u64) -> PyResult<()> {
+        self.now_us = now_us;
+        self.check_reset_now(py)
+    }
+
+    /// Forgets all blocks; what was learned stays.
+    #[pyo3(signature = (now_us, /))]
+    fn reset(&mut self, py: Python<'_>, now_us: u64) -> PyResult<()> {
+        self.now_us = now_us;
+        self.map = self.pool.bind(py).getattr(intern!(py, "cached_block_hash_to_block"))?.unbind();
+        if let Some(queue) = &self.queue {
+            queue.bind(py).borrow_mut().forget_all();
+        }
+        self.prefilling.clear();
+        add(&self.counts.get().resets, 1);
+        for call in self.calls.bind(py).values() {
+            // They are queued again and start anew.
+            let mut one = call.cast::<EngineCall>()?.borrow_mut();
+            (one.core_hit, one.allocated, one.low) = (None, false, one.keys.len());
+        }
+        self.tell(py, EventKind::Reset, (0, 0), 0, now_us, &[])?;
+        self.flush(py)?;
+        match &self.on_reset {
+            Some(on_reset) => on_reset.bind(py).call0().map(drop),
+            None => Ok(()),
+        }
+    }
+
+    /// Starts over after a time without hooks: what was in flight may be gone.
+    #[pyo3(signature = (now_us, /))]
+    fn restart(&mut self, py: Python<'_>, now_us: u64) -> PyResult<()> {
+        let calls = self.calls.bind(py).values();
+        self.calls.bind(py).clear();
+        self.untold.clear();
+        self.untold_calls = 0;
+        for call in calls {
+            let one = call.cast::<EngineCall>()?.borrow();
+            if let Some(inferred) = one.inferred {
+                self.inferring.get().ended_now(inferred, &[])?;
+            }
+            if one.told {
+                self.tell(py, EventKind::CallEnd, (one.session, 0), one.number, now_us, &[])?;
+            }
+        }
+        self.reset(py, now_us)
+    }
+}
+
+impl EngineCalls {
+    fn call<'py>(&self, py: Python<'py>, id: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, EngineCall>>> {
+        match self.calls.bind(py).get_item(id)? {
+            Some(call) => Ok(Some(call.cast_into::<EngineCall>()?)),
+            None => Ok(None),
+        }
+    }
+
+    fn free_blocks(&self, py: Python<'_>) -> PyResult<usize> {
+        let pool = self.pool.bind(py);
+        match self.queue {
+            Some(_) => {
+                pool.getattr(intern!(py, "free_block_queue"))?.getattr(intern!(py, "num_free_blocks"))?.extract()
+            }
+            None => pool.call_method0(intern!(py, "get_num_free_blocks"))?.extract(),
+        }
+    }
+
+    fn check_reset_now(&mut self, py: Python<'_>) -> PyResult<()> {
+        let map = self.pool.bind(py).getattr(intern!(py, "cached_block_hash_to_block"))?;
+        if map.is(&self.map) {
+            return Ok(());
+        }
+        self.reset(py, self.now_us)
+    }
+
+    // ---- who calls ----
+
+    fn arrive<'py>(
+        &mut self,
+        request: &Bound<'py, PyAny>,
+        request_id: Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, EngineCall>> {
+        let py = request.py();
+        let tokens: usize = request.getattr(intern!(py, "num_prompt_tokens"))?.extract()?;
+        let stop = tokens / self.block_size;
+        let mut keys = Vec::with_capacity(stop.min(1 << 16));
+        read_keys(&request.getattr(intern!(py, "block_hashes"))?, 0, stop, &mut keys)?;
+        let named = match self.named(request)? {
+            Some(named) => named,
+            None => self.resolved(request, &keys)?,
+        };
+        let (session_inferred, agent_inferred, inferred) = named.inferred.unwrap_or_default();
+        self.numbers += 1;
+        let call = Bound::new(
+            py,
+            EngineCall {
+                number: self.numbers,
+                session: named.session,
+                agent: named.agent,
+                session_ends: named.session_ends,
+                session_inferred,
+                agent_inferred,
+                inferred,
+                low: keys.len(),
+                keys,
+                output: Vec::new(),
+                arrived_us: self.now_us,
+                started_us: self.now_us,
+                told: false,
+                untold: true,
+                core_hit: None,
+                hit: 0,
+                allocated: false,
+                left: 0,
+                request_id: request_id.clone().unbind(),
+            },
+        )?;
+        self.calls.bind(py).set_item(request_id, &call)?;
+        self.untold.push(call.clone().unbind());
+        self.untold_calls += 1;
+        let counts = self.counts.get();
+        add(&counts.requests, 1);
+        add(&counts.sessions_inferred, u64::from(session_inferred));
+        add(&counts.agents_inferred, u64::from(agent_inferred));
+        Ok(call)
+    }
+
+    /// What a request says of itself, as `identity.given` reads it; None where it says too little or says it strangely.
+    fn named(&self, request: &Bound<'_, PyAny>) -> PyResult<Option<Named>> {
+        let py = request.py();
+        let params = match dict(request.getattr_opt(intern!(py, "kv_transfer_params"))?) {
+            Some(params) => dict(params.get_item(intern!(py, "agentrt"))?),
+            None => None,
+        };
+        let extra = match request.getattr_opt(intern!(py, "sampling_params"))? {
+            Some(sampling) if !sampling.is_none() => dict(sampling.getattr_opt(intern!(py, "extra_args"))?),
+            _ => None,
+        };
+        let (mut session, mut agent, mut session_ends) = (None, None, false);
+        for source in [params, extra].into_iter().flatten() {
+            if session.is_none() {
+                session = source.get_item(intern!(py, "session_id"))?.filter(is_said);
+            }
+            if agent.is_none() {
+                agent = source.get_item(intern!(py, "agent_id"))?.filter(is_said);
+            }
+            if !session_ends {
+                session_ends = source.get_item(intern!(py, "session_end"))?.map_or(Ok(false), |end| end.is_truthy())?;
+            }
+        }
+        if session.is_none() {
+            session = request.getattr_opt(intern!(py, "session_id"))?.filter(is_said);
+        }
+        let (Some(session), Some(agent)) = (session, agent) else { return Ok(None) };
+        if !is_name(&session)? || !is_name(&agent)? {
+            return Ok(None);
+        }
+        let identities = self.identities.bind(py);
+        let session = match self.sessions.bind(py).get_item(&session)? {
+            Some(session) => session,
+            None => identities.call_method1(intern!(py, "session"), (session,))?,
+        };
+        let agent = match self.agents.bind(py).get_item(&agent)? {
+            Some(agent) => agent,
+            None => identities.call_method1(intern!(py, "intern"), (agent,))?,
+        };
+        Ok(Some(Named { session: session.extract()?, agent: agent.extract()?, session_ends, inferred: None }))
+    }
+
+    /// Asks Python.
+    fn resolved(&self, request: &Bound<'_, PyAny>, keys: &[u64]) -> PyResult<Named> {
+        let py = request.py();
+        let keys = PyArray1::from_slice(py, keys);
+        let identity = self.identities.bind(py).call_method1(intern!(py, "resolve"), (request, keys))?;
+        let (session, agent, session_inferred, agent_inferred, session_ends, call) =
+            identity.cast::<PyTuple>()?.as_any().extract::<(u64, u16, bool, bool, bool, Option<u32>)>()?;
+        Ok(Named { session, agent, session_ends, inferred: Some((session_inferred, agent_inferred, call)) })
+    }
+
+    // ---- what the core is told ----
+
+    /// Tells of an event; the core's answer is worth having for starts only, see [`Self::start`].
+    fn tell(
+        &mut self,
+        py: Python<'_>,
+        kind: EventKind,
+        (session, agent): (u64, u16),
+        call: u64,
+        now_us: u64,
+        keys: &[u64],
+    ) -> PyResult<()> {
+        let object = match &self.core {
+            Core::Nobody => return Ok(()),
+            Core::Workload(_) => {
+                self.pending.push(kind, (session, agent), call, now_us, keys);
+                return Ok(());
+            }
+            Core::Object(object) => object.bind(py),
+        };
+        let array = || PyArray1::from_slice(py, keys);
+        let _ = match kind {
+            EventKind::Stored => object.call_method1(intern!(py, "stored"), (call, now_us, array()))?,
+            EventKind::CallEnd => object.call_method1(intern!(py, "call_ended"), (session, call, now_us, array()))?,
+            EventKind::Removed => object.call_method1(intern!(py, "removed"), (now_us, array()))?,
+            EventKind::SessionEnd => object.call_method1(intern!(py, "session_ended"), (session, now_us))?,
+            EventKind::Reset => object.call_method1(intern!(py, "reset"), (now_us,))?,
+            EventKind::CallQueued => {
+                let name = intern!(py, "call_queued");
+                match object.getattr_opt(name)? {
+                    Some(tell) => tell.call1((session, agent, call, now_us, array()))?,
+                    None => return Ok(()),
+                }
+            }
+            EventKind::CallStart | EventKind::ToolStart | EventKind::ToolEnd => return Ok(()),
+        };
+        Ok(())
+    }
+
+    /// Tells what has waited to be told; returns the resident blocks of the call that starts with it.
+    fn flush(&mut self, py: Python<'_>) -> PyResult<u64> {
+        let Core::Workload(workload) = &self.core else { return Ok(0) };
+        let pending = &self.pending;
+        if pending.kinds.is_empty() {
+            return Ok(0);
+        }
+        let told = workload.get().feed_now(
+            py,
+            &Events {
+                kinds: &pending.kinds,
+                sessions: &pending.sessions,
+                agents: &pending.agents,
+                calls: &pending.calls,
+                times_us: &pending.times_us,
+                offsets: &pending.offsets,
+                blocks: &pending.blocks,
+            },
+        );
+        // What has been refused would be refused again.
+        self.pending.clear();
+        told
+    }
+
+    /// The end of a hook whose events may wait.
+    fn settle_up(&mut self, py: Python<'_>) -> PyResult<()> {
+        if self.eager || self.pending.kinds.len() >= MAX_PENDING {
+            self.flush(py)?;
+        }
+        Ok(())
+    }
+
+    /// What has arrived since and does not start at once is certain to be needed.
+    fn tell_queued(&mut self, py: Python<'_>, starting: Option<&Bound<'_, EngineCall>>) -> PyResult<()> {
+        let now_us = self.now_us;
+        let untold = std::mem::take(&mut self.untold);
+        self.untold_calls = 0;
+        for call in untold {
+            let call = call.into_bound(py);
+            if !call.borrow().untold {
+                continue;
+            }
+            if starting.is_some_and(|starting| starting.is(&call)) {
+                self.untold_calls += 1;
+                self.untold.push(call.unbind());
+                continue;
+            }
+            {
+                let mut one = call.borrow_mut();
+                (one.untold, one.arrived_us) = (false, now_us);
+                one.told = !matches!(self.core, Core::Nobody);
+            }
+            let one = call.borrow();
+            self.tell(py, EventKind::CallQueued, (one.session, one.agent), one.number, now_us, &one.keys)?;
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, call: &Bound<'_, EngineCall>, now_us: u64) -> PyResult<()> {
+        let py = call.py();
+        {
+            let mut one = call.borrow_mut();
+            if std::mem::take(&mut one.untold) {
+                // It did not have to wait.
+                self.untold_calls -= 1;
+                one.arrived_us = now_us;
+            }
+            one.told = !matches!(self.core, Core::Nobody);
+        }
+        let hit = {
+            let one = call.borrow();
+            match &self.core {
+                Core::Nobody => 0,
+                Core::Workload(_) => {
+                    let who = (one.session, one.agent);
+                    self.pending.push(EventKind::CallStart, who, one.number, now_us, &one.keys);
+                    self.flush(py)? as usize
+                }
+                Core::Object(object) => {
+                    let keys = PyArray1::from_slice(py, &one.keys);
+                    let started = (one.session, one.agent, one.number, now_us, keys);
+                    object.bind(py).call_method1(intern!(py, "call_started"), started)?.extract()?
+                }
+            }
+        };
+        call.borrow_mut().core_hit = Some(hit);
+        Ok(())
+    }
+
+    fn stored(&mut self, call: &Bound<'_, EngineCall>, core_hit: usize) -> PyResult<()> {
+        let one = call.borrow();
+        let keys = one.after(core_hit);
+        if !keys.is_empty() {
+            self.tell(call.py(), EventKind::Stored, (0, 0), one.number, one.started_us, keys)?;
+            self.settle_up(call.py())?;
+        }
+        Ok(())
+    }
+
+    // ---- blocks ----
+
+    /// `ids` carry `keys` from now on, ids beyond the keys none.
+    fn carry(&mut self, py: Python<'_>, keys: &[u64], ids: &[u32]) -> PyResult<()> {
+        let Some(queue) = &self.queue else { return Ok(()) };
+        let lost = queue.bind(py).borrow_mut().carry_all(keys, ids)?;
+        if !lost.is_empty() {
+            self.tell(py, EventKind::Removed, (0, 0), 0, self.now_us, &lost)?;
+        }
+        Ok(())
+    }
+
+    /// Blocks that a request hits beyond what the core holds: some may stand at the head as victims.
+    fn hit_ids(&self, request: &Bound<'_, PyAny>, core_hit: usize, hit: usize) -> PyResult<Vec<u32>> {
+        let py = request.py();
+        let find = self.pool.bind(py).getattr(intern!(py, "get_cached_block"))?;
+        let hashes = request.getattr(intern!(py, "block_hashes"))?;
+        let hashes = hashes.cast::<PyList>()?;
+        let groups = PyList::new(py, [0u32])?;
+        let mut ids = Vec::new();
+        for at in core_hit..hit.min(hashes.len()) {
+            let found = find.call1((hashes.get_item(at)?, &groups))?;
+            if found.is_truthy()? {
+                for block in found.try_iter()? {
+                    ids.push(block?.getattr(intern!(py, "block_id"))?.extract()?);
+                }
+            }
+        }
+        Ok(ids)
+    }
+
+    /// Of an admitted prompt, only what later chunks take is still to come.
+    fn has_blocks(&mut self, request: &Bound<'_, PyAny>, call: &Bound<'_, EngineCall>, blocks: usize) -> PyResult<()> {
+        let py = call.py();
+        let Some(at) = self.prefilling.iter().position(|other| other.bind(py).is(call)) else { return Ok(()) };
+        let tokens: usize = request.getattr(intern!(py, "num_tokens"))?.extract()?;
+        let left = tokens.div_ceil(self.block_size).saturating_sub(blocks);
+        call.borrow_mut().left = left;
+        if left == 0 {
+            self.prefilling.remove(at);
+        }
+        Ok(())
+    }
+
+    /// Blocks that admitted prompts will take after this step.
+    fn still_waiting(&mut self, scheduled: &Bound<'_, PyDict>) -> PyResult<usize> {
+        let (py, size, mut waiting) = (scheduled.py(), self.block_size, 0);
+        let mut at = 0;
+        while let Some(call) = self.prefilling.get(at) {
+            let mut one = call.bind(py).borrow_mut();
+            if let Some(tokens) = scheduled.get_item(one.request_id.bind(py))? {
+                let tokens: usize = tokens.extract()?;
+                if one.left * size <= tokens + size {
+                    drop(one);
+                    self.prefilling.remove(at);
+                    continue;
+                }
+                one.left -= tokens / size;
+            }
+            waiting += one.left;
+            at += 1;
+        }
+        Ok(waiting)
+    }
+}
+
+/// A dictionary; None for anything else.
+fn dict<'py>(object: Option<Bound<'py, PyAny>>) -> Option<Bound<'py, PyDict>> {
+    object.and_then(|object| object.cast_into::<PyDict>().ok())
+}
+
+/// Whether something has been said: neither None nor an empty string.
+fn is_said(value: &Bound<'_, PyAny>) -> bool {
+    !value.is_none() && value.cast::<PyString>().map_or(true, |text| text.len().map_or(true, |len| len > 0))
+}
+
+/// Whether it is a name as it is.
+fn is_name(value: &Bound<'_, PyAny>) -> PyResult<bool> {
+    match value.cast_exact::<PyString>() {
+        Ok(name) => Ok(name.len()? <= NAME_CHARS),
+        Err(_) => Ok(false),
+    }
+}
+
+/// Ids of `blocks[from..to]`.
+fn ids_of(blocks: &Bound<'_, PyAny>, from: usize, to: usize) -> PyResult<Vec<u32>> {
+    let py = blocks.py();
+    (from..to).map(|at| blocks.get_item(at)?.getattr(intern!(py, "block_id"))?.extract()).collect()
+}
+
+/// `ids[from..]`.
+fn numbers(ids: &Bound<'_, PyAny>, from: usize) -> PyResult<Vec<u32>> {
+    if let Ok(list) = ids.cast::<PyList>() {
+        return (from..list.len()).map(|at| list.get_item(at)?.extract()).collect();
+    }
+    (from..ids.len()?).map(|at| ids.get_item(at)?.extract()).collect()
+}
