@@ -54,11 +54,17 @@ class Prefetch:
     @property
     def agent_id(self) -> int: ...
     @property
+    def waits(self) -> bool:
+        """The call has arrived and waits: its prompt is wanted. Else the agent's last one, likely to come again."""
+    @property
     def probability(self) -> float:
-        """P(the session's next call is made, and by this agent)."""
+        """P(the session's next call is made, and by this agent); 1 for a call that waits."""
     @property
     def score(self) -> float:
-        """Hits per second that holding one block of the agent's last prompt promises."""
+        """Hits per second that holding one block of that prompt promises."""
+    @property
+    def room(self) -> int:
+        """Blocks that can be brought back without displacing what is worth more."""
 
 @final
 class Runtime:
@@ -122,8 +128,9 @@ class Runtime:
         ``"evict"``: keys of the ``n`` least valuable blocks, lowest first, children before parents; fewer where no more
         can go. They have left the index: evict them. Blocks of calls in flight are never named.
 
-        ``"prefetch"``: at most ``n`` sessions whose agent's last prompt is worth bringing back, best first. Report what
-        came back with ``Session.restored``.
+        ``"prefetch"``: at most ``n`` sessions whose agent's blocks may be worth bringing back, best first: the next two
+        of the calls that wait or, where none does, those that are expected. Ask ``Session.worth_restoring`` with
+        what the lower tier holds, and report what came back with ``Session.restored``.
 
         Args:
             kind: What is wanted.
@@ -521,6 +528,14 @@ class Session:
 
     def end(self, time: float | None = None) -> None:
         """The session is over."""
+
+    def worth_restoring(self, agent: str | int, blocks: NDArray[np.uint64] | Sequence[int]) -> bool:
+        """Whether to bring back what the pool lacks of ``blocks``, for an agent that ``act("prefetch")`` has named.
+
+        ``blocks`` is the chain from the root that the pool and the lower tier hold between them: of the waiting call's
+        prompt, or of the agent's last one. Also where the answer is no it is watched what would have come of it,
+        so ask for each; that is how the answer becomes yes.
+        """
 
     def restored(self, agent: str | int, blocks: NDArray[np.uint64] | Sequence[int], time: float | None = None) -> None:
         """A lower tier has given back blocks of the agent's last prompt; ``blocks`` is the chain from the root."""

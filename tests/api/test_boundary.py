@@ -363,6 +363,25 @@ def test_expected_sessions_are_named_for_prefetching() -> None:
     assert (wanted.workload, wanted.session, wanted.agent) == ("w", workload.session("s").key, "a")
     assert 0.6 <= wanted.probability <= 1
     assert wanted.score > 0
+    assert not wanted.waits
+    # Nothing is brought back on a promise before promises like it have come true.
+    assert not workload.session("s").worth_restoring("a", [1, 2, 3])
+
+
+def test_calls_that_wait_are_named_for_prefetching_before_all_others() -> None:
+    runtime = _runtime(32)
+    workload = runtime.workload("w")
+    session = workload.session("s")
+    _call(session, "a", [1, 2, 3], 0)
+    assert runtime.act("evict", 9, time=1).tolist() == [3, 2, 1]
+    session.call_queued("a", [1, 2, 3, 4], time=2)
+    (wanted,) = runtime.act("prefetch", 4, time=2)
+    assert (wanted.session, wanted.agent, wanted.waits, wanted.probability) == (session.key, "a", True, 1)
+    assert wanted.room == 32
+    assert "waits=True" in repr(wanted)
+    assert session.worth_restoring("a", [1, 2, 3])
+    session.restored("a", [1, 2, 3], time=3)
+    assert session.call_start("a", [1, 2, 3, 4], time=4) == 3
 
 
 def test_the_learned_state_fits_its_budget() -> None:

@@ -264,19 +264,24 @@ pub(crate) struct Prefetch {
     agent: String,
     /// Its number.
     agent_id: u16,
+    /// The call has arrived and waits: its prompt is wanted. Else the agent's last one, as it will probably come again.
+    waits: bool,
     /// P(the session's next call is made, and by this agent).
     probability: f32,
-    /// Hits per second that holding one block of the agent's last prompt promises.
+    /// Hits per second that holding one block of that prompt promises.
     score: f32,
+    /// Blocks that can be brought back without displacing what is worth more.
+    room: u32,
 }
 
 #[pymethods]
 impl Prefetch {
     fn __repr__(&self) -> String {
-        let Self { workload, session, agent, agent_id, probability, score } = self;
+        let Self { workload, session, agent, agent_id, waits, probability, score, room } = self;
+        let waits = if *waits { "True" } else { "False" };
         format!(
-            "Prefetch(workload={workload:?}, session={session}, agent={agent:?}, agent_id={agent_id}, \
-             probability={probability:.3}, score={score:.3e})"
+            "Prefetch(workload={workload:?}, session={session}, agent={agent:?}, agent_id={agent_id}, waits={waits}, \
+             probability={probability:.3}, score={score:.3e}, room={room})"
         )
     }
 }
@@ -562,8 +567,10 @@ impl Runtime {
             session: one.session,
             agent: shared.names.agent(WorkloadId(one.workload), one.agent),
             agent_id: one.agent,
+            waits: one.waits,
             probability: one.probability,
             score: one.score,
+            room: one.room,
         };
         Ok(expected.into_iter().map(named).collect::<Vec<_>>().into_pyobject(py)?.into_any())
     }
@@ -909,6 +916,14 @@ impl Session {
     #[pyo3(signature = (time = None))]
     fn end(&self, py: Python<'_>, time: Option<f64>) -> PyResult<()> {
         self.tell(py, EventKind::SessionEnd, 0, 0, time, &[]).map(drop)
+    }
+
+    /// Whether to bring back what the pool lacks of this chain, for an agent named by `act("prefetch")`.
+    #[pyo3(signature = (agent, blocks))]
+    fn worth_restoring(&self, agent: &Bound<'_, PyAny>, blocks: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let keys = Keys::new("blocks", blocks)?;
+        let agent = self.agent_id(agent)?;
+        self.shared.core.worth_restoring(self.workload, self.key, agent, keys.as_slice()).map_err(from_core)
     }
 
     /// A lower tier has given back blocks of the agent's last prompt: the whole chain from the root is resident.

@@ -147,12 +147,10 @@ impl HostTier {
         self.loaded(block);
     }
 
-    /// A call uses a block of the pool. `None`: it had not been prefetched; else whether its copy is complete.
-    pub fn used(&mut self, block: u32, now_us: u64) -> Option<bool> {
-        match std::mem::take(&mut self.ready_us[block as usize]) {
-            0 => None,
-            ready_us => Some(ready_us <= now_us),
-        }
+    /// A call uses a block of the pool: when its copy is complete, where it had been prefetched.
+    pub fn used(&mut self, block: u32) -> Option<u64> {
+        let ready_us = std::mem::take(&mut self.ready_us[block as usize]);
+        (ready_us > 0).then_some(ready_us)
     }
 }
 
@@ -195,9 +193,9 @@ mod tests {
         assert!((0..2).all(|block| !host.evicted(block)));
         host.prefetched(0, 0);
         host.prefetched(1, 0);
-        assert_eq!(host.used(0, 100_000), Some(true));
-        assert_eq!(host.used(1, 150_000), Some(false));
-        assert_eq!(host.used(1, 150_000), None);
+        assert_eq!(host.used(0), Some(100_000));
+        assert_eq!(host.used(1), Some(200_000));
+        assert_eq!(host.used(1), None);
     }
 
     #[test]

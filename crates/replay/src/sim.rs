@@ -32,6 +32,8 @@ pub struct Outcome {
     pub call_loads: Vec<u32>,
     /// Of each call's hits, those whose prefetch was still under way; empty without a host tier.
     pub call_waits: Vec<u32>,
+    /// Of each call's hits, those that were prefetched while it waited for room; empty without a host tier.
+    pub call_early: Vec<u32>,
 }
 
 impl Outcome {
@@ -40,15 +42,30 @@ impl Outcome {
         self.hit_blocks as f64 / self.prompt_blocks.max(1) as f64
     }
 
-    /// Tokens that a call found on the device, and tokens that it loaded from the host.
-    pub fn cached_tokens(&self, call: u32, block_size: u32) -> (f64, f64) {
+    /// Where a call found the tokens of its prompt.
+    pub fn cached_tokens(&self, call: u32, block_size: u32) -> Cached {
         let at = |of: &[u32]| of.get(call as usize).copied().unwrap_or(0);
         let tokens = |blocks: u32| f64::from(blocks) * f64::from(block_size);
         match self.call_hits[call as usize] {
-            u32::MAX => (0.0, 0.0),
-            hits => (tokens(hits - at(&self.call_waits)), tokens(at(&self.call_loads))),
+            u32::MAX => Cached::default(),
+            hits => Cached {
+                device: tokens(hits - at(&self.call_waits)),
+                loaded: tokens(at(&self.call_loads)),
+                early: tokens(at(&self.call_early)),
+            },
         }
     }
+}
+
+/// Where a call found tokens of its prompt.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Cached {
+    /// On the device.
+    pub device: f64,
+    /// In the host tier, from which it loaded them.
+    pub loaded: f64,
+    /// Of those on the device, brought back from the host tier while it waited for room.
+    pub early: f64,
 }
 
 /// Runs `policy` over `schedule` from an empty pool, without a host tier.
@@ -74,6 +91,7 @@ pub fn run_with_host(
         outcome: Outcome { call_hits: vec![u32::MAX; trace.calls.len()], ..Outcome::default() },
         recorded: schedule.follows(trace),
         held: FxHashMap::default(),
+        queued_us: FxHashMap::default(),
     };
     if let Some(options) = host {
         run.policy.host_tier(schedule.options.capacity_blocks, options.blocks);
@@ -81,6 +99,7 @@ pub fn run_with_host(
         run.outcome.host = Some(HostCounts::default());
         run.outcome.call_loads = vec![0; trace.calls.len()];
         run.outcome.call_waits = vec![0; trace.calls.len()];
+        run.outcome.call_early = vec![0; trace.calls.len()];
     }
     let mut buffers = Buffers::default();
     for (done, event) in schedule.events.iter().enumerate() {
@@ -111,6 +130,8 @@ struct Run<'a> {
     recorded: bool,
     /// Blocks without content that calls use, by call.
     held: FxHashMap<u32, usize>,
+    /// When the calls that wait for room arrived; kept only where there is a host tier.
+    queued_us: FxHashMap<u32, u64>,
 }
 
 impl Run<'_> {
@@ -130,7 +151,13 @@ impl Run<'_> {
             tool: None,
         };
         match event.kind {
-            EventKind::Queued => return self.policy.call_queued(&view, &self.pool),
+            EventKind::Queued => {
+                if self.host.is_some() {
+                    self.queued_us.insert(event.call, event.time_us);
+                }
+                self.policy.call_queued(&view, &self.pool);
+                return self.prefetch(event.time_us);
+            }
             EventKind::Grow => {
                 make_room(1, event.time_us, &mut self.pool, self.policy, &mut self.outcome);
                 self.pool.reserve(1);
@@ -210,18 +237,19 @@ impl Run<'_> {
     /// A call loads what follows its hits from the host; prefetched hits whose copy is under way count as loaded too.
     fn load(&mut self, event: &Event, hits: &[u32], missing: &[u32]) {
         let (Some(host), Some(counts)) = (&mut self.host, &mut self.outcome.host) else { return };
-        let mut waiting = 0;
-        for &b in hits {
-            if let Some(complete) = host.used(b, event.time_us) {
-                counts.prefetch_used_blocks += 1;
-                waiting += u32::from(!complete);
-            }
+        let arrived_us = self.queued_us.remove(&event.call).unwrap_or(event.time_us);
+        let (mut waiting, mut early) = (0, 0);
+        for ready_us in hits.iter().filter_map(|&b| host.used(b)) {
+            counts.prefetch_used_blocks += 1;
+            waiting += u32::from(ready_us > event.time_us);
+            early += u32::from((arrived_us + 1..=event.time_us).contains(&ready_us));
         }
         let loaded = missing.iter().take_while(|&&b| host.holds(b)).count();
         missing[..loaded].iter().for_each(|&b| host.loaded(b));
         counts.loaded_blocks += loaded as u64;
         self.outcome.call_loads[event.call as usize] = waiting + loaded as u32;
         self.outcome.call_waits[event.call as usize] = waiting;
+        self.outcome.call_early[event.call as usize] = early;
     }
 
     fn prefetch(&mut self, now_us: u64) {
@@ -288,12 +316,15 @@ pub struct Timeline {
 /// Plays the closed loop again on one device with the hits of a run, first come first served: a call waits for the
 /// device, loads host hits, prefills what was not cached, and decodes beside the others.
 ///
-/// `hit_tokens(call)` gives (tokens cached on the device, tokens loaded from the host).
+/// `cached(call)` says what it found. The wait for room in the pool, the same for all policies, is no part of it; what was
+/// brought back meanwhile is there when the call arrives. `strict` grants that no more than the link needs: it is there
+/// no sooner than if its loading had begun when the call arrived.
 pub fn timeline(
     trace: &Trace,
     schedule: &Schedule,
     model: &LatencyModel,
-    hit_tokens: &dyn Fn(u32) -> (f64, f64),
+    cached: &dyn Fn(u32) -> Cached,
+    strict: bool,
 ) -> Timeline {
     use std::cmp::Reverse;
     use std::collections::BinaryHeap;
@@ -318,10 +349,11 @@ pub fn timeline(
     let mut end_us = 0u64;
     while let Some(Reverse((arrival_us, index))) = arrivals.pop() {
         let call = &trace.calls[index as usize];
-        let (cached, loaded) = hit_tokens(index);
-        let uncached = (f64::from(call.prompt_tokens) - cached - loaded).max(1.0);
-        let busy_s = model.load_s(loaded) + model.prefill_s(uncached, cached + loaded);
-        let begin_us = arrival_us.max(device_free_us);
+        let Cached { device, loaded, early } = cached(index);
+        let uncached = (f64::from(call.prompt_tokens) - device - loaded).max(1.0);
+        let busy_s = model.load_s(loaded) + model.prefill_s(uncached, device + loaded);
+        let ready_us = arrival_us + if strict { key(model.load_s(early)) } else { 0 };
+        let begin_us = ready_us.max(device_free_us);
         device_free_us = begin_us + key(busy_s);
         result.ttft_ms.push((device_free_us - arrival_us) as f64 / 1e3);
         let finish_us = device_free_us + key(model.decode_s(f64::from(call.output_tokens)));

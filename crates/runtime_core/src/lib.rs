@@ -34,7 +34,8 @@
 //! | [`Runtime::evict`] | one writer | no | n hash deletions; one scoring for each segment that loses its last child and was not prepared for |
 //! | [`Runtime::evict_oldest`], and [`Runtime::evict`] while LRU has taken over | one writer | no | n hash deletions, two list steps a segment; a segment that calls in flight need is passed over once |
 //! | [`Runtime::evict_blocks`] | one writer | no | a hash probe and a deletion a block |
-//! | [`Runtime::expected`] | one writer | no | 64 sessions, 256 leaves |
+//! | [`Runtime::expected`] | one writer | no | 64 sessions, 256 leaves; while calls wait 256 leaves |
+//! | [`Runtime::worth_restoring`] | one writer | no | one hash probe a block, 1,024 calls that wait |
 //! | [`Runtime::restored`] | one writer | no | two hash probes a block |
 //! | [`Runtime::score_blocks`], [`Runtime::is_resident`] | wait-free | no | one hash probe a block |
 //! | [`Runtime::score_agents`], [`Runtime::predict`], [`Runtime::predict_times`] | wait-free | no | 64 rows of 8 successors |

@@ -176,8 +176,7 @@ impl Policy for KvCachePolicy {
             }
             Kind::Prefetch => {
                 const LEAST_PROBABILITY: f32 = 0.6;
-                let none = Expected { session: 0, workload: 0, agent: 0, probability: 0.0, score: 0.0 };
-                let mut expected = [none; 64];
+                let mut expected = [Expected::NOBODY; 64];
                 let n = request.n.min(expected.len());
                 let n = runtime.expected(request.now_us, LEAST_PROBABILITY, &mut expected[..n])?;
                 expected[..n].iter().for_each(|&one| decide(Action::Prefetch(one)));

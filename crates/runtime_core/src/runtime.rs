@@ -730,10 +730,19 @@ impl Runtime {
         Ok((taken, refused))
     }
 
-    /// Fills `out` with sessions that will call an agent next with at least the given probability, and for which bringing
-    /// blocks of the agent's last prompt back is worth more than what would have to go, best first.
+    /// Fills `out` with those for whom blocks may be brought back from a lower tier. While calls wait: the next two in line,
+    /// in order of arrival, as far as there is room for them. Else sessions that will call an agent next with at least the
+    /// given probability, and for which blocks of the agent's last prompt are worth more than what would have to go, best
+    /// first. Whether to do it says [`Runtime::worth_restoring`].
     pub fn expected(&self, now_us: u64, least_probability: f32, out: &mut [Expected]) -> Result<usize> {
         Ok(self.writer()?.expected(&self.workloads, &self.sessions, now_us, least_probability, out))
+    }
+
+    /// Whether to bring back what the pool lacks of `blocks`, a chain from the root, for an agent named by
+    /// [`Runtime::expected`]. Also where the answer is no, it is watched what would have come of it: so ask for each.
+    pub fn worth_restoring(&self, workload: WorkloadId, session: u64, agent: u16, blocks: &[u64]) -> Result<bool> {
+        let Some(handle) = self.sessions.find(Self::key(workload, session)) else { return Ok(false) };
+        Ok(self.writer()?.worth_restoring(handle, agent, blocks))
     }
 
     /// The pool holds all of `blocks` (a chain from the root) again: a lower tier gave back what was missing.

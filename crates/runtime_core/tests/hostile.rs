@@ -1,6 +1,7 @@
 //! Events that no engine should send: the runtime stays as large as it was, consistent, and of use afterwards.
 
-use runtime_core::ids::WorkloadId;
+use runtime_core::ids::{mix, WorkloadId};
+use runtime_core::kv::Expected;
 use runtime_core::runtime::{EventKind, Events, Options};
 use runtime_core::{Error, Runtime};
 
@@ -290,4 +291,47 @@ fn a_malformed_batch_is_refused_as_a_whole_with_numbers() {
     assert!(matches!(runtime.observe(WorkloadId(1), &good), Err(Error::OutOfRange { requested: 1, .. })));
     assert!(!runtime.knows(workload, 1) && runtime.now_us() == 0, "nothing was applied");
     assert_eq!(runtime.observe(workload, &good).unwrap().events, 2);
+}
+
+/// Whoever brings blocks back brings others, too many, none, twice, or without having been asked.
+#[test]
+fn offers_that_are_answered_at_random_leave_the_pool_consistent() {
+    let (runtime, workload) = runtime(120, 8);
+    let (mut offered, mut waited) = (0, 0);
+    for i in 0..40_000u64 {
+        let random = mix(i);
+        let (session, agent, id) = (random % 11, (random >> 8) as u16 % 3, (random >> 16) % 40);
+        // Chains of one root share a prefix; some are longer than the pool, some empty, some repeat a key.
+        let (root, length) = ((random >> 24) % 12, (random >> 32) % 40 * (1 + u64::from(i % 97 == 0) * 9));
+        let mut chain: Vec<u64> = (0..length).map(|block| 1 + root * 1_000 + block).collect();
+        if i % 53 == 0 && length > 2 {
+            chain[2] = chain[0];
+        }
+        let at = i * 50_000;
+        match (random >> 40) % 8 {
+            0 => runtime.call_queued(workload, session, id, agent, at, &chain).unwrap(),
+            1 => _ = runtime.call_started(workload, session, id, agent, at, &chain, &[]).unwrap(),
+            2 => runtime.stored(workload, id, at, &chain, &[]).unwrap(),
+            3 => runtime.call_ended(workload, session, id, 0, at, &[], &[]).unwrap(),
+            4 => _ = runtime.evict((random >> 48) as usize % 30, at, |_| {}).unwrap(),
+            5 => _ = call(&runtime, workload, session, 1_000 + id, at, &chain),
+            6 => _ = runtime.worth_restoring(workload, session, agent, &chain).unwrap(),
+            _ => runtime.restored(workload, session, agent, at, &chain).unwrap(),
+        }
+        let mut expected = [Expected::NOBODY; 4];
+        let n = runtime.expected(at, 0.1, &mut expected).unwrap();
+        for one in &expected[..n] {
+            offered += u32::from(runtime.worth_restoring(workload, one.session, one.agent, &chain).unwrap());
+            waited += u32::from(one.waits);
+            assert!(one.room <= 120 && one.score >= 0.0 && (0.0..=1.0).contains(&one.probability), "{one:?}");
+        }
+        if i % 256 == 0 {
+            runtime.audit().unwrap();
+        }
+    }
+    assert!(offered > 0 && waited > 0);
+    for id in 0..2_000 {
+        runtime.call_ended(workload, 0, id, 0, 40_000 * 50_000, &[], &[]).unwrap();
+    }
+    assert_of_use(&runtime, workload, 40_000 * 50_000);
 }

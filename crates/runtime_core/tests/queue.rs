@@ -1,6 +1,7 @@
 //! Calls that wait: what they will ask for is kept, in the order in which they will start.
 
 use runtime_core::ids::WorkloadId;
+use runtime_core::kv::Expected;
 use runtime_core::runtime::Options;
 use runtime_core::Runtime;
 
@@ -105,4 +106,51 @@ fn a_queue_without_end_is_bounded_and_counted() {
     assert_eq!(runtime.memory().unwrap(), before);
     assert_eq!(runtime.repairs().unwrap().untracked_calls, 5_000 - 1_024);
     runtime.audit().unwrap();
+}
+
+/// The sessions named, and for how many blocks there is room.
+fn expected(runtime: &Runtime, at: u64) -> Vec<(u64, u32)> {
+    let mut out = [Expected::NOBODY; 8];
+    let n = runtime.expected(at, 0.6, &mut out).unwrap();
+    assert!(out[..n].iter().all(|one| one.waits && one.probability == 1.0));
+    out[..n].iter().map(|one| (one.session, one.room)).collect()
+}
+
+#[test]
+fn blocks_come_back_for_the_two_calls_next_in_line_as_far_as_there_is_room_beside_what_is_worth_more() {
+    let (runtime, workload) = idle_sessions(6);
+    let now = 7 * SECOND;
+    // Of sessions 0 to 2 nothing is left: the pool has room for 30 blocks.
+    let mut gone = 0;
+    for session in 0..3 {
+        let keys: Vec<u64> = history(session).into_iter().rev().collect();
+        runtime.evict_blocks(&keys, 10, now, |_| gone += 1).unwrap();
+    }
+    assert_eq!(gone, 30);
+    for (id, session) in [(100, 0), (101, 1), (102, 2)] {
+        runtime.call_queued(workload, session, id, 0, now, &history(session)).unwrap();
+    }
+    let named = expected(&runtime, now);
+    assert_eq!(named.iter().map(|one| one.0).collect::<Vec<_>>(), [0, 1], "the third has time");
+    assert!(named[0].1 >= 30 && named[1].1 == named[0].1 - 10, "the first will need its ten: {named:?}");
+
+    assert!(runtime.worth_restoring(workload, 0, 0, &history(0)).unwrap());
+    runtime.restored(workload, 0, 0, now, &history(0)).unwrap();
+    runtime.call_started(workload, 5, 200, 0, now, &history(5), &[]).unwrap();
+    // What came back for the first in line outlives whatever nobody waits for, and its call finds it.
+    let order = victims(&runtime, 30, now + 1);
+    assert_eq!(order.last(), Some(&0), "{order:?}");
+}
+
+#[test]
+fn what_came_back_for_a_call_that_waits_is_there_when_it_starts() {
+    let (runtime, workload) = idle_sessions(6);
+    let now = 7 * SECOND;
+    let keys: Vec<u64> = history(0).into_iter().rev().collect();
+    runtime.evict_blocks(&keys, 10, now, |_| {}).unwrap();
+    runtime.call_queued(workload, 0, 100, 0, now, &history(0)).unwrap();
+    assert_eq!(expected(&runtime, now)[0].0, 0);
+    runtime.restored(workload, 0, 0, now, &history(0)).unwrap();
+    assert_eq!(victims(&runtime, 40, now + 1).iter().filter(|&&session| session == 0).count(), 0);
+    assert_eq!(runtime.call_started(workload, 0, 100, 0, now + 2, &history(0), &[]).unwrap(), 10);
 }

@@ -762,7 +762,7 @@ impl<'a> Engine<'a> {
         let Some(host) = &mut self.memory.host else { return hit };
         let mut under_way = false;
         for &block in &run.queued.chain[..hit] {
-            under_way |= host.used(block, self.now_us) == Some(false);
+            under_way |= host.used(block).is_some_and(|ready_us| ready_us > self.now_us);
         }
         let doing = self.doing(run.queued.call);
         let mut loaded = 0;

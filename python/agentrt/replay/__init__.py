@@ -142,6 +142,9 @@ class Result:
     min_hit_rate: float
     #: Mean time to first token of ``lru`` in the same setting.
     lru_ttft_mean_ms: float
+    #: Mean time to first token where blocks that were brought back while a call waited for room are there no sooner
+    #: than if their loading had begun when it arrived.
+    strict_ttft_mean_ms: float
     #: Wall seconds of this replay; the only field that differs between two equal runs.
     replay_s: float
 
@@ -171,6 +174,7 @@ _NOT_IN_FILE = (
     "lru_hit_rate",
     "min_hit_rate",
     "lru_ttft_mean_ms",
+    "strict_ttft_mean_ms",
     "replay_s",
 )
 

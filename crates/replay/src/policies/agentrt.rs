@@ -98,9 +98,24 @@ pub struct AgentRt {
     both: Option<BothTiers>,
     /// The last prompt and answer of each (session, agent), for prefetching.
     last: FxHashMap<(u32, u16), Last>,
-    expected: Vec<(u32, u16)>,
+    /// Prompts of the calls that wait, in order of arrival.
+    waiting: Vec<Waiting>,
+    expected: Vec<Wanted>,
     /// Sessions and agents whose blocks were brought back since the session's last call: once is enough.
     served: FxHashSet<(u32, u16)>,
+}
+
+/// A call that waits.
+struct Waiting {
+    call: u32,
+    lane: (u32, u16),
+    prompt: Vec<u32>,
+}
+
+/// What was named to be brought back.
+struct Wanted {
+    lane: (u32, u16),
+    chain: Vec<u32>,
 }
 
 /// What a lane sent last, and how much of what it had sent before came again.
@@ -197,6 +212,7 @@ impl AgentRt {
             name: trace.workload.clone(),
             both: None,
             last: FxHashMap::default(),
+            waiting: Vec::new(),
             expected: Vec::new(),
             served: FxHashSet::default(),
         }
@@ -238,6 +254,8 @@ impl CachePolicy for AgentRt {
 
     fn call_queued(&mut self, call: &CallView<'_>, _pool: &Pool) {
         self.foretell(call);
+        let (lane, prompt) = ((call.session, call.agent), call.prompt.to_vec());
+        self.waiting.push(Waiting { call: call.call, lane, prompt });
         self.keys.clear();
         self.keys.extend(call.prompt.iter().map(|&b| u64::from(b) + 1));
         if let Some(both) = &mut self.both {
@@ -249,6 +267,7 @@ impl CachePolicy for AgentRt {
 
     fn call_start(&mut self, call: &CallView<'_>, _pool: &Pool) {
         self.served.retain(|lane| lane.0 != call.session);
+        self.waiting.retain(|waiting| waiting.call != call.call);
         self.foretell(call);
         self.keys.clear();
         self.keys.extend(call.prompt.iter().map(|&b| u64::from(b) + 1));
@@ -305,37 +324,44 @@ impl CachePolicy for AgentRt {
         self.ended(call, output, tool);
     }
 
-    fn prefetch(&mut self, now_us: u64, budget_blocks: usize, pool: &Pool, _host: &HostTier) -> Vec<Vec<u32>> {
+    fn prefetch(&mut self, now_us: u64, budget_blocks: usize, pool: &Pool, host: &HostTier) -> Vec<Vec<u32>> {
         if !self.host.prefetch {
             return Vec::new();
         }
-        let none = Expected { session: 0, workload: 0, agent: 0, probability: 0.0, score: 0.0 };
-        let mut expected = [none; 8];
+        let mut expected = [Expected::NOBODY; 8];
         let found = self.runtime.expected(now_us, PREFETCH_PROBABILITY, &mut expected).expect(ONE_THREAD);
         self.expected.clear();
         let mut chains = Vec::new();
         let mut wanted = 0;
         for e in &expected[..found] {
             let lane = (e.session as u32, e.agent);
-            if let Some(last) = self.last.get(&lane) {
-                let chain = last.stable();
-                let missing = chain.iter().filter(|&&b| !pool.is_resident(b)).count();
-                if missing > 0 && wanted < budget_blocks && self.served.insert(lane) {
-                    wanted += missing;
-                    self.expected.push(lane);
-                    chains.push(chain.to_vec());
-                }
+            let chain: &[u32] = if e.waits {
+                self.waiting.iter().find(|waiting| waiting.lane == lane).map_or(&[], |waiting| &waiting.prompt)
+            } else {
+                self.last.get(&lane).map_or(&[], Last::stable)
+            };
+            let known = chain.iter().take_while(|&&b| pool.is_resident(b)).count();
+            let there = chain[known..].iter().take_while(|&&b| host.holds(b)).count();
+            let chain = &chain[..known + there.min(e.room as usize)];
+            if there == 0 || wanted >= budget_blocks || !(e.waits || self.served.insert(lane)) {
+                continue;
+            }
+            self.keys.clear();
+            self.keys.extend(chain.iter().map(|&b| u64::from(b) + 1));
+            if self.runtime.worth_restoring(self.workload, e.session, e.agent, &self.keys).expect(ONE_THREAD) {
+                wanted += chain.len() - known;
+                self.expected.push(Wanted { lane, chain: chain.to_vec() });
+                chains.push(chain.to_vec());
             }
         }
         chains
     }
 
     fn prefetched(&mut self, chain: usize, blocks: &[u32], now_us: u64, pool: &Pool) {
-        let lane = self.expected[chain];
         let Some(last) = blocks.last() else { return };
+        let Wanted { lane, chain } = &self.expected[chain];
         self.keys.clear();
-        let all = self.last[&lane].stable().iter().take_while(|&&b| pool.is_resident(b));
-        self.keys.extend(all.map(|&b| u64::from(b) + 1));
+        self.keys.extend(chain.iter().take_while(|&&b| pool.is_resident(b)).map(|&b| u64::from(b) + 1));
         debug_assert!(self.keys.contains(&(u64::from(*last) + 1)));
         self.runtime.restored(self.workload, u64::from(lane.0), lane.1, now_us, &self.keys).expect(ONE_THREAD);
     }

@@ -102,6 +102,14 @@ impl CachePolicy for Inferred {
         self.inner.call_bypassed(&call);
     }
 
+    fn host_tier(&mut self, pool_blocks: usize, host_blocks: usize) {
+        self.inner.host_tier(pool_blocks, host_blocks);
+    }
+
+    fn host_room(&mut self, entering: &[u32], now_us: u64, pool: &Pool, host: &mut HostTier) -> Vec<u32> {
+        self.inner.host_room(entering, now_us, pool, host)
+    }
+
     fn prefetch(&mut self, now_us: u64, budget_blocks: usize, pool: &Pool, host: &HostTier) -> Vec<Vec<u32>> {
         self.inner.prefetch(now_us, budget_blocks, pool, host)
     }

@@ -101,12 +101,10 @@ impl CachePolicy for Min {
         let mut room = pool.capacity() - pool.pinned();
         let mut chains = Vec::new();
         for runs in self.prompts.iter().skip(self.started).take(AHEAD) {
-            let chain: Vec<u32> = runs.iter().flat_map(|run| run.first..run.first + run.len).collect();
-            let idle = chain.iter().filter(|&&b| !pool.is_pinned(b)).count();
-            if idle > room {
-                break;
-            }
-            room -= idle;
+            let mut chain: Vec<u32> = runs.iter().flat_map(|run| run.first..run.first + run.len).collect();
+            let in_use = chain.iter().take_while(|&&b| pool.is_pinned(b)).count();
+            chain.truncate(in_use + room);
+            room -= chain.len() - in_use;
             if chain.iter().any(|&b| !pool.is_resident(b)) {
                 chains.push(chain);
             }

@@ -21,6 +21,11 @@ pub(crate) struct Waiting {
     pub(crate) handle: SessionHandle,
     pub(crate) agent: u16,
     pub(crate) ticket: u16,
+    /// Blocks of its prompt, and how many of them were not resident when they were last heard of.
+    pub(crate) blocks: u32,
+    pub(crate) missing: u32,
+    /// Somebody was told to bring them back.
+    pub(crate) offered: bool,
 }
 
 /// Waiting calls in order of arrival.
@@ -79,7 +84,7 @@ impl Queue {
         if self.calls.is_empty() {
             self.admitted_us = now_us;
         }
-        self.calls.push_back(Waiting { call, handle, agent, ticket });
+        self.calls.push_back(Waiting { call, handle, agent, ticket, blocks: 0, missing: 0, offered: false });
         self.publish();
         ticket
     }
@@ -110,6 +115,30 @@ impl Queue {
     /// The first waiting call of a session.
     pub(crate) fn first_of(&self, handle: SessionHandle) -> Option<&Waiting> {
         self.calls.iter().find(|waiting| waiting.handle == handle)
+    }
+
+    /// The call that joined last has a prompt of so many blocks, of which so many are resident.
+    pub(crate) fn asks_for(&mut self, blocks: usize, resident: usize) {
+        if let Some(waiting) = self.calls.back_mut() {
+            (waiting.blocks, waiting.missing) = (blocks as u32, (blocks - resident) as u32);
+        }
+    }
+
+    /// The call at a place in line, from 0.
+    pub(crate) fn at(&self, place: usize) -> Option<&Waiting> {
+        self.calls.get(place)
+    }
+
+    /// Somebody is told to bring back the blocks of the call at this place.
+    pub(crate) fn offer(&mut self, place: usize) {
+        if let Some(waiting) = self.calls.get_mut(place) {
+            waiting.offered = true;
+        }
+    }
+
+    /// The first waiting call of a session's agent whose blocks somebody was told to bring back.
+    pub(crate) fn offered(&mut self, handle: SessionHandle, agent: u16) -> Option<&mut Waiting> {
+        self.calls.iter_mut().find(|waiting| waiting.offered && (waiting.handle, waiting.agent) == (handle, agent))
     }
 
     /// How many calls are ahead of a ticket; `None` where it does not wait any more.
