@@ -790,7 +790,7 @@ impl KvCache {
         let &CallStart { session, agent, keys, hints, .. } = start;
         self.find_path(keys);
         let hit = self.path.len();
-        self.offers.called((slot, handle.generation(), agent), keys);
+        self.offers.called((slot, run.handle.generation(), agent), keys);
         let shadow = if self.config.guard { self.guard.started(session, keys, hit) } else { NONE };
         let lane = self.lane(slot, agent);
         let mut whole = true;
