@@ -773,24 +773,26 @@ impl EngineCalls {
     /// What has arrived since and does not start at once is certain to be needed.
     fn tell_queued(&mut self, py: Python<'_>, starting: Option<&Bound<'_, EngineCall>>) -> PyResult<()> {
         let now_us = self.now_us;
-        let untold = std::mem::take(&mut self.untold);
+        let mut queued = std::mem::take(&mut self.untold);
         self.untold_calls = 0;
-        for call in untold {
-            let call = call.into_bound(py);
-            if !call.borrow().untold {
-                continue;
+        queued.retain(|call| {
+            let mut one = call.bind(py).borrow_mut();
+            if !one.untold {
+                return false;
             }
-            if starting.is_some_and(|starting| starting.is(&call)) {
-                self.untold_calls += 1;
-                self.untold.push(call.unbind());
-                continue;
+            if starting.is_some_and(|starting| starting.is(call)) {
+                self.untold_calls = 1;
+                return false;
             }
-            {
-                let mut one = call.borrow_mut();
-                (one.untold, one.arrived_us) = (false, now_us);
-                one.told = !matches!(self.core, Core::Nobody);
-            }
-            let one = call.borrow();
+            (one.untold, one.arrived_us) = (false, now_us);
+            one.told = !matches!(self.core, Core::Nobody);
+            true
+        });
+        if let (1, Some(starting)) = (self.untold_calls, starting) {
+            self.untold.push(starting.clone().unbind());
+        }
+        for call in queued {
+            let one = call.bind(py).borrow();
             self.tell(py, EventKind::CallQueued, (one.session, one.agent), one.number, now_us, &one.keys)?;
         }
         Ok(())
