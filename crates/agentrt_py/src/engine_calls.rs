@@ -476,7 +476,7 @@ impl EngineCalls {
                 0 => None,
                 _ => Some(block_ids_by_group.get_item(0)?),
             };
-            computed = (tokens / self.block_size).min(ids.as_ref().map_or(Ok(0), |ids| ids.len())?);
+            computed = (tokens / self.block_size).min(ids.as_ref().map_or(Ok(0), PyAnyMethods::len)?);
             let low = call.borrow().low.min(computed);
             let hashes = request.getattr(intern!(py, "block_hashes"))?;
             let mut keys = std::mem::take(&mut self.keys);
@@ -512,10 +512,16 @@ impl EngineCalls {
 
     /// `block_ids` carry `keys`; what vLLM has evicted for them by itself, the core hears of now.
     #[pyo3(signature = (keys, block_ids, now_us, /))]
-    fn register(&mut self, py: Python<'_>, keys: &Bound<'_, PyAny>, block_ids: Vec<u32>, now_us: u64) -> PyResult<()> {
+    fn register(
+        &mut self,
+        py: Python<'_>,
+        keys: &Bound<'_, PyAny>,
+        block_ids: &Bound<'_, PyAny>,
+        now_us: u64,
+    ) -> PyResult<()> {
         self.now_us = now_us;
         let keys: PyReadonlyArray1<'_, u64> = array("keys", keys)?;
-        self.carry(py, keys.as_slice()?, &block_ids)?;
+        self.carry(py, keys.as_slice()?, &numbers(block_ids, 0)?)?;
         self.settle_up(py)
     }
 
@@ -906,7 +912,7 @@ impl EngineCalls {
 }
 
 /// A dictionary; None for anything else.
-fn dict<'py>(object: Option<Bound<'py, PyAny>>) -> Option<Bound<'py, PyDict>> {
+fn dict(object: Option<Bound<'_, PyAny>>) -> Option<Bound<'_, PyDict>> {
     object.and_then(|object| object.cast_into::<PyDict>().ok())
 }
 
