@@ -6,7 +6,8 @@ answers have 4 to 20 blocks, and 2,000 sessions share the pool, so that a third 
 allocation evicts. That is 1.3 arrivals a step; steps without an arrival are also reported apart.
 
 Counted: every hook vLLM calls during a step, together. Every run does exactly the same work, so on a machine with other
-work the least time of each step over ``--repeat`` runs is what the step costs; the times as they came are printed too.
+work the least time of each step over ``--repeat`` runs is what the step costs, and so for each hook in it; the times as
+they came are printed too.
 `record` is `observe` that also writes a trace, as `agentrt record` does; what the writing thread takes shows in
 `cpu_us_per_step`, the processor time of the whole process, harness and vLLM included.
 
@@ -55,9 +56,10 @@ class Load:
 
 
 class Times(NamedTuple):
-    """Nanoseconds in the hooks and arrivals, by step; and what is the same in every run."""
+    """Nanoseconds in the hooks, together and each, and arrivals, by step; and what is the same in every run."""
 
     spent: list[int]
+    by_hook: dict[str, list[int]]
     arrivals: list[int]
     cpu_us_per_step: float
     facts: dict[str, Any]
@@ -73,8 +75,9 @@ def measure(engine: Engine, steps: int, warm_up: int) -> Times:
     load = Load()
     connector = engine.connector
     assert connector is not None
-    spent = 0
+    spent: dict[str, int] = {}
     per_step: list[int] = []
+    by_hook: dict[str, list[int]] = {}
     arrivals: list[int] = []
     for hook in (
         "on_new_request",
@@ -85,15 +88,15 @@ def measure(engine: Engine, steps: int, warm_up: int) -> Times:
     ):
         real = getattr(connector, hook)
 
-        def timed(*arguments: Any, real: Any = real) -> Any:
-            nonlocal spent
+        def timed(*arguments: Any, real: Any = real, hook: str = hook) -> Any:
             start = time.perf_counter_ns()
             try:
                 return real(*arguments)
             finally:
-                spent += time.perf_counter_ns() - start
+                spent[hook] += time.perf_counter_ns() - start
 
         setattr(connector, hook, timed)
+        by_hook[hook] = []
     live: list[tuple[Any, int]] = []
     step = engine.step
     engine.step = lambda scheduled: None  # type: ignore[method-assign]
@@ -101,7 +104,7 @@ def measure(engine: Engine, steps: int, warm_up: int) -> Times:
     gc.freeze()
     cpu_start = 0.0
     for i in range(warm_up + steps):
-        spent = 0
+        spent.update(dict.fromkeys(by_hook, 0))
         if i == warm_up:
             cpu_start = time.process_time()
         engine.now_us += 30_000
@@ -130,7 +133,9 @@ def measure(engine: Engine, steps: int, warm_up: int) -> Times:
             else:
                 live.append((request, left))
         if i >= warm_up:
-            per_step.append(spent)
+            per_step.append(sum(spent.values()))
+            for hook, ns in spent.items():
+                by_hook[hook].append(ns)
             arrivals.append(admitted)
     assert connector.adapter is not None
     connector.adapter.close()
@@ -145,7 +150,7 @@ def measure(engine: Engine, steps: int, warm_up: int) -> Times:
         "faults": {kind: n for kind, n in connector.guard.faults.items() if not kind.endswith("slow")},
     }
     gc.unfreeze()
-    return Times(per_step, arrivals, cpu_us_per_step, facts)
+    return Times(per_step, by_hook, arrivals, cpu_us_per_step, facts)
 
 
 def percentiles(spent: list[int], arrivals: list[int]) -> dict[str, Any]:
@@ -175,12 +180,19 @@ def main() -> None:
         arrivals = runs[0].arrivals
         assert all(one.arrivals == arrivals and one.facts == runs[0].facts for one in runs), "runs differ"
         least = [min(times) for times in zip(*(one.spent for one in runs), strict=True)]
+        by_hook = {
+            hook: round(
+                sum(map(min, zip(*(one.by_hook[hook] for one in runs), strict=True))) / arguments.steps / 1e3, 1
+            )
+            for hook in runs[0].by_hook
+        }
         result = {
             "policy": policy,
             "steps": arguments.steps,
             "arrivals_per_step": round(sum(arrivals) / len(arrivals), 2),
             "least_of_runs": percentiles(least, arrivals),
             "cpu_us_per_step": round(min(one.cpu_us_per_step for one in runs), 1),
+            "mean_us_by_hook": by_hook,
             "first_run": percentiles(runs[0].spent, arrivals),
             **runs[0].facts,
         }

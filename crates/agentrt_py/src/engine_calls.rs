@@ -476,7 +476,7 @@ impl EngineCalls {
                 0 => None,
                 _ => Some(block_ids_by_group.get_item(0)?),
             };
-            computed = (tokens / self.block_size).min(ids.as_ref().map_or(Ok(0), |ids| ids.len())?);
+            computed = (tokens / self.block_size).min(ids.as_ref().map_or(Ok(0), PyAnyMethods::len)?);
             let low = call.borrow().low.min(computed);
             let hashes = request.getattr(intern!(py, "block_hashes"))?;
             let mut keys = std::mem::take(&mut self.keys);
@@ -512,10 +512,16 @@ impl EngineCalls {
 
     /// `block_ids` carry `keys`; what vLLM has evicted for them by itself, the core hears of now.
     #[pyo3(signature = (keys, block_ids, now_us, /))]
-    fn register(&mut self, py: Python<'_>, keys: &Bound<'_, PyAny>, block_ids: Vec<u32>, now_us: u64) -> PyResult<()> {
+    fn register(
+        &mut self,
+        py: Python<'_>,
+        keys: &Bound<'_, PyAny>,
+        block_ids: &Bound<'_, PyAny>,
+        now_us: u64,
+    ) -> PyResult<()> {
         self.now_us = now_us;
         let keys: PyReadonlyArray1<'_, u64> = array("keys", keys)?;
-        self.carry(py, keys.as_slice()?, &block_ids)?;
+        self.carry(py, keys.as_slice()?, &numbers(block_ids, 0)?)?;
         self.settle_up(py)
     }
 
@@ -773,24 +779,26 @@ impl EngineCalls {
     /// What has arrived since and does not start at once is certain to be needed.
     fn tell_queued(&mut self, py: Python<'_>, starting: Option<&Bound<'_, EngineCall>>) -> PyResult<()> {
         let now_us = self.now_us;
-        let untold = std::mem::take(&mut self.untold);
+        let mut queued = std::mem::take(&mut self.untold);
         self.untold_calls = 0;
-        for call in untold {
-            let call = call.into_bound(py);
-            if !call.borrow().untold {
-                continue;
+        queued.retain(|call| {
+            let mut one = call.bind(py).borrow_mut();
+            if !one.untold {
+                return false;
             }
-            if starting.is_some_and(|starting| starting.is(&call)) {
-                self.untold_calls += 1;
-                self.untold.push(call.unbind());
-                continue;
+            if starting.is_some_and(|starting| starting.is(call)) {
+                self.untold_calls = 1;
+                return false;
             }
-            {
-                let mut one = call.borrow_mut();
-                (one.untold, one.arrived_us) = (false, now_us);
-                one.told = !matches!(self.core, Core::Nobody);
-            }
-            let one = call.borrow();
+            (one.untold, one.arrived_us) = (false, now_us);
+            one.told = !matches!(self.core, Core::Nobody);
+            true
+        });
+        if let (1, Some(starting)) = (self.untold_calls, starting) {
+            self.untold.push(starting.clone().unbind());
+        }
+        for call in queued {
+            let one = call.bind(py).borrow();
             self.tell(py, EventKind::CallQueued, (one.session, one.agent), one.number, now_us, &one.keys)?;
         }
         Ok(())
@@ -904,7 +912,7 @@ impl EngineCalls {
 }
 
 /// A dictionary; None for anything else.
-fn dict<'py>(object: Option<Bound<'py, PyAny>>) -> Option<Bound<'py, PyDict>> {
+fn dict(object: Option<Bound<'_, PyAny>>) -> Option<Bound<'_, PyDict>> {
     object.and_then(|object| object.cast_into::<PyDict>().ok())
 }
 

@@ -100,7 +100,7 @@ fn exp(x: f32) -> f32 {
     let f = y - (rounded - ROUND);
     let power = f32::from_bits((rounded.to_bits() << 23).wrapping_add(0x3F80_0000));
     let high = 0.009_618_13 + f * (0.001_333_36 + f * 0.000_154_04);
-    power * (1.0 + f * (std::f32::consts::LN_2 + f * (0.240_226_51 + f * (0.055_504_11 + f * high))))
+    power * (1.0 + f * (std::f32::consts::LN_2 + f * (0.240_226_5 + f * (0.055_504_11 + f * high))))
 }
 
 /// The natural logarithm of a number above 0, to 1e-7, likewise.

@@ -143,8 +143,8 @@ class Adapter:
         self.held.acting = acting
 
     @property
-    def ranker(self) -> FreeQueue | None:
-        """The free queue; None where the pool is built otherwise than expected."""
+    def ranker(self) -> Any:
+        """The :class:`agentrt._core.FreeQueue`; None where the pool is built otherwise than expected."""
         return self.held.queue
 
     @staticmethod
