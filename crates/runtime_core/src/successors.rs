@@ -164,8 +164,9 @@ impl<const SETS: usize, const WAYS: usize, const HALVE_AT: u32> SuccessorTable<S
         sum
     }
 
+    /// Tells of each way of `context` its successor and count; in a full set under concurrent take-over one may come twice.
     #[inline]
-    fn visit(&self, context: u64, mut seen: impl FnMut(u16, u32)) {
+    pub(crate) fn visit(&self, context: u64, mut seen: impl FnMut(u16, u32)) {
         let (set, tag) = Self::locate(context);
         for way in &self.ways[set] {
             let word = way.load(Relaxed);

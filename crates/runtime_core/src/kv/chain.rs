@@ -8,7 +8,7 @@
 use crate::ids::AgentId;
 use crate::successors::{after_tool, context_of, context_of_two};
 
-use super::workload::{Workload, NEW, RANKS, SUCCESSORS};
+use super::workload::{Workload, NEW, RANKS};
 use super::Config;
 
 /// Calls looked ahead.
@@ -141,12 +141,10 @@ impl<'a> Chain<'a> {
             if tool.is_some_and(|tool| tool != ran) {
                 continue;
             }
-            let mut successors = [(0u16, 0u32); SUCCESSORS];
-            let found = self.workload.transitions.row(context, &mut successors);
-            for &(agent, count) in &successors[..found] {
+            self.workload.transitions.visit(context, |agent, count| {
                 counts[self.position(agent)] += count as f32;
                 total += count as f32;
-            }
+            });
         }
         (counts, total)
     }

@@ -187,7 +187,9 @@ impl Gaps {
                 agent.hazard(b, prior_of_tool, KAPPA, 0.0),
                 pace.hazard(b, prior_of_tool, KAPPA, 0.0),
             ];
-            [&mut all, &mut agent, &mut pace, &mut tool].into_iter().for_each(|histogram| histogram.pass(b));
+            for histogram in [&mut all, &mut agent, &mut pace, &mut tool] {
+                histogram.pass(b);
+            }
         }
         for ((hazard, survived), skill) in hazards.iter().zip(survived).zip(&self.skill) {
             let gained = hazard.max(1e-6).ln() + survived.ln() as f32;
