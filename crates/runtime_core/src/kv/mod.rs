@@ -213,9 +213,11 @@ struct Lane {
     next: u32,
     /// The lane before in that list, [`NONE`] for the first.
     before: u32,
+    /// Calls of its session when it called last.
+    at: u16,
 }
 
-const VACANT: Lane = Lane { session: NONE, agent: 0, calls: 0, head: NONE, next: NONE, before: NONE };
+const VACANT: Lane = Lane { session: NONE, agent: 0, calls: 0, head: NONE, next: NONE, before: NONE, at: 0 };
 
 #[derive(Clone, Copy, Debug)]
 struct Tenant {
@@ -730,7 +732,9 @@ impl KvCache {
                 self.refresh_curves(lane, workload.1);
                 whole = self.touch(workload.1, lane, slot, now_us, keys.len() as u32, hints);
             }
-            self.lanes[lane as usize].calls = self.lanes[lane as usize].calls.wrapping_add(1);
+            let at = self.tenants[slot as usize].calls;
+            let x = &mut self.lanes[lane as usize];
+            (x.calls, x.at) = (x.calls.wrapping_add(1), at);
         }
         self.ticket = 0;
         let tail = match self.path.last() {
@@ -896,7 +900,7 @@ impl KvCache {
         prompt_len: u32,
         hints: &[Hint],
     ) -> bool {
-        let Lane { agent, calls, .. } = self.lanes[lane as usize];
+        let Lane { agent, calls, at: called_at, .. } = self.lanes[lane as usize];
         // One vote per (misses, class) cell: all blocks of the lane, used or not.
         let mut expected = [[0u32; CLASSES]; MISSES];
         let mut used = [[0u32; CLASSES]; MISSES];
@@ -972,10 +976,11 @@ impl KvCache {
             }
         }
         self.follow(workload, slot, votes.as_ref(), leads);
+        let later = step.wrapping_sub(called_at) > 1;
         for (misses, (expected, used)) in expected.iter().zip(&used).enumerate() {
             for (class, (&n, &m)) in expected.iter().zip(used).enumerate() {
                 if n > 0 {
-                    workload.content.vote(agent, misses, class, n, m);
+                    workload.content.vote(agent, later, misses, class, n, m);
                 }
             }
         }
@@ -1327,7 +1332,7 @@ impl KvCache {
                     continue;
                 }
                 let agent = self.lanes[self.view.lanes[i] as usize].agent;
-                let rate = workload.content.rates(agent, 0, content::used_class(2), &self.config)[0];
+                let rate = workload.content.rates(agent, 0, content::used_class(2), &self.config).later;
                 let private = Foreign::At(f32::INFINITY);
                 let score = density::score(&self.view.times, &first.map(|p| p * rate), &private, None, None);
                 if score > ABOVE_FLOOR * floor && self.offers.pays(probability) {
@@ -1539,12 +1544,17 @@ impl KvCache {
             // A call of the lane that waits will pass over what it does not await.
             let passed = u32::from(self.view.waiting == Some(lane.agent));
             let misses = lane.calls.wrapping_sub(x.touch_call) + passed;
-            let r = workload.content.rates(lane.agent, misses, x.class, &self.config);
+            let rates = workload.content.rates(lane.agent, misses, x.class, &self.config);
             let [first, second, third] = self.view.weights[i].0;
-            let (a, b, c) = (r[0], (1.0 - r[0]) * r[1], (1.0 - r[0]) * (1.0 - r[1]) * r[2]);
+            // Where the lane called last, it may be called at once; else others have been called since.
+            let at_once = if self.tenants[lane.session as usize].calls == lane.at { first[0] } else { 0.0 };
+            let calls = first.iter().sum::<f32>().max(1e-6);
+            let missed = 1.0 - rates.later - (rates.at_once - rates.later) * at_once / calls;
+            let (b, c) = (missed * rates.second, missed * (1.0 - rates.second) * rates.third);
             for i in 0..STEPS {
-                first_use[i] = a * first[i] + b * second[i] + c * third[i];
+                first_use[i] = rates.later * first[i] + b * second[i] + c * third[i];
             }
+            first_use[0] += (rates.at_once - rates.later) * at_once;
         }
         let owner = self.owner(x);
         let mut foreign = Foreign::Learned {
