@@ -931,7 +931,7 @@ impl KvCache {
             let owner = self.owner(&old);
             let other = self.lanes[old.lane as usize].session;
             if let Some(votes) = votes.as_mut().filter(|_| other == leader.0) {
-                votes.used(followers::offset(old.born, step), owner.agent, n as u32);
+                votes.used(old.degree > 1, followers::offset(old.born, step), owner.agent, n as u32);
             }
             if !same_session && other != NONE && at * 3 >= prompt_len as usize {
                 leads = other;
@@ -997,7 +997,7 @@ impl KvCache {
             let mut segment = head;
             while segment != NONE {
                 let x = self.index.seg(segment);
-                votes.expect(followers::offset(x.born, calls), agent, x.len);
+                votes.expect(x.degree > 1, followers::offset(x.born, calls), agent, x.len);
                 segment = x.lane_next;
             }
             lane = next;
@@ -1567,7 +1567,7 @@ impl KvCache {
         }
         let mut follow = [0.0; STEPS];
         if let Some((calls, since)) = self.view.follower {
-            follow = workload.followers.first_use(x.born, calls, since, lane.agent);
+            follow = workload.followers.first_use(x.degree > 1, x.born, calls, since, lane.agent);
         }
         let follower = self.view.follower.map(|_| (&self.view.follower_times, &follow));
         let score = density::score(&self.view.times, &first_use, &foreign, follower, horizon_s);

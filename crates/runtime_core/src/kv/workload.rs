@@ -10,7 +10,7 @@
 //! | `services` | histogram of durations of calls | 88 |
 //! | `ends` | trials and successes by agent, step, size, tool | 256 |
 //! | `sharing` | uses by other sessions by degree, depth and age, agent and step; remembered anchors | 3,232 |
-//! | `followers` | uses by sessions that follow the owner, by offset, lag and agent | 96 |
+//! | `followers` | uses by sessions that follow the owner, private or shared, by offset, lag and agent | 192 |
 //! | | padding to a cache line | |
 //! | victim queue | heads of 256 score classes (kept beside the index, counted here) | 1,056 |
 //!
