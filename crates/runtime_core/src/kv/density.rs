@@ -99,8 +99,8 @@ pub(crate) struct Silence<'a> {
     pub(crate) queue_s: f32,
     /// P(there is a next call), before the silence was seen.
     pub(crate) continues: f32,
-    /// The same for calls after the next.
-    pub(crate) continues_later: f32,
+    /// P(there is a further call) after each of the next ones.
+    pub(crate) continues_later: [f32; STEPS - 1],
     /// Hazards of a call's duration.
     pub(crate) services: &'a [f32; BUCKETS],
 }
@@ -154,7 +154,7 @@ pub(crate) fn call_times(silence: &Silence<'_>) -> CallTimes {
             _ => 0.0,
         };
         next[j] = alive * over_waits(silence.queue_s, |wait_s| within(silence.age_s, wait_s));
-        later[j] = silence.continues_later * over_waits(silence.queue_s, |wait_s| within(0.0, wait_s));
+        later[j] = over_waits(silence.queue_s, |wait_s| within(0.0, wait_s));
     }
     times[0] = match silence.running_s {
         Some(since_s) => delayed(&next, &services, since_s, silence.queued_s),
@@ -181,7 +181,8 @@ pub(crate) fn call_times(silence: &Silence<'_>) -> CallTimes {
     for i in 1..STEPS {
         let previous = times[i - 1];
         for (time, row) in times[i].iter_mut().zip(&map) {
-            *time = row.iter().zip(&previous).map(|(m, f)| m * f).sum();
+            let sum: f32 = row.iter().zip(&previous).map(|(m, f)| m * f).sum();
+            *time = silence.continues_later[i - 1] * sum;
         }
     }
     times
@@ -317,7 +318,7 @@ mod tests {
                 queued_s: 0.0,
                 queue_s: 0.0,
                 continues: 0.9,
-                continues_later: 0.9,
+                continues_later: [0.9; STEPS - 1],
                 services: &[0.5; BUCKETS],
             })
         };

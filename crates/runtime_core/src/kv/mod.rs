@@ -1976,7 +1976,7 @@ fn call_times(
         queued_s: queued_s.unwrap_or(0.0),
         queue_s,
         continues: workload.ends.continues(at.features, config),
-        continues_later: workload.ends.overall(),
+        continues_later: workload.ends.later(at.features.steps, config),
         services: &workload.services.hazards(),
     })
 }
@@ -1999,6 +1999,7 @@ pub(crate) fn predict(
     chain.marginals(at.prev, at.last, &mut marginals[..steps]);
     let mut filled = 0;
     let mut alive = workload.ends.continues(at.features, config);
+    let later: [f32; STEPS] = workload.ends.later(at.features.steps, config);
     for (step, row) in marginals[..steps].iter().enumerate() {
         let from = filled;
         for (agent, &p) in agents[..n].iter().zip(row) {
@@ -2009,7 +2010,7 @@ pub(crate) fn predict(
             }
         }
         out[from..filled].sort_unstable_by(|a, b| b.probability.total_cmp(&a.probability));
-        alive *= workload.ends.overall();
+        alive *= later[step];
     }
     filled
 }
