@@ -18,9 +18,9 @@ use crate::histogram::Often;
 use crate::ids::AgentId;
 use crate::successors::{context_of, context_of_two};
 
-/// The back-off step over f64 counts.
+/// The back-off step over f64 counts; what ended otherwise in a bucket was at risk in half of it.
 fn refine(prior: &[f64], events: &[f64], others: &[f64], (kappa, floor, most): (f64, f64, f64)) -> Vec<f64> {
-    let at_risk = |b: usize| events[b..].iter().chain(&others[b..]).sum::<f64>();
+    let at_risk = |b: usize| events[b..].iter().chain(&others[b..]).sum::<f64>() - others[b] / 2.0;
     (0..events.len()).map(|b| ((events[b] + floor + kappa * prior[b]) / (at_risk(b) + kappa)).min(most)).collect()
 }
 
