@@ -165,8 +165,8 @@ pub(crate) struct Silence<'a> {
     pub(crate) queue_s: f32,
     /// P(there is a next call), before the silence was seen.
     pub(crate) continues: f32,
-    /// The same for calls after the next.
-    pub(crate) continues_later: f32,
+    /// P(there is a further call) after each of the next ones.
+    pub(crate) continues_later: [f32; STEPS - 1],
     pub(crate) services: &'a Services,
 }
 
@@ -293,9 +293,9 @@ pub(crate) fn call_times(silence: &Silence<'_>) -> CallTimes {
     let alive = silence.continues * survived / (silence.continues * survived + 1.0 - silence.continues).max(1e-9);
     let mut times = [[0.0; GRID]; STEPS];
     // P(the next call starts within t) once the last one has ended; the same for later ones.
-    let fresh = called(&cumulative, 0.0, silence.queue_s);
-    let silent = if silence.age_s == 0.0 { fresh } else { called(&cumulative, silence.age_s, silence.queue_s) };
-    let (next, later) = (each(silent, |p| alive * p), each(fresh, |p| silence.continues_later * p));
+    let later = called(&cumulative, 0.0, silence.queue_s);
+    let silent = if silence.age_s == 0.0 { later } else { called(&cumulative, silence.age_s, silence.queue_s) };
+    let next = each(silent, |p| alive * p);
     times[0] = match silence.running_s {
         Some(since_s) => silence.services.rest(since_s, silence.queued_s).of(&next),
         None => next,
@@ -304,7 +304,7 @@ pub(crate) fn call_times(silence: &Silence<'_>) -> CallTimes {
     let cycle = masses(silence.services.call.of(&later));
     let cycle = Delay::new(&each(cycle, |mass| if mass <= 1e-6 { 0.0 } else { mass }));
     for i in 1..STEPS {
-        times[i] = cycle.of(&times[i - 1]);
+        times[i] = each(cycle.of(&times[i - 1]), |p| silence.continues_later[i - 1] * p);
     }
     times
 }
@@ -483,7 +483,7 @@ mod tests {
                 queued_s: 0.0,
                 queue_s: 0.0,
                 continues: 0.9,
-                continues_later: 0.9,
+                continues_later: [0.9; STEPS - 1],
                 services: &Services::new(&[0.5; BUCKETS]),
             })
         };

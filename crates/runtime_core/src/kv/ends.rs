@@ -3,7 +3,7 @@
 //! Every finished call is a trial: success when the session calls again, failure once it has been silent for longer than
 //! 98 % of all gaps (taken back if it calls after all). By agent, step (exact up to eight, then half octaves), size
 //! of the last answer (octaves) and the tool that runs (its result has to go somewhere), combined in log-odds around the global rate:
-//! logit p = logit p_0 + sum over features f of (logit p_f - logit p_0).
+//! logit p = logit p_0 + sum over features f of (logit p_f - logit p_0). Of calls after the next only the step is known.
 
 use crate::histogram::{Counters, Lanes, Often, OFTEN, UNIT};
 
@@ -127,6 +127,20 @@ impl Ends {
         cell.map_or_else(|| self.overall(), |cell| self.rate(cell, self.overall(), 4.0))
     }
 
+    /// P(next call) after each of a session's next calls, the first of which will be its call number `steps` + 1: by step
+    /// alone, as nothing else is known of them.
+    pub(crate) fn later<const N: usize>(&self, steps: u16, config: &Config) -> [f32; N] {
+        let base = self.overall();
+        if !config.session_end {
+            return [base; N];
+        }
+        std::array::from_fn(|i| {
+            let features = Features { steps: steps.saturating_add(1 + i as u16), ..Features::default() };
+            let cell = Self::cells_of(features)[2];
+            cell.map_or(base, |cell| self.rate(cell, base, 4.0))
+        })
+    }
+
     /// P(next call) of a session.
     pub(crate) fn continues(&self, features: Features, config: &Config) -> f32 {
         if !config.session_end {
@@ -157,6 +171,19 @@ mod tests {
         let config = Config::default();
         let at = |steps| ends.continues(Features { agent: 0, steps, size: 3, tool: 0 }, &config);
         assert!(at(2) > 0.9 && at(5) < 0.2, "{} {}", at(2), at(5));
+    }
+
+    #[test]
+    fn calls_after_the_next_are_known_by_their_step() {
+        let (ends, config) = (Ends::default(), Config::default());
+        for _ in 0..40 {
+            for steps in 1..5 {
+                ends.went_on(Features { steps, ..Features::default() }, false, Often::ALWAYS);
+            }
+            ends.ended(Features { steps: 5, ..Features::default() }, Often::ALWAYS);
+        }
+        let later: [f32; 3] = ends.later(2, &config);
+        assert!(later[0] > 0.9 && later[1] > 0.9 && later[2] < 0.2, "{later:?}");
     }
 
     #[test]

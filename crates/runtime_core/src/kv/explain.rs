@@ -102,6 +102,9 @@ impl KvCache {
         let (before, view) = (self.now_us, self.view.clone());
         self.now_us = now_us.max(before);
         self.view.slot = NONE;
+        // Looking brings the next look at the counts of sharing nearer.
+        let at = self.workload_of(x.lane) as usize % self.curves.len();
+        let curves = self.curves[at].clone();
         self.refresh_curves(x.lane, workload);
         let probability = if self.is_nobodys(x.lane) {
             self.score(segment, &x, workload, Some(horizon_s))
@@ -114,6 +117,7 @@ impl KvCache {
             self.plans[at] = plan;
             probability
         };
+        self.curves[at] = curves;
         (self.now_us, self.view) = (before, view);
         Some((probability, horizon_s))
     }

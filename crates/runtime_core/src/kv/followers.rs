@@ -3,7 +3,8 @@
 //! A session *follows* the session whose blocks its latest call used deep in its prompt (beyond the first third). Each
 //! call of a follower is a trial for all of its leader's segments, by how far the leader's step at which a segment was
 //! first used lies ahead of the follower's own step, and by how many calls ago the follower last used anything of the
-//! leader's. One vote per cell and call, worth the share of the blocks that the call used.
+//! leader's. Private and shared segments are told apart: of a leader whose system prompt alone is asked for, the rest is
+//! not. One vote per cell and call, worth the share of the blocks that the call used.
 
 use crate::histogram::{Counters, Often, UNIT};
 
@@ -13,13 +14,15 @@ use super::chain::STEPS;
 const LAGS: usize = 3;
 /// Offsets told apart: behind, the step itself, the one after, further ahead.
 const OFFSETS: usize = 4;
+/// Private segments, and shared ones.
+const GROUPS: usize = 2;
 /// The offset of the step itself.
 const SAME: usize = 1;
 /// Rows of agents: eleven have their own, the last is all others'.
 const AGENTS: usize = 12;
 
-type Cells = Counters<{ (2 * OFFSETS * LAGS).div_ceil(4) }>;
-type Agents = Counters<{ (2 * AGENTS).div_ceil(4) }>;
+type Cells = Counters<{ (2 * GROUPS * OFFSETS * LAGS).div_ceil(4) }>;
+type Agents = Counters<{ (2 * GROUPS * AGENTS).div_ceil(4) }>;
 
 /// Votes by offset and lag, and by agent at offset 0.
 #[derive(Debug, Default)]
@@ -39,39 +42,41 @@ pub(crate) fn offset(born: u8, calls: u16) -> usize {
     }
 }
 
-fn cell(offset: usize, since: u16) -> usize {
+fn cell(shared: bool, offset: usize, since: u16) -> usize {
     let lag = match since {
         0 | 1 => 0,
         2..=3 => 1,
         _ => 2,
     };
-    offset * LAGS + lag
+    let group = usize::from(shared);
+    (group * OFFSETS + offset) * LAGS + lag
 }
 
-fn row(agent: u16) -> usize {
-    usize::from(agent).min(AGENTS - 1)
+fn row(shared: bool, agent: u16) -> usize {
+    usize::from(shared) * AGENTS + usize::from(agent).min(AGENTS - 1)
 }
 
 /// Blocks of the leader at a call of its follower: how many there were, and how many the call used.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Votes {
-    offsets: [(u32, u32); OFFSETS],
-    agents: [(u32, u32); AGENTS],
+    offsets: [[(u32, u32); OFFSETS]; GROUPS],
+    agents: [[(u32, u32); AGENTS]; GROUPS],
 }
 
 impl Votes {
-    pub(crate) fn expect(&mut self, offset: usize, agent: u16, n: u32) {
-        self.each(offset, agent, |(expected, _)| *expected += n);
+    pub(crate) fn expect(&mut self, shared: bool, offset: usize, agent: u16, n: u32) {
+        self.each(shared, offset, agent, |(expected, _)| *expected += n);
     }
 
-    pub(crate) fn used(&mut self, offset: usize, agent: u16, n: u32) {
-        self.each(offset, agent, |(_, used)| *used += n);
+    pub(crate) fn used(&mut self, shared: bool, offset: usize, agent: u16, n: u32) {
+        self.each(shared, offset, agent, |(_, used)| *used += n);
     }
 
-    fn each(&mut self, offset: usize, agent: u16, count: impl Fn(&mut (u32, u32))) {
-        count(&mut self.offsets[offset]);
+    fn each(&mut self, shared: bool, offset: usize, agent: u16, count: impl Fn(&mut (u32, u32))) {
+        let group = usize::from(shared);
+        count(&mut self.offsets[group][offset]);
         if offset == SAME {
-            count(&mut self.agents[row(agent)]);
+            count(&mut self.agents[group][usize::from(agent).min(AGENTS - 1)]);
         }
     }
 }
@@ -84,31 +89,35 @@ impl Followers {
     /// A call of a follower, `since` calls after the last one that used anything of the leader's.
     pub(crate) fn learn(&self, votes: &Votes, since: u16) {
         let vote = |n: u32, used: u32| [UNIT, (UNIT * used.min(n) + n / 2) / n];
-        for (offset, &(n, used)) in votes.offsets.iter().enumerate().filter(|(_, (n, _))| *n > 0) {
-            self.cells.add_steps(2 * cell(offset, since), vote(n, used), Often::ALWAYS);
-        }
-        for (agent, &(n, used)) in votes.agents.iter().enumerate().filter(|(_, (n, _))| *n > 0) {
-            self.agents.add_steps(2 * agent, vote(n, used), Often::ALWAYS);
+        for shared in [false, true] {
+            let group = usize::from(shared);
+            for (offset, &(n, used)) in votes.offsets[group].iter().enumerate().filter(|(_, (n, _))| *n > 0) {
+                self.cells.add_steps(2 * cell(shared, offset, since), vote(n, used), Often::ALWAYS);
+            }
+            for (agent, &(n, used)) in votes.agents[group].iter().enumerate().filter(|(_, (n, _))| *n > 0) {
+                self.agents.add_steps(2 * row(shared, agent as u16), vote(n, used), Often::ALWAYS);
+            }
         }
     }
 
     /// P(the follower's i-th next call is the first to use a segment).
-    pub(crate) fn first_use(&self, born: u8, calls: u16, since: u16, agent: u16) -> [f32; STEPS] {
+    pub(crate) fn first_use(&self, shared: bool, born: u8, calls: u16, since: u16, agent: u16) -> [f32; STEPS] {
         let votes = |expected: u16, used: u16| (f32::from(expected) / UNIT as f32, f32::from(used) / UNIT as f32);
         let of_cell = |i: usize| votes(self.cells.get(2 * i), self.cells.get(2 * i + 1));
         // How the agent's blocks compare with all at offset 0.
         let (all, all_used) = (0..LAGS).fold((0.0, 0.0), |sum, lag| {
-            let (expected, used) = of_cell(SAME * LAGS + lag);
+            let (expected, used) = of_cell(cell(shared, SAME, 0) + lag);
             (sum.0 + expected, sum.1 + used)
         });
         let base = (all_used + 0.1) / (all + 2.0);
-        let (expected, used) = votes(self.agents.get(2 * row(agent)), self.agents.get(2 * row(agent) + 1));
+        let (expected, used) =
+            votes(self.agents.get(2 * row(shared, agent)), self.agents.get(2 * row(shared, agent) + 1));
         let risk = (used + 4.0 * base) / ((expected + 4.0) * base);
         let mut left = 1.0;
         std::array::from_fn(|i| {
             let ahead = 1 + i as u16;
             let (expected, used) =
-                of_cell(cell(offset(born, calls.saturating_add(ahead)), since.saturating_add(ahead)));
+                of_cell(cell(shared, offset(born, calls.saturating_add(ahead)), since.saturating_add(ahead)));
             let rate = ((used + 0.1) / (expected + 2.0) * risk).min(0.95);
             let first = left * rate;
             left -= first;
@@ -126,10 +135,10 @@ mod tests {
         for round in 0..150 {
             let mut votes = Votes::default();
             for offset in 0..OFFSETS {
-                votes.expect(offset, agent, 8);
+                votes.expect(false, offset, agent, 8);
             }
             if uses {
-                votes.used(SAME, agent, 8);
+                votes.used(false, SAME, agent, 8);
             }
             followers.learn(&votes, 1 + round % 5);
         }
@@ -140,9 +149,9 @@ mod tests {
         let followers = Followers::default();
         in_step(&followers, 0, true);
         // The follower has made three calls, the last of which used something of its leader's.
-        let third_ahead = followers.first_use(6, 3, 0, 0);
-        let next = followers.first_use(4, 3, 0, 0);
-        let passed = followers.first_use(2, 3, 0, 0);
+        let third_ahead = followers.first_use(false, 6, 3, 0, 0);
+        let next = followers.first_use(false, 4, 3, 0, 0);
+        let passed = followers.first_use(false, 2, 3, 0, 0);
         assert!(next[0] > 0.8, "{next:?}");
         assert!(third_ahead[0] < 0.1 && third_ahead[2] > 10.0 * third_ahead[1], "{third_ahead:?}");
         assert!(passed.iter().sum::<f32>() < 0.3, "{passed:?}");
@@ -153,13 +162,13 @@ mod tests {
         let followers = Followers::default();
         in_step(&followers, 0, true);
         in_step(&followers, 1, false);
-        let (followed, alone) = (followers.first_use(4, 3, 0, 0)[0], followers.first_use(4, 3, 0, 1)[0]);
+        let (followed, alone) = (followers.first_use(false, 4, 3, 0, 0)[0], followers.first_use(false, 4, 3, 0, 1)[0]);
         assert!(followed > 5.0 * alone, "{followed} {alone}");
     }
 
     #[test]
     fn nothing_is_expected_of_followers_before_one_has_been_seen() {
-        let first = Followers::default().first_use(4, 3, 0, 0);
+        let first = Followers::default().first_use(false, 4, 3, 0, 0);
         assert!(first.iter().sum::<f32>() < 0.3, "{first:?}");
     }
 }

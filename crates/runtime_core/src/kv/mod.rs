@@ -219,9 +219,11 @@ struct Lane {
     next: u32,
     /// The lane before in that list, [`NONE`] for the first.
     before: u32,
+    /// Calls of its session when it called last.
+    at: u16,
 }
 
-const VACANT: Lane = Lane { session: NONE, agent: 0, calls: 0, head: NONE, next: NONE, before: NONE };
+const VACANT: Lane = Lane { session: NONE, agent: 0, calls: 0, head: NONE, next: NONE, before: NONE, at: 0 };
 
 #[derive(Clone, Copy, Debug)]
 struct Tenant {
@@ -798,7 +800,9 @@ impl KvCache {
             self.refresh_curves(lane, workload);
             whole = self.touch(workload, lane, slot, run.started_us, keys.len() as u32, hints);
         }
-        self.lanes[lane as usize].calls = self.lanes[lane as usize].calls.wrapping_add(1);
+        let at = self.tenants[slot as usize].calls;
+        let x = &mut self.lanes[lane as usize];
+        (x.calls, x.at) = (x.calls.wrapping_add(1), at);
         self.ticket = 0;
         let tail = match self.path.last() {
             Some(&block) => self.pin(block),
@@ -953,7 +957,7 @@ impl KvCache {
         prompt_len: u32,
         hints: &[Hint],
     ) -> bool {
-        let Lane { agent, calls, .. } = self.lanes[lane as usize];
+        let Lane { agent, calls, at: called_at, .. } = self.lanes[lane as usize];
         // One vote per (misses, class) cell: all blocks of the lane, used or not.
         let mut expected = [[0u32; CLASSES]; MISSES];
         let mut used = [[0u32; CLASSES]; MISSES];
@@ -984,7 +988,7 @@ impl KvCache {
             let owner = self.owner(&old);
             let other = self.lanes[old.lane as usize].session;
             if let Some(votes) = votes.as_mut().filter(|_| other == leader.0) {
-                votes.used(followers::offset(old.born, step), owner.agent, n as u32);
+                votes.used(old.degree > 1, followers::offset(old.born, step), owner.agent, n as u32);
             }
             if !same_session && other != NONE && at * 3 >= prompt_len as usize {
                 leads = other;
@@ -1029,10 +1033,11 @@ impl KvCache {
             }
         }
         self.follow(workload, slot, votes.as_ref(), leads);
+        let later = step.wrapping_sub(called_at) > 1;
         for (misses, (expected, used)) in expected.iter().zip(&used).enumerate() {
             for (class, (&n, &m)) in expected.iter().zip(used).enumerate() {
                 if n > 0 {
-                    workload.content.vote(agent, misses, class, n, m);
+                    workload.content.vote(agent, later, misses, class, n, m);
                 }
             }
         }
@@ -1049,7 +1054,7 @@ impl KvCache {
             let mut segment = head;
             while segment != NONE {
                 let x = self.index.seg(segment);
-                votes.expect(followers::offset(x.born, calls), agent, x.len);
+                votes.expect(x.degree > 1, followers::offset(x.born, calls), agent, x.len);
                 segment = x.lane_next;
             }
             lane = next;
@@ -1408,7 +1413,7 @@ impl KvCache {
                     continue;
                 }
                 let agent = self.lanes[self.view.lanes[i] as usize].agent;
-                let rate = workload.content.rates(agent, 0, content::used_class(2), &self.config)[0];
+                let rate = workload.content.rates(agent, 0, content::used_class(2), &self.config).later;
                 let private = Foreign::At(f32::INFINITY);
                 let score = density::score(&self.view.times, &first.map(|p| p * rate), &private, None, None);
                 self.offers.found((slot, tenant.generation, agent), probability, score);
@@ -1668,12 +1673,17 @@ impl KvCache {
             // A call of the lane that waits will pass over what it does not await.
             let passed = u32::from(self.view.waiting == Some(lane.agent));
             let misses = lane.calls.wrapping_sub(x.touch_call) + passed;
-            let r = workload.content.rates(lane.agent, misses, x.class, &self.config);
+            let rates = workload.content.rates(lane.agent, misses, x.class, &self.config);
             let [first, second, third] = self.view.weights[i].0;
-            let (a, b, c) = (r[0], (1.0 - r[0]) * r[1], (1.0 - r[0]) * (1.0 - r[1]) * r[2]);
+            // Where the lane called last, it may be called at once; else others have been called since.
+            let at_once = if self.tenants[lane.session as usize].calls == lane.at { first[0] } else { 0.0 };
+            let calls = first.iter().sum::<f32>().max(1e-6);
+            let missed = 1.0 - rates.later - (rates.at_once - rates.later) * at_once / calls;
+            let (b, c) = (missed * rates.second, missed * (1.0 - rates.second) * rates.third);
             for i in 0..STEPS {
-                first_use[i] = a * first[i] + b * second[i] + c * third[i];
+                first_use[i] = rates.later * first[i] + b * second[i] + c * third[i];
             }
+            first_use[0] += (rates.at_once - rates.later) * at_once;
         }
         let owner = self.owner(x);
         let mut foreign = Foreign::Learned {
@@ -1686,7 +1696,7 @@ impl KvCache {
         }
         let mut follow = [0.0; STEPS];
         if let Some((calls, since)) = self.view.follower {
-            follow = workload.followers.first_use(x.born, calls, since, lane.agent);
+            follow = workload.followers.first_use(x.degree > 1, x.born, calls, since, lane.agent);
         }
         let follower = self.view.follower.map(|_| (&self.view.follower_times, &follow));
         let score = density::score(&self.view.times, &first_use, &foreign, follower, horizon_s);
@@ -2097,7 +2107,7 @@ fn call_times(
         queued_s: queued_s.unwrap_or(0.0),
         queue_s,
         continues: workload.ends.continues(at.features, config),
-        continues_later: workload.ends.overall(),
+        continues_later: workload.ends.later(at.features.steps, config),
         services,
     })
 }
@@ -2120,6 +2130,7 @@ pub(crate) fn predict(
     chain.marginals(at.prev, at.last, &mut marginals[..steps]);
     let mut filled = 0;
     let mut alive = workload.ends.continues(at.features, config);
+    let later: [f32; STEPS] = workload.ends.later(at.features.steps, config);
     for (step, row) in marginals[..steps].iter().enumerate() {
         let from = filled;
         for (agent, &p) in agents[..n].iter().zip(row) {
@@ -2130,7 +2141,7 @@ pub(crate) fn predict(
             }
         }
         out[from..filled].sort_unstable_by(|a, b| b.probability.total_cmp(&a.probability));
-        alive *= workload.ends.overall();
+        alive *= later[step];
     }
     filled
 }

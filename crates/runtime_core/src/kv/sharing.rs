@@ -2,7 +2,8 @@
 //!
 //! Hazards over the age since the last use (octaves from 1/16 s to two hours) by class: how many sessions have used the
 //! segment (1, 2, 3-4, 5-8, 9-16, 17-64, more) x depth (below 16, 64, 256 blocks, deeper). A use by another session is
-//! an event; a use by the same session or an eviction ends the observation (censored). Prior of a class: all private
+//! an event; a use by the same session or an eviction ends the observation (censored), which was at risk in half of its
+//! last bucket (the actuarial estimator: octaves are wide, and many observations end in them). Prior of a class: all private
 //! (or all shared) segments together.
 //!
 //! A segment that several sessions used is still that after an eviction: its last block and degree are remembered in a
@@ -86,6 +87,16 @@ impl Curve {
             curve.cumulative[age + 1] = curve.cumulative[age] - (1.0 - hazard).ln();
         }
         curve
+    }
+
+    /// Uses that an observation was due that ended in a bucket, by a use or otherwise: then it was at risk in half of that.
+    fn due(&self, age: usize, used: bool) -> f32 {
+        let before = if age == 0 { 0.0 } else { self.due[age - 1] };
+        if used {
+            self.due[age]
+        } else {
+            f32::midpoint(before, self.due[age])
+        }
     }
 
     pub(crate) fn at(&self, age_s: f32) -> f32 {
@@ -199,7 +210,7 @@ impl Sharing {
         let ratios = cells.map(|cell| self.ratio(cell));
         let all: f32 = ratios.iter().product();
         let weight = (STEPS_TO_VOTE * weight) as f32;
-        let due = weight * curves.of(class).due[bucket(age_s)];
+        let due = weight * curves.of(class).due(bucket(age_s), shared);
         let seen = if shared { weight } else { 0.0 };
         for (cell, ratio) in cells.into_iter().zip(ratios) {
             // Steps are whole, what is due is not: it is rounded up as often as it must be, by the bits of the age.
@@ -294,7 +305,9 @@ fn add_counts(counts: &Counters<{ AGES * 2 / 4 }>, events: &mut [f32; AGES], end
 fn refine(hazards: &mut [f32; AGES], events: &[f32; AGES], ends: &[f32; AGES], kappa: f32, floor: f32) {
     let mut at_risk: f32 = events.iter().chain(ends).sum();
     for age in 0..AGES {
-        hazards[age] = ((events[age] + floor + kappa * hazards[age]) / (at_risk + kappa)).min(0.95);
+        // What ended in the bucket was at risk in half of it.
+        let exposed = at_risk - ends[age] / 2.0;
+        hazards[age] = ((events[age] + floor + kappa * hazards[age]) / (exposed + kappa)).min(0.95);
         at_risk -= events[age] + ends[age];
     }
 }

@@ -18,9 +18,9 @@ use crate::histogram::Often;
 use crate::ids::AgentId;
 use crate::successors::{context_of, context_of_two};
 
-/// The back-off step over f64 counts.
+/// The back-off step over f64 counts; what ended otherwise in a bucket was at risk in half of it.
 fn refine(prior: &[f64], events: &[f64], others: &[f64], (kappa, floor, most): (f64, f64, f64)) -> Vec<f64> {
-    let at_risk = |b: usize| events[b..].iter().chain(&others[b..]).sum::<f64>();
+    let at_risk = |b: usize| events[b..].iter().chain(&others[b..]).sum::<f64>() - others[b] / 2.0;
     (0..events.len()).map(|b| ((events[b] + floor + kappa * prior[b]) / (at_risk(b) + kappa)).min(most)).collect()
 }
 
@@ -121,37 +121,53 @@ proptest! {
 
     #[test]
     fn content_rates_equal_their_twin(
-        votes in proptest::collection::vec((0u16..3, 0usize..8, 0usize..16, 1u32..60, 0.0f64..1.0), 0..300)
+        votes in proptest::collection::vec(
+            (0u16..3, any::<bool>(), 0usize..8, 0usize..12, 1u32..60, 0.0f64..1.0), 0..300
+        )
     ) {
         let content = Content::default();
-        let mut counts: HashMap<(Option<u16>, usize, usize), (f64, f64)> = HashMap::new();
-        for &(agent, misses, class, blocks, share) in &votes {
+        type Cell = (Option<u16>, bool, usize, usize);
+        let mut counts: HashMap<Cell, (f64, f64)> = HashMap::new();
+        // From the third miss on it makes no difference when the call came.
+        let told = |later: bool, misses: usize| later || misses > 1;
+        for &(agent, later, misses, class, blocks, share) in &votes {
             let hits = (f64::from(blocks) * share) as u32;
-            content.vote(agent, misses, class, blocks, hits);
+            content.vote(agent, later, misses, class, blocks, hits);
+            let weight = f64::from(blocks).log2().floor() + 1.0;
             for key in [None, Some(agent)] {
-                let (expected, hit) = counts.entry((key, misses, class)).or_default();
-                *expected += 1.0;
-                *hit += (16.0 * f64::from(hits) / f64::from(blocks) + 0.5).floor() / 16.0;
+                let (expected, hit) = counts.entry((key, told(later, misses), misses, class)).or_default();
+                *expected += weight;
+                *hit += (16.0 * weight * f64::from(hits) / f64::from(blocks) + 0.5).floor() / 16.0;
             }
         }
-        let cell = |key, misses, class| counts.get(&(key, misses, class)).copied().unwrap_or_default();
-        let sums = |key, misses| (0..16).fold((0.0, 0.0), |(e, h): (f64, f64), class| {
-            let (expected, hit) = cell(key, misses, class);
+        let cell = |key, later, misses, class| {
+            counts.get(&(key, told(later, misses), misses, class)).copied().unwrap_or_default()
+        };
+        let sums = |key, later, misses| (0..12).fold((0.0, 0.0), |(e, h): (f64, f64), class| {
+            let (expected, hit) = cell(key, later, misses, class);
             (e + expected, h + hit)
         });
-        for (agent, misses, class) in [(0, 0, 3), (1, 2, 8), (2, 7, 15), (2, 5, 1)] {
-            let twin: Vec<f64> = (0..3).map(|further| {
-                let k = (misses as usize + further).min(7);
-                let (expected, hit) = sums(None, k);
-                let r0 = (hit + 0.25) / (expected + 0.5);
-                let (expected, hit) = cell(None, k, class);
-                let r1 = (hit + 2.0 * r0) / (expected + 2.0);
-                let (own_expected, own_hit) = cell(Some(agent), k, class);
-                let (expected, hit) = sums(Some(agent), k);
-                let mean = f64::midpoint(r1, (hit + 2.0 * r0) / (expected + 2.0));
-                (own_hit + 2.0 * if own_expected == 0.0 { mean } else { r1 }) / (own_expected + 2.0)
-            }).collect();
-            near(&content.rates(agent, misses, class as u8, &Config::default()), &twin, 2e-3);
+        let rate = |agent, later, k: usize, class| {
+            let k = k.min(7);
+            let (expected, hit) = sums(None, later, k);
+            let r0 = (hit + 0.25) / (expected + 0.5);
+            let (expected, hit) = cell(None, later, k, class);
+            let r1 = (hit + 2.0 * r0) / (expected + 2.0);
+            let (own_expected, own_hit) = cell(Some(agent), later, k, class);
+            let (expected, hit) = sums(Some(agent), later, k);
+            let mean = f64::midpoint(r1, (hit + 2.0 * r0) / (expected + 2.0));
+            (own_hit + 2.0 * if own_expected == 0.0 { mean } else { r1 }) / (own_expected + 2.0)
+        };
+        for (agent, misses, class) in [(0u16, 0u32, 1), (1, 2, 4), (2, 7, 11), (2, 5, 0)] {
+            let k = misses as usize;
+            let twin = [
+                rate(agent, false, k, class),
+                rate(agent, true, k, class),
+                rate(agent, true, k + 1, class),
+                rate(agent, true, k + 2, class),
+            ];
+            let rates = content.rates(agent, misses, class as u8, &Config::default());
+            near(&[rates.at_once, rates.later, rates.second, rates.third], &twin, 2e-3);
         }
     }
 

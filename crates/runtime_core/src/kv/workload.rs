@@ -5,13 +5,13 @@
 //! | `transitions` | successors of (agent before last, last agent) and of (last agent), 80 sets of 8 | 5,200 |
 //! | `drift` | share of right guesses of the next agent, quick and slow | 8 |
 //! | `ranks` | rank of the next agent in the session's recency list | 16 |
-//! | `content` | promises by agent, misses, class | 6,144 |
+//! | `content` | promises by agent, misses (called at once or later), class | 5,760 |
 //! | `gaps` | gap histograms by agent, pace, tool; skill of four chains | 3,888 |
 //! | `services` | histogram of durations of calls | 88 |
 //! | `ends` | trials and successes by agent, step, size, tool | 256 |
 //! | `sharing` | uses by other sessions by degree, depth and age, agent and step; remembered anchors | 3,232 |
 //! | `warm` | agents whose votes are drawn | 4 |
-//! | `followers` | uses by sessions that follow the owner, by offset, lag and agent | 96 |
+//! | `followers` | uses by sessions that follow the owner, private or shared, by offset, lag and agent | 192 |
 //! | | padding to a cache line | |
 //! | victim queue | heads of 256 score classes (kept beside the index, counted here) | 1,056 |
 //!
