@@ -2,7 +2,7 @@
 //!
 //! Per agent a, misses k (calls of the owner since the last one that used the segment, 0 to 7) and class c (0 to 11),
 //! count expected and kept promises: at a call of the lane, all blocks of one (k, c) are one vote, of which the share
-//! that the prompt uses is a hit; n blocks weigh 1 + log2 n. Up to one miss, an agent that calls again at once and one
+//! that the prompt uses is a hit. Up to one miss, an agent that calls again at once and one
 //! that calls after others of its session are told apart: the former goes on with what it did (a tool has answered),
 //! the latter often starts anew. With pooled counts over all agents as prior:
 //!
@@ -10,7 +10,7 @@
 //! - r1 = (H_kc + 2 r0) / (E_kc + 2), over all agents,
 //! - r2 = (H_akc + 2 q) / (E_akc + 2) with q = r1, or the mean of r1 and the agent's own rate at k where (a, k, c) is empty.
 
-use crate::histogram::{Ratio, MAX_STEP, UNIT};
+use crate::histogram::{Ratio, UNIT};
 
 use super::Config;
 
@@ -19,8 +19,6 @@ pub(crate) const MISSES: usize = 8;
 /// Misses at which calls at once and later ones are told apart, and the slots that all take.
 const TOLD_APART: usize = 2;
 const SLOTS: usize = MISSES + TOLD_APART;
-/// Most that a vote weighs.
-const HEAVIEST: u32 = MAX_STEP / UNIT;
 /// Content classes.
 pub(crate) const CLASSES: usize = 12;
 /// Agents with counts of their own.
@@ -97,11 +95,9 @@ impl Content {
     /// since the lane did.
     pub(crate) fn vote(&self, agent: u16, later: bool, misses: usize, class: usize, blocks: u32, hits: u32) {
         let cell = slot(misses, later) * CLASSES + class;
-        let weight = UNIT * (blocks.ilog2() + 1).min(HEAVIEST);
-        let kept = (u64::from(weight) * u64::from(hits.min(blocks)) + u64::from(blocks) / 2) / u64::from(blocks);
-        self.pooled.add(cell, weight, kept as u32);
+        self.pooled.vote(cell, blocks, hits);
         if let Some(row) = self.rows.get(agent as usize) {
-            row.add(cell, weight, kept as u32);
+            row.vote(cell, blocks, hits);
         }
     }
 

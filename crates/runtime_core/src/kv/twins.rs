@@ -133,11 +133,10 @@ proptest! {
         for &(agent, later, misses, class, blocks, share) in &votes {
             let hits = (f64::from(blocks) * share) as u32;
             content.vote(agent, later, misses, class, blocks, hits);
-            let weight = f64::from(blocks).log2().floor() + 1.0;
             for key in [None, Some(agent)] {
                 let (expected, hit) = counts.entry((key, told(later, misses), misses, class)).or_default();
-                *expected += weight;
-                *hit += (16.0 * weight * f64::from(hits) / f64::from(blocks) + 0.5).floor() / 16.0;
+                *expected += 1.0;
+                *hit += (16.0 * f64::from(hits) / f64::from(blocks) + 0.5).floor() / 16.0;
             }
         }
         let cell = |key, later, misses, class| {
