@@ -17,7 +17,7 @@ file, so an interrupted benchmark goes on where it stopped.
 | cachescout | the published policy behind the same adapter |
 | agentrt | agentrt |
 | agentrt-inferred | the same where requests name neither session nor agent; not run unless asked for |
-| agentrt-prefetch | with prefills in idle capacity (`speculation`), of which there is little without `--pause-every N` |
+| agentrt-prefetch | with prefills in idle capacity (`speculation`): little of it without `--pause-every N` |
 | optimal | the offline order: evicts what the calls of the stock run need last |
 
 `neutral` and `agentrt` record themselves as `agentrt record` does, and the recordings are replayed.
