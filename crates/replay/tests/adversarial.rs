@@ -85,14 +85,19 @@ impl CachePolicy for LiedTo {
     }
 }
 
-/// Percent of prompt blocks found under a policy, and under LRU.
+/// Percent of prompt blocks found under a policy, and under LRU: means over three schedules.
 fn rates(policy: &str, trace: &Trace, sessions: usize, capacity_blocks: usize, lie: Lie) -> (f64, f64) {
     let model = LatencyModel::LLAMA_3_1_8B_H100;
-    let options = ScheduleOptions { order: Order::Closed, sessions, seed: 0, capacity_blocks, model };
-    let schedule = Schedule::new(trace, options).unwrap();
-    let rate = |policy: &mut dyn CachePolicy| 100.0 * sim::run(trace, &schedule, policy, &mut |_| {}).hit_rate();
-    let mut told = LiedTo(policies::build(policy, trace, &schedule).unwrap(), lie);
-    (rate(&mut told), rate(policies::build("lru", trace, &schedule).unwrap().as_mut()))
+    let mut means = (0.0, 0.0);
+    for seed in 0..3 {
+        let options = ScheduleOptions { order: Order::Closed, sessions, seed, capacity_blocks, model };
+        let schedule = Schedule::new(trace, options).unwrap();
+        let rate = |policy: &mut dyn CachePolicy| 100.0 * sim::run(trace, &schedule, policy, &mut |_| {}).hit_rate();
+        let mut told = LiedTo(policies::build(policy, trace, &schedule).unwrap(), lie);
+        means.0 += rate(&mut told) / 3.0;
+        means.1 += rate(policies::build("lru", trace, &schedule).unwrap().as_mut()) / 3.0;
+    }
+    means
 }
 
 /// Every session sends one prompt, its own, over and over, in turn: LRU hits nothing below the whole working set.
