@@ -188,12 +188,12 @@ mod tests {
     fn an_agent_that_calls_again_at_once_is_told_from_one_that_calls_after_others() {
         let content = Content::default();
         for _ in 0..50 {
-            content.vote(0, false, 0, FIRST as usize, 10, 10);
-            content.vote(0, true, 0, FIRST as usize, 10, 1);
+            content.vote(0, false, 0, FIRST as usize, 16, 16);
+            content.vote(0, true, 0, FIRST as usize, 16, 2);
         }
         let rates = content.rates(0, 0, FIRST, &Config::default());
         assert!(rates.at_once > 0.9 && rates.later < 0.2, "{rates:?}");
-        assert!((content.totals(Some(0), 0).1 / content.totals(Some(0), 0).0 - 0.55).abs() < 0.01);
+        assert!((content.totals(Some(0), 0).1 / content.totals(Some(0), 0).0 - 9.0 / 16.0).abs() < 0.01);
     }
 
     #[test]
