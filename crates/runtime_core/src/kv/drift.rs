@@ -17,7 +17,6 @@ const CHANCE: i32 = 18 * 65_535 / 100;
 /// do not take a word that all share from each other at every event.
 #[derive(Debug, Default)]
 pub(crate) struct Guesses {
-    /// One bit each, the last one lowest.
     right: u32,
     n: u32,
 }
@@ -29,7 +28,7 @@ impl Guesses {
     /// Adds one; true where it is time to count.
     #[inline(always)]
     pub(crate) fn push(&mut self, right: bool) -> bool {
-        self.right = self.right << 1 | u32::from(right);
+        self.right += u32::from(right);
         self.n += 1;
         self.n == Self::MOST
     }
@@ -46,39 +45,24 @@ impl Guesses {
 pub(crate) struct Drift(AtomicU64);
 
 impl Drift {
-    /// Counts guesses in their order, none of which are left; true where the past should be discounted. Of what two
-    /// threads count at once one part may be lost, and with it that an alarm has been raised: then it is raised again.
+    /// Counts guesses, none of which are left; true where the past should be discounted. Of what two threads count at once
+    /// one part may be lost, and with it that an alarm has been raised: then it is raised again.
     pub(crate) fn count(&self, guesses: &mut Guesses) -> bool {
         const ONE: i32 = 65_535;
-        let Guesses { right, n: mut left } = std::mem::take(guesses);
+        let Guesses { right, n } = std::mem::take(guesses);
+        let (right, n) = (right as i32 * ONE, n as i32);
         let word = self.0.load(Relaxed);
-        let (mut quick, mut slow) = (i32::from(word as u16), i32::from((word >> 16) as u16));
+        let (quick, slow) = (i32::from(word as u16), i32::from((word >> 16) as u16));
         // Plain means at first, or the start would weigh on the slow share for long.
-        let mut n = i32::from((word >> 32) as u16);
-        let mut alarm = false;
-        while left > 0 {
-            left -= 1;
-            n += 1;
-            let outcome = if right >> left & 1 == 1 { ONE } else { 0 };
-            (quick, slow) = if n >= SLOW {
-                // The same by multiplication.
-                const ONCE: i32 = (1 << 16) / QUICK;
-                (
-                    quick + (((outcome - quick) * ONCE + (1 << 15)) >> 16),
-                    slow + ((outcome - slow + SLOW / 2) >> SLOW.trailing_zeros()),
-                )
-            } else {
-                (quick + nearest(outcome - quick, n.min(QUICK)), slow + nearest(outcome - slow, n))
-            };
-            if slow - quick > CHANCE {
-                (slow, alarm) = (quick, true);
-            }
-        }
-        let next = (n.min(SLOW) as u64) << 32 | (slow as u64) << 16 | quick as u64;
-        if alarm {
+        let seen = (i32::from((word >> 32) as u16) + n).min(SLOW);
+        let quick = quick + nearest(right - n * quick, seen.min(QUICK));
+        let slow = slow + nearest(right - n * slow, seen);
+        if slow - quick > CHANCE {
             // Whoever stores the alarm raises it: one discount for one change.
+            let next = (seen as u64) << 32 | (quick as u64) << 16 | quick as u64;
             return self.0.compare_exchange(word, next, Relaxed, Relaxed).is_ok();
         }
+        let next = (seen as u64) << 32 | (slow as u64) << 16 | quick as u64;
         self.0.store(next, Relaxed);
         false
     }
