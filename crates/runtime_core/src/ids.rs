@@ -38,6 +38,15 @@ pub const fn mix(id: u64) -> u64 {
     z ^ (z >> 31)
 }
 
+/// Spreads an id more cheaply than [`mix`], by one multiplication: a bijection, too. All bits of the id reach the upper
+/// half of the result, and its neighbours lie far apart there; the lower half is of less quality, as it knows the id's
+/// lower half best.
+#[inline(always)]
+pub(crate) const fn spread(id: u64) -> u64 {
+    let product = id.wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    product ^ product >> 32
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

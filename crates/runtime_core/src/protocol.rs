@@ -21,15 +21,44 @@ use super::sync::{fence, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use Ordering::{Acquire, Relaxed, Release};
 
 // ---------------------------------------------------------------------------------------------
-// Successor sets: a few ways of `context (24 bits) | successor (16 bits) | count (24 bits)`; 0 is vacant.
+// Successor sets: a few ways of `context (24 bits) | count (24 bits) | successor (16 bits)`; 0 is vacant.
 // ---------------------------------------------------------------------------------------------
 
-/// Bits of a way's count; the key lies above.
-pub(crate) const COUNT_BITS: u32 = 24;
-/// The low bits of a key that name the successor; the context lies above.
+/// The low bits of a way, and of a key, that name the successor. The context lies above it in a key; in a way, above the
+/// count: of two ways of a context the larger one has the larger count.
 pub(crate) const SUCCESSOR_BITS: u32 = 16;
+/// Bits of a way's count.
+pub(crate) const COUNT_BITS: u32 = 24;
+/// Bits of a way that are not the context's.
+const BELOW_CONTEXT: u32 = COUNT_BITS + SUCCESSOR_BITS;
 /// Mask of a way's count.
-pub(crate) const COUNT_MASK: u64 = (1 << COUNT_BITS) - 1;
+const COUNT_MASK: u64 = ((1 << COUNT_BITS) - 1) << SUCCESSOR_BITS;
+
+/// A way of `key` (its low 16 bits a successor, the 24 above them a context) with a count.
+#[inline(always)]
+pub(crate) const fn way_of(key: u64, count: u64) -> u64 {
+    const SUCCESSOR: u64 = (1 << SUCCESSOR_BITS) - 1;
+    (key & !SUCCESSOR) << COUNT_BITS | count << SUCCESSOR_BITS | key & SUCCESSOR
+}
+
+/// The count of a way.
+#[inline(always)]
+pub(crate) const fn way_count(word: u64) -> u64 {
+    (word & COUNT_MASK) >> SUCCESSOR_BITS
+}
+
+/// The key of a way.
+#[inline(always)]
+pub(crate) const fn way_key(word: u64) -> u64 {
+    word >> BELOW_CONTEXT << SUCCESSOR_BITS | word & ((1 << SUCCESSOR_BITS) - 1)
+}
+
+/// Whether two ways are of one key.
+#[inline(always)]
+const fn is_same_key(one: u64, other: u64) -> bool {
+    (one ^ other) & !COUNT_MASK == 0
+}
+
 /// Misses of a full set between two halvings of it. Divides 256, so a wrapping `u8` counts them.
 const MISSES_PER_HALVING: u8 = 32;
 
@@ -38,8 +67,7 @@ const MISSES_PER_HALVING: u8 = 32;
 pub(crate) struct Added {
     /// False where the set was full of stronger keys.
     pub(crate) counted: bool,
-    /// The strongest way of the key's context before, as `count | successor` (24 + 16 bits) with 24 bits between; 0 if
-    /// there was none.
+    /// The strongest way of the key's context before, as `count | successor` (24 + 16 bits); 0 if there was none.
     pub(crate) strongest: u64,
 }
 
@@ -73,18 +101,20 @@ pub(crate) fn set_add_with<const REEXAMINE: bool, const ONCE: bool, const WAYS: 
     (step, missed): (u64, u32),
     limit: u64,
 ) -> Added {
-    let context = key >> SUCCESSOR_BITS << (COUNT_BITS + SUCCESSOR_BITS);
+    const OTHER: u64 = 1 << BELOW_CONTEXT;
+    let own = way_of(key, 0);
+    // Makes a way of the context less than all others, and the least that with the largest count.
+    let flip = own | (OTHER - 1);
     let mut from = 0;
     loop {
-        let (mut at, mut strongest) = (usize::MAX, 0);
+        let (mut at, mut strongest) = (usize::MAX, OTHER);
         // Whole, backwards and by selection alone: where a key lies is anybody's guess, a branch's above all.
         for (index, way) in ways.iter().enumerate().skip(from).rev() {
             let word = way.load(Relaxed);
-            at = if word ^ key << COUNT_BITS <= COUNT_MASK { index } else { at };
-            let seen = word ^ context;
-            let of_context = seen < 1 << (COUNT_BITS + SUCCESSOR_BITS);
-            strongest = strongest.max(if of_context { seen.rotate_right(COUNT_BITS) } else { 0 });
+            at = if is_same_key(word, own) { index } else { at };
+            strongest = strongest.min(word ^ flip);
         }
+        let strongest = if strongest < OTHER { strongest ^ (OTHER - 1) } else { 0 };
         if at == usize::MAX {
             if missed == 0 && ways[WAYS - 1].load(Relaxed) != 0 {
                 return Added { counted: false, strongest };
@@ -96,13 +126,13 @@ pub(crate) fn set_add_with<const REEXAMINE: bool, const ONCE: bool, const WAYS: 
             }
         }
         let seen = ways[at].load(Relaxed);
-        let to = if seen == 0 { key << COUNT_BITS } else { seen } + step;
+        let to = if seen == 0 { own } else { seen } + (step << SUCCESSOR_BITS);
         // Somebody else's by now, or will be.
-        if to >> COUNT_BITS != key || ways[at].compare_exchange(seen, to, Relaxed, Relaxed).is_err() {
+        if !is_same_key(to, own) || ways[at].compare_exchange(seen, to, Relaxed, Relaxed).is_err() {
             from = if REEXAMINE { 0 } else { at + 1 };
             continue;
         }
-        if to & COUNT_MASK >= limit {
+        if way_count(to) >= limit {
             set_settle::<ONCE>(ways, at, limit);
         }
         return Added { counted: true, strongest };
@@ -134,7 +164,7 @@ fn set_claim<const WAYS: usize>(
         for (index, way) in ways.iter().enumerate().skip(from) {
             match way.load(Relaxed) {
                 0 => return Claim::Vacant(index),
-                seen if seen >> COUNT_BITS == key => return Claim::Lost,
+                seen if way_key(seen) == key => return Claim::Lost,
                 _ => {}
             }
         }
@@ -145,15 +175,17 @@ fn set_claim<const WAYS: usize>(
     let turn = before as usize % WAYS;
     let mut least = u64::MAX;
     for order in 0..WAYS {
-        let count = ways[(turn + order) % WAYS].load(Relaxed) << (64 - COUNT_BITS);
+        let count = ways[(turn + order) % WAYS].load(Relaxed) & COUNT_MASK;
         least = least.min(count | order as u64);
     }
-    let weakest = &ways[(turn + (least as u32 & COUNT_MASK as u32) as usize) % WAYS];
+    const { assert!(WAYS <= 1 << SUCCESSOR_BITS) };
+    let weakest = &ways[(turn + usize::from(least as u16)) % WAYS];
     let seen = weakest.load(Relaxed);
-    let kept = (seen & COUNT_MASK) >> missed;
-    let (to, counted) = if kept == 0 { (key << COUNT_BITS | step, true) } else { (seen & !COUNT_MASK | kept, false) };
-    if seen & COUNT_MASK != least >> (64 - COUNT_BITS)
-        || seen >> COUNT_BITS == key
+    let kept = way_count(seen) >> missed;
+    let (to, counted) =
+        if kept == 0 { (way_of(key, step), true) } else { (seen & !COUNT_MASK | kept << SUCCESSOR_BITS, false) };
+    if seen & COUNT_MASK != least & COUNT_MASK
+        || way_key(seen) == key
         || weakest.compare_exchange(seen, to, Relaxed, Relaxed).is_err()
     {
         return Claim::Lost;
@@ -173,7 +205,7 @@ fn set_claim<const WAYS: usize>(
 #[cold]
 fn set_settle<const ONCE: bool>(ways: &[AtomicU64], index: usize, limit: u64) {
     let mut seen = ways[index].load(Relaxed);
-    while !ONCE || seen & COUNT_MASK >= limit {
+    while !ONCE || way_count(seen) >= limit {
         match ways[index].compare_exchange(seen, way_halved(seen), Relaxed, Relaxed) {
             Ok(_) => {
                 for (other, way) in ways.iter().enumerate() {
@@ -190,8 +222,8 @@ fn set_settle<const ONCE: bool>(ways: &[AtomicU64], index: usize, limit: u64) {
 
 /// Half the count, rounded up: a claimed way keeps at least 1, so vacancy never returns.
 const fn way_halved(word: u64) -> u64 {
-    let count = word & COUNT_MASK;
-    word & !COUNT_MASK | (count - count / 2)
+    let count = way_count(word);
+    word & !COUNT_MASK | (count - count / 2) << SUCCESSOR_BITS
 }
 
 /// Halve one way without losing an increment that arrives meanwhile.

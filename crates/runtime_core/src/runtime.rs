@@ -413,7 +413,8 @@ impl Runtime {
         let mut queued = None;
         if let Some(pool) = pool.as_deref_mut() {
             if let Some(at) = pool.find_call(event.call) {
-                Workload::call_finished(&self.sessions, pool.session_of(at), event.time_us, 0, 0);
+                self.sessions.end(pool.session_of(at));
+                Workload::call_ended(&self.sessions, pool.session_of(at), event.time_us, 0);
                 pool.call_finished(None, at, event.time_us);
                 pool.repairs.duplicate_calls += 1;
             }
@@ -445,9 +446,15 @@ impl Runtime {
     fn end(&self, (id, learned): (WorkloadId, &Workload), event: &One<'_>, pool: Option<&mut KvCache>) {
         let at = pool.as_deref().and_then(|pool| pool.find_call(event.call));
         let known = pool.as_deref().zip(at).and_then(|(pool, at)| pool.caller(at, id.0, event.name));
-        let known = known.filter(|&handle| self.sessions.is_current(handle));
-        if let Some(handle) = known.or_else(|| self.sessions.find(event.session)) {
-            Workload::call_finished(&self.sessions, handle, event.time_us, 0, event.blocks.len() as u32);
+        // The slot may have gone to another session since: then the session is looked for.
+        let known = known.filter(|&handle| self.sessions.end(handle));
+        let ended = known.or_else(|| {
+            let found = self.sessions.find(event.session)?;
+            self.sessions.end(found);
+            Some(found)
+        });
+        if let Some(handle) = ended {
+            Workload::call_ended(&self.sessions, handle, event.time_us, event.blocks.len() as u32);
         }
         if let Some(pool) = pool {
             if !event.blocks.is_empty() {

@@ -36,7 +36,7 @@
 //! words of a session may pair a new one with an old one of the same session.
 
 use crate::error::{Error, Result};
-use crate::ids::{mix, AgentId, SessionKey};
+use crate::ids::{spread, AgentId, SessionKey};
 use crate::protocol::{
     head_busy, head_generation, session_begin, session_end, session_enter, session_find, session_retire, stamped_load,
     stamped_put, stamped_update, Tenancy,
@@ -154,11 +154,6 @@ impl<const EXTRA: usize> Slot<'_, EXTRA> {
     pub(crate) fn begin(self) {
         session_begin(self.head, self.generation);
     }
-
-    #[inline(always)]
-    pub(crate) fn end(self) {
-        session_end(self.head, self.generation);
-    }
 }
 
 impl<const EXTRA: usize> Body<EXTRA> {
@@ -228,7 +223,7 @@ impl<const EXTRA: usize> SessionTable<EXTRA> {
     /// First slot of the key's set, and the 24 + 48 bits that tell it from others in there.
     #[inline]
     fn locate(&self, key: SessionKey) -> (usize, u64, u64) {
-        let hash = mix(key.0);
+        let hash = spread(key.0);
         let sets = (self.heads.len() / SET) as u64;
         let set = ((hash >> 32) * sets) >> 32;
         (set as usize * SET, hash & 0xFF_FFFF, hash >> 16)

@@ -6,7 +6,7 @@
 //!
 //! | part | bytes |
 //! |---|---|
-//! | ways: context tag 24 bits, successor 16, count 24 | `8 * SETS * WAYS` |
+//! | ways: context tag 24 bits, count 24, successor 16 | `8 * SETS * WAYS` |
 //! | misses of each full set | `SETS` (rounded up to 8) |
 //!
 //! All successors of a context lie in one set. While a set is not full its counts are exact (every
@@ -24,8 +24,8 @@
 //! Counts are single words, `Relaxed`; a row read during an `add` or a halving mixes before and
 //! after, which moves a probability by at most the change itself.
 
-use crate::ids::{mix, AgentId};
-use crate::protocol::{set_add, way_halve, Added, COUNT_BITS, COUNT_MASK, SUCCESSOR_BITS};
+use crate::ids::{spread, AgentId};
+use crate::protocol::{set_add, way_count, way_halve, way_key, Added, COUNT_BITS, SUCCESSOR_BITS};
 use crate::sync::{AtomicU64, AtomicU8, Ordering::Relaxed};
 
 /// Hash of the empty context (unigram).
@@ -77,7 +77,8 @@ impl<const SETS: usize, const WAYS: usize, const HALVE_AT: u32> SuccessorTable<S
     /// Set and tag of a context: disjoint bits of one hash.
     #[inline]
     fn locate(context: u64) -> (usize, u64) {
-        let hash = mix(context);
+        // Contexts of up to 40 agents lie more evenly in the sets than if these were drawn.
+        let hash = spread(context);
         let set = ((hash >> 32) * SETS as u64) >> 32;
         (set as usize, hash & 0xFF_FFFF)
     }
@@ -141,7 +142,7 @@ impl<const SETS: usize, const WAYS: usize, const HALVE_AT: u32> SuccessorTable<S
     pub fn discount(&self) {
         for way in self.ways.iter().flatten() {
             for _ in 0..3 {
-                if way.load(Relaxed) & COUNT_MASK > 1 {
+                if way_count(way.load(Relaxed)) > 1 {
                     way_halve(way);
                 }
             }
@@ -170,8 +171,8 @@ impl<const SETS: usize, const WAYS: usize, const HALVE_AT: u32> SuccessorTable<S
         let (set, tag) = Self::locate(context);
         for way in &self.ways[set] {
             let word = way.load(Relaxed);
-            if word >> (COUNT_BITS + 16) == tag && word != 0 {
-                seen((word >> COUNT_BITS) as u16, (word & COUNT_MASK) as u32);
+            if word >> (COUNT_BITS + SUCCESSOR_BITS) == tag && word != 0 {
+                seen(word as u16, way_count(word) as u32);
             }
         }
     }
@@ -203,8 +204,8 @@ impl<const SETS: usize, const WAYS: usize, const HALVE_AT: u32> SuccessorTable<S
             for way in ways {
                 let word = way.load(Relaxed);
                 if word != 0 {
-                    let key = (set as u64) << 40 | word >> COUNT_BITS;
-                    visit(key, (word & COUNT_MASK) as u32);
+                    let key = (set as u64) << 40 | way_key(word);
+                    visit(key, way_count(word) as u32);
                 }
             }
         }
@@ -214,6 +215,29 @@ impl<const SETS: usize, const WAYS: usize, const HALVE_AT: u32> SuccessorTable<S
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ids::mix;
+    use std::collections::HashSet;
+
+    #[test]
+    fn contexts_of_few_agents_lie_evenly_in_the_sets_and_those_of_many_have_tags_of_their_own() {
+        type Table = SuccessorTable<80, 8>;
+        for agents in [4, 6, 8, 10, 12, 16, 20, 24, 32, 40] {
+            let pairs = (0..agents * agents).map(|i| context_of_two(AgentId(i / agents), AgentId(i % agents)));
+            let contexts: Vec<_> = pairs.chain((0..agents).map(|last| context_of(AgentId(last)))).collect();
+            let mut sets = [0.0f64; 80];
+            for &context in &contexts {
+                sets[Table::locate(context).0] += 1.0;
+            }
+            let mean = contexts.len() as f64 / 80.0;
+            let variance = sets.iter().map(|n| (n - mean).powi(2)).sum::<f64>() / 80.0;
+            assert!(variance < mean, "{agents} agents: variance {variance:.2}, {mean:.2} if sets were drawn");
+        }
+        let pairs = (0..250u16).flat_map(|i| (0..250).map(move |k| context_of_two(AgentId(40 * i), AgentId(40 * k))));
+        let contexts: Vec<_> = pairs.chain((0..10_000).map(|last| context_of(AgentId(last)))).collect();
+        let places: HashSet<_> = contexts.iter().map(|&context| Table::locate(context)).collect();
+        // Of so many tags that are drawn, two are expected to meet.
+        assert!(contexts.len() - places.len() < 10, "{} of {}", places.len(), contexts.len());
+    }
 
     #[test]
     fn a_row_lists_each_successor_once_with_its_exact_count() {

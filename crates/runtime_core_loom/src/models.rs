@@ -3,7 +3,7 @@
 use crate::protocol::{
     head_generation, lane, lanes_add_with, lanes_halve_with, lanes_put_with, ratio_add_with, session_begin, session_end, session_enter,
     session_enter_with, session_find, set_add_with, stamped_load, stamped_put_with, stamped_update,
-    stamped_update_with, way_halve_with, PublishedEntry, Seqlock, SingleWriter, COUNT_MASK,
+    stamped_update_with, way_count, way_halve_with, way_key, way_of, PublishedEntry, Seqlock, SingleWriter,
 };
 use crate::table::Table;
 use loom::cell::UnsafeCell;
@@ -66,7 +66,7 @@ impl<const WAYS: usize> Set<WAYS> {
 
     fn counts(&self) -> Vec<(u64, u64)> {
         let used = values(&self.ways).into_iter().filter(|word| *word != 0);
-        used.map(|word| (word >> 24, word & COUNT_MASK)).collect()
+        used.map(|word| (way_key(word), way_count(word))).collect()
     }
 }
 
@@ -134,7 +134,7 @@ fn two_threads_reach_the_limit<const ONCE: bool>() {
     for _ in 0..3 {
         set.add::<true, true>(7, 4);
     }
-    set.ways[1].store(8 << 24 | 2, Relaxed);
+    set.ways[1].store(way_of(8, 2), Relaxed);
     let other = set.clone();
     let thread = thread::spawn(move || other.add::<true, ONCE>(7, 4));
     set.add::<true, ONCE>(7, 4);
@@ -150,8 +150,8 @@ model! {
 /// Two newcomers in a full set: each is counted, or halves the weakest; nothing is invented.
 fn take_over_of_a_full_set() {
     let set = Set::<2>::new();
-    set.ways[0].store(1 << 24 | 9, Relaxed);
-    set.ways[1].store(2 << 24 | 1, Relaxed);
+    set.ways[0].store(way_of(1, 9), Relaxed);
+    set.ways[1].store(way_of(2, 1), Relaxed);
     let other = set.clone();
     let thread = thread::spawn(move || u64::from(other.add::<true, true>(3, 100)));
     let counted = u64::from(set.add::<true, true>(3, 100)) + thread.join().unwrap();
@@ -168,8 +168,8 @@ fn concurrent_newcomers_of_a_full_set_are_counted_exactly() {
 /// The same where one of them stands for four: it takes the weakest over at once.
 fn take_over_by_a_drawn_vote() {
     let set = Set::<2>::new();
-    set.ways[0].store(1 << 24 | 40, Relaxed);
-    set.ways[1].store(2 << 24 | 9, Relaxed);
+    set.ways[0].store(way_of(1, 40), Relaxed);
+    set.ways[1].store(way_of(2, 9), Relaxed);
     let other = set.clone();
     let thread = thread::spawn(move || u64::from(other.add::<true, true>(3, 100)));
     let counted = 4 * u64::from(set.add_votes::<true, true>(3, 4, 100)) + thread.join().unwrap();

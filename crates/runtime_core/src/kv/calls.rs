@@ -5,8 +5,9 @@
 
 use std::ops::{Index, IndexMut};
 
-use super::table::{hash, Homes, Table, EMPTY};
+use super::table::{Homes, Table, EMPTY};
 use super::Running;
+use crate::ids::spread;
 
 /// Calls in flight that are tracked; the oldest gives way.
 pub(super) const MAX_CALLS: usize = 4096;
@@ -66,7 +67,7 @@ impl Calls {
         if self.len == 0 {
             return None;
         }
-        let slot = self.table.find(hash(call), |slot| self.slots[slot as usize].run.call == call);
+        let slot = self.table.find(spread(call), |slot| self.slots[slot as usize].run.call == call);
         (slot != EMPTY).then_some(slot as usize)
     }
 
@@ -106,7 +107,7 @@ impl Calls {
             self.slots[usize::from(self.newest)].newer = slot;
         }
         self.newest = slot;
-        self.table.insert(hash(run.call), u32::from(slot));
+        self.table.insert(spread(run.call), u32::from(slot));
         self.len += 1;
     }
 
@@ -126,7 +127,7 @@ impl Calls {
         self.free = slot as u16;
         self.len -= 1;
         let slots = &self.slots;
-        self.table.remove(hash(call), slot as u32, |slot| hash(slots[slot as usize].run.call));
+        self.table.remove(spread(call), slot as u32, |slot| spread(slots[slot as usize].run.call));
         &self.slots[slot].run
     }
 
@@ -195,8 +196,8 @@ mod tests {
         }
         assert!(expected.len() > MAX_CALLS / 2);
         let homes = calls.homes();
-        assert!(expected.iter().all(|&call| homes.may_hold(hash(call))));
-        let unknown = (1 << 32..(1 << 32) + 1_000).filter(|&call| homes.may_hold(hash(call))).count();
+        assert!(expected.iter().all(|&call| homes.may_hold(spread(call))));
+        let unknown = (1 << 32..(1 << 32) + 1_000).filter(|&call| homes.may_hold(spread(call))).count();
         assert!(unknown < 600, "{unknown} of 1,000 calls that are not there are looked for in a half full table");
         assert_eq!(calls.iter().map(|run| run.call).collect::<Vec<_>>(), expected);
         for &call in &expected {

@@ -48,6 +48,7 @@ pub(crate) mod workload;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::Arc;
 
+use crate::ids::spread;
 use crate::sessions::SessionHandle;
 
 use calls::Calls;
@@ -267,6 +268,26 @@ struct Running {
     shadow: u32,
 }
 
+impl Running {
+    /// A call without blocks.
+    #[inline(always)]
+    const fn new(call: u64, started_us: u64, handle: SessionHandle, workload: u32, agent: u16) -> Self {
+        Self {
+            call,
+            started_us,
+            handle,
+            workload,
+            lane: NONE,
+            agent,
+            tail: NONE,
+            len: 0,
+            prompt_len: 0,
+            cut: false,
+            shadow: NONE,
+        }
+    }
+}
+
 /// A call that starts.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CallStart<'a> {
@@ -371,7 +392,7 @@ impl Kept {
     /// Who has been told that the call has started or waits is not told false, because that happened before.
     #[inline]
     pub(crate) fn may_hold(&self, call: u64) -> bool {
-        self.in_flight.may_hold(table::hash(call)) || self.waiting.load(Relaxed) > 0
+        self.in_flight.may_hold(spread(call)) || self.waiting.load(Relaxed) > 0
     }
 }
 
@@ -528,10 +549,11 @@ impl KvCache {
 
     /// The tenant of a slot, made ready for this session.
     #[inline(always)]
-    fn tenant(&mut self, handle: SessionHandle, workload: u32, session: u64) {
+    fn tenant(&mut self, handle: SessionHandle, workload: u32, session: u64) -> &mut Tenant {
         if self.tenants[handle.slot()].generation != handle.generation() {
             self.new_tenant(handle, workload, session);
         }
+        &mut self.tenants[handle.slot()]
     }
 
     /// Another session has the slot now: the old one's blocks stay, known to be nobody's.
@@ -762,29 +784,18 @@ impl KvCache {
         let slot = handle.slot() as u32;
         debug_assert_eq!(self.running.find(call), None);
         let let_go = if self.running.is_full() { self.make_way() } else { None };
-        self.tenant(handle, workload.0, session);
-        let tenant = &mut self.tenants[slot as usize];
+        let tenant = self.tenant(handle, workload.0, session);
         tenant.calls = tenant.calls.saturating_add(1);
-        let run = Running {
-            call,
-            started_us: now_us,
-            handle,
-            workload: workload.0,
-            lane: NONE,
-            agent,
-            tail: NONE,
-            len: 0,
-            prompt_len: 0,
-            cut: false,
-            shadow: NONE,
-        };
         // Who has had no blocks needs no lanes, and has nothing to touch or to score.
         if keys.is_empty() && tenant.lanes == NONE {
             self.ticket = 0;
-            self.running.push(run);
+            self.running.push(Running::new(call, now_us, handle, workload.0, agent));
             return (0, let_go);
         }
-        (self.blocks_started(workload.1, run, slot, start), let_go)
+        // Made here, not before: what other code is to see has to be written down first.
+        let run = Running::new(call, now_us, handle, workload.0, agent);
+        let start = CallStart { ..*start };
+        (self.blocks_started(workload.1, run, slot, &start), let_go)
     }
 
     /// The rest of [`Self::call_started`] where there are blocks.
@@ -2034,7 +2045,7 @@ impl KvCache {
 }
 
 fn lane_hash(slot: u32, agent: u16) -> u64 {
-    table::hash(u64::from(slot) << 16 | u64::from(agent))
+    spread(u64::from(slot) << 16 | u64::from(agent))
 }
 
 /// `n` lanes on the free list, then nobody's.

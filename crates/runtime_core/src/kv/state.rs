@@ -130,7 +130,8 @@ mod tests {
                 let at = session * 10_000_000 + step * 1_000_000;
                 let (key, agent) = (SessionKey(session + 1), (step % 3) as u16);
                 let handle = workload.call_started(&table, key, agent, at, &mut Guesses::default());
-                Workload::call_finished(&table, handle, at + 200_000, 0, 3);
+                table.end(handle);
+                Workload::call_ended(&table, handle, at + 200_000, 3);
             }
         }
         workload

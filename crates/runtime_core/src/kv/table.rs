@@ -13,13 +13,6 @@ use crate::sync::{AtomicU32, Ordering::Relaxed};
 /// Marks an empty entry, and "not found".
 pub(super) const EMPTY: u32 = u32::MAX;
 
-/// Hash for a [`Table`]: a multiplication and a fold, each bit of a key reaches the low bits.
-#[inline(always)]
-pub(super) const fn hash(key: u64) -> u64 {
-    let product = key.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    product ^ product >> 32
-}
-
 /// See the module's page.
 #[derive(Debug)]
 pub(super) struct Table {

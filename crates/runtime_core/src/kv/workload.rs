@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::OnceLock;
 
 use crate::histogram::{Counters, Lanes, Often};
-use crate::ids::{mix, AgentId, SessionKey};
+use crate::ids::{spread, AgentId, SessionKey};
 use crate::sessions::{self, Previous, SessionHandle, SessionTable, Word};
 use crate::successors::{after_tool, context_of, context_of_two, SuccessorTable};
 
@@ -277,7 +277,8 @@ pub(crate) fn standing(sessions: &Sessions, handle: SessionHandle) -> Option<Sta
 /// Whether one of four steps of sessions counts, fourfold. Drawn from its time, so that a replay repeats itself.
 #[inline(always)]
 fn is_drawn(handle: SessionHandle, time_us: u64) -> bool {
-    mix(time_us ^ (handle.slot() as u64) << 40) % 4 == 0
+    // Twice: times at equal intervals would be drawn at intervals, too, and of some none at all.
+    spread(spread(time_us ^ (handle.slot() as u64) << 40)) >> 62 == 0
 }
 
 impl Workload {
@@ -401,15 +402,14 @@ impl Workload {
         sessions.store(handle, Word::LastStart, now_us);
     }
 
-    /// A call of the session has ended; `tool` runs next (0: none), the answer filled `output_blocks`.
-    #[inline]
-    pub(crate) fn call_finished(sessions: &Sessions, handle: SessionHandle, now_us: u64, tool: u8, output_blocks: u32) {
+    /// A call of the session has ended, whose answer filled `output_blocks`; [`SessionTable::end`] has been told.
+    #[inline(always)]
+    pub(crate) fn call_ended(sessions: &Sessions, handle: SessionHandle, now_us: u64, output_blocks: u32) {
         let slot = sessions.slot(handle);
-        slot.end();
         slot.store(Word::LastFinish, now_us);
         let size = (32 - output_blocks.leading_zeros()) as u8;
         let status = Status::unpack(slot.load(STATUS));
-        slot.store(STATUS, Status { tool, size, ..status }.pack());
+        slot.store(STATUS, Status { tool: 0, size, ..status }.pack());
     }
 
     /// A tool of the session has started: what follows is its gap.
@@ -435,6 +435,7 @@ impl Workload {
 mod tests {
     use super::*;
     use crate::histogram::UNIT;
+    use crate::ids::mix;
 
     #[test]
     fn after_many_gaps_votes_are_sampled_but_those_of_a_new_agent_all_count() {
@@ -444,14 +445,22 @@ mod tests {
             now_us += 1_000 + mix(now_us) % 1_000;
             let handle = workload.call_started(&sessions, SessionKey(key), agent, now_us, &mut Guesses::default());
             now_us += 1_000;
-            Workload::call_finished(&sessions, handle, now_us, 0, 0);
+            sessions.end(handle);
+            Workload::call_ended(&sessions, handle, now_us, 0);
         };
-        for step in 0..20_000 {
+        // So many that counts are not halved among the calls below.
+        for step in 0..20_800 {
             call(step % 16, 0);
         }
         let handle = sessions.enter(SessionKey(1)).0;
         let drawn = (0..4_000).filter(|&at| !workload.often(handle, at).is_never()).count();
         assert!((900..1_100).contains(&drawn), "{drawn} of 4,000 votes count");
+        // At equal intervals, too.
+        for interval in (1..2_000).chain([20_000, 33_333, 50_000, 1_000_000, 60_000_000]) {
+            let is_counted = |&step: &u64| !workload.often(handle, 5_000_000 + step * interval).is_never();
+            let drawn = (0..4_000).filter(is_counted).count();
+            assert!((800..1_200).contains(&drawn), "{drawn} of 4,000 votes, one every {interval} us");
+        }
         for key in 0..20 {
             // Two calls of an agent that nobody called before: one gap of its own each.
             call(100 + key, 7);
