@@ -36,7 +36,7 @@ const WITH_ORACLES: &[&str] = &[
     "learned-remaining",
 ];
 /// Of these, the ones that tell something after thousands of calls.
-const IN_LONG: &[&str] =
+const SUSTAINED: &[&str] =
     &["fcfs", "priority", "cap-32", "oracle-remaining", "oracle-remaining-32", "learned-remaining"];
 
 /// Sessions that the pool holds.
@@ -46,7 +46,7 @@ const POOL_SESSIONS: f64 = 8.0;
 const OVERLOAD: f64 = 2.0;
 /// Arrivals over what it completes first come first served when all come at once, thrashing included.
 const LIGHT: f64 = 0.25;
-/// Sessions of the long overload, in those of the others: what an order can gain grows with the queue.
+/// Sessions of a sustained overload, in those of the others: what an order can gain grows with the queue.
 const LONGER: usize = 4;
 /// All sessions within a few seconds.
 const BURST: f64 = 100.0;
@@ -130,11 +130,11 @@ pub(super) fn scenarios(folder: Option<&Path>) -> Vec<Scenario> {
                 WITH_ORACLES,
                 "sessions arrive twice as fast as they could be served with memory to spare",
             ),
-            ("long overload", OVERLOAD, 1, IN_LONG, "the same for four times as long"),
+            ("sustained", OVERLOAD, 1, SUSTAINED, "the same overload for four times as long"),
             ("light", LIGHT, 0, BASELINES, "sessions arrive at a quarter of what can be served"),
         ];
         for (load, times, of, baselines, about) in loads {
-            let served = if load == "long overload" { source.times(LONGER) } else { Some(source.clone()) };
+            let served = if load == "sustained" { source.times(LONGER) } else { Some(source.clone()) };
             let Some(served) = served else { continue };
             let (source, per_s) = (source.clone(), Arc::clone(&per_s));
             all.push(Scenario {
