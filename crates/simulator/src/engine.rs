@@ -120,7 +120,7 @@ struct Queued {
     /// Furthest token that has been computed before.
     reached: u32,
     /// Since when it waits.
-    queued_us: u64,
+    since_us: u64,
     held_since: Option<u64>,
     again: bool,
 }
@@ -462,7 +462,7 @@ impl<'a> Engine<'a> {
             prompt_blocks,
             generated: 0,
             reached: 0,
-            queued_us: arrived_us,
+            since_us: arrived_us,
             held_since: None,
             again: false,
         };
@@ -586,7 +586,7 @@ impl<'a> Engine<'a> {
         let mut queued = run.queued;
         queued.reached = queued.reached.max(run.computed);
         queued.again = true;
-        queued.queued_us = self.now_us;
+        queued.since_us = self.now_us;
         self.outcome.preemptions += 1;
         self.outcome.calls[queued.call as usize].preemptions += 1;
         self.service.waits(tenant);
@@ -720,7 +720,7 @@ impl<'a> Engine<'a> {
         let doing = self.doing(index);
         let hit_of_prompt = hit.min(prompt_blocks);
         let record = &mut self.outcome.calls[index as usize];
-        record.waited_us += self.now_us - queued.queued_us;
+        record.waited_us += self.now_us - queued.since_us;
         if !queued.again {
             record.admitted_us = self.now_us;
             record.hit_blocks = hit_of_prompt as u32;
