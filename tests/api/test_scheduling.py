@@ -85,6 +85,24 @@ def test_an_engine_that_lacks_an_event_is_refused_with_policy_and_event() -> Non
     assert "service" in agentrt.Scheduler(runtime).needs
 
 
+def test_every_policy_has_a_price_that_grows_with_what_it_is_asked() -> None:
+    _, workload, scheduler = engine("fairness", "batch_shaping")
+    nothing = {"questions": 0, "question_us": 0.0, "event_us": 0.0}
+    assert scheduler.prices() == {"fairness": nothing, "batch_shaping": nothing, "kv_cache": nothing}
+    calls = arrive(scheduler, workload, [("a", 0), ("b", 1)])
+    for _ in range(3):
+        order(scheduler, calls, time=1.0)
+    prices = scheduler.prices()
+    assert list(prices) == ["fairness", "batch_shaping", "kv_cache"]
+    for name, price in prices.items():
+        assert price["questions"] == 3
+        assert 0 <= price["question_us"] < 1e6
+        assert 0 <= price["event_us"] < 1e6
+        if name != "kv_cache":
+            assert price["question_us"] > 0
+            assert price["event_us"] > 0
+
+
 def test_unusable_arguments_name_the_remedy_and_change_nothing() -> None:
     _, workload, scheduler = engine("fairness")
     calls = arrive(scheduler, workload, [("a", 0), ("b", 0)])

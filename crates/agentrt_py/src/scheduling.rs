@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use numpy::PyArray1;
 use pyo3::prelude::*;
-use pyo3::types::PyTuple;
+use pyo3::types::{PyDict, PyTuple};
 use runtime_core::scheduling as core;
 use runtime_core::scheduling::{Decision, Gap, GapDecision, Happening, Load, Needs, Retention, Waiting};
 
@@ -182,6 +182,20 @@ impl Scheduler {
     #[getter]
     fn needs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         PyTuple::new(py, self.needs.keys().collect::<Vec<_>>())
+    }
+
+    /// What each policy has cost so far.
+    fn prices<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let prices = PyDict::new(py);
+        for price in self.shared.policies.prices() {
+            let mean_us = |ns: u64, n: u64| ns as f64 / 1e3 / n.max(1) as f64;
+            let one = PyDict::new(py);
+            one.set_item("questions", price.questions)?;
+            one.set_item("question_us", mean_us(price.question_ns, price.questions))?;
+            one.set_item("event_us", mean_us(price.event_ns, price.events))?;
+            prices.set_item(price.name, one)?;
+        }
+        Ok(prices)
     }
 
     /// A call begins to wait.

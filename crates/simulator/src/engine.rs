@@ -119,6 +119,8 @@ struct Queued {
     generated: u32,
     /// Furthest token that has been computed before.
     reached: u32,
+    /// Since when it waits.
+    since_us: u64,
     held_since: Option<u64>,
     again: bool,
 }
@@ -454,8 +456,16 @@ impl<'a> Engine<'a> {
             let kept = if open.decision.retention == Retention::Keep { shared } else { 0 };
             self.memory.classify(call.session, &open.chain[kept..], memory::UNDECIDED);
         }
-        let queued =
-            Queued { call: index, chain, prompt_blocks, generated: 0, reached: 0, held_since: None, again: false };
+        let queued = Queued {
+            call: index,
+            chain,
+            prompt_blocks,
+            generated: 0,
+            reached: 0,
+            since_us: arrived_us,
+            held_since: None,
+            again: false,
+        };
         self.service.waits(self.tenant(index));
         if self.scheduled {
             self.hear(Happening::Arrived(self.describe(&queued)));
@@ -576,6 +586,7 @@ impl<'a> Engine<'a> {
         let mut queued = run.queued;
         queued.reached = queued.reached.max(run.computed);
         queued.again = true;
+        queued.since_us = self.now_us;
         self.outcome.preemptions += 1;
         self.outcome.calls[queued.call as usize].preemptions += 1;
         self.service.waits(tenant);
@@ -709,6 +720,7 @@ impl<'a> Engine<'a> {
         let doing = self.doing(index);
         let hit_of_prompt = hit.min(prompt_blocks);
         let record = &mut self.outcome.calls[index as usize];
+        record.waited_us += self.now_us - queued.since_us;
         if !queued.again {
             record.admitted_us = self.now_us;
             record.hit_blocks = hit_of_prompt as u32;

@@ -26,6 +26,8 @@ pub struct CallRecord {
     pub preemptions: u32,
     /// Longest time for which policies held it, without a break.
     pub held_us: u64,
+    /// How long it waited to be admitted, again after preemptions.
+    pub waited_us: u64,
 }
 
 impl CallRecord {
@@ -105,6 +107,11 @@ impl Outcome {
         let tokens = |call: &replay::trace::Call| u64::from(call.prompt_tokens) + u64::from(call.output_tokens);
         let all: u64 = workload.trace.calls.iter().map(tokens).sum();
         all as f64 / (self.end_us.max(1) as f64 / 1e6)
+    }
+
+    /// Seconds for which calls waited to be admitted, held or not, in all.
+    pub fn waited_s(&self) -> f64 {
+        self.calls.iter().map(|record| record.waited_us).sum::<u64>() as f64 / 1e6
     }
 
     /// The longest time for which any call was held, seconds.

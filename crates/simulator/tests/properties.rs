@@ -58,8 +58,10 @@ impl Policy for Fickle {
 }
 
 fn run(workload: &Workload, options: &EngineOptions, policies: &str) -> Outcome {
-    let list: Vec<Box<dyn Policy>> =
-        if policies == "fickle" { vec![Box::new(Fickle)] } else { baselines::build(policies).unwrap() };
+    let list: Vec<Box<dyn Policy>> = match policies {
+        "fickle" => vec![Box::new(Fickle)],
+        _ => baselines::build_for(policies, &workload.trace, &options.model).unwrap(),
+    };
     simulate(workload, options, list, &mut |_| {}).unwrap()
 }
 
@@ -80,6 +82,7 @@ fn check(workload: &Workload, options: &EngineOptions, outcome: &Outcome) {
         assert!(record.arrived_us <= record.admitted_us);
         assert!(record.admitted_us < record.first_token_us);
         assert!(record.first_token_us <= record.finished_us);
+        assert!(record.waited_us >= record.admitted_us - record.arrived_us);
         assert!(record.hit_blocks + record.loaded_blocks <= trace.blocks_in(call.prompt) as u32);
     }
     for session in &trace.sessions {
@@ -101,6 +104,7 @@ proptest! {
         cache in prop::sample::select(vec!["lru", "agentrt"]),
         policies in prop::sample::select(vec![
             "fcfs", "lpm", "priority", "cap-2", "drr", "vtc", "rate-limit-20000", "ttl-1", "keep", "continuum", "fickle",
+            "oracle-remaining", "oracle-remaining-2", "learned-remaining",
             "batch_shaping", "fairness", "tool_gap", "speculation", "batch_shaping+fairness+keep",
             "batch_shaping+fairness+tool_gap", "speculation+batch_shaping+fairness+tool_gap",
         ]),
@@ -157,6 +161,43 @@ fn calls_that_grow_beyond_a_small_pool_are_preempted_and_still_answered() {
         let preempted: u32 = outcome.calls.iter().map(|call| call.preemptions).sum();
         assert_eq!(u64::from(preempted), outcome.preemptions);
     }
+}
+
+#[test]
+fn the_oracle_lets_the_session_with_least_left_go_first() {
+    const BLOCK: u32 = 16;
+    let mut builder = TraceBuilder::new("lengths", BLOCK, Clock::None);
+    let agent = builder.agent("agent").unwrap();
+    // Calls of each session. Its prompts grow, so that what it has left is not what its next call computes.
+    let lengths = [3u64, 1, 4, 2];
+    for (number, &calls) in (0..).zip(&lengths) {
+        let session = builder.session(&format!("session {number}"));
+        for step in 1..=calls {
+            let prompt: Vec<u64> = (1..=10 * step).map(|block| number << 32 | block << 1 | 1).collect();
+            let call = Call {
+                session,
+                agent,
+                prompt_tokens: prompt.len() as u32 * BLOCK,
+                output_tokens: 1,
+                ..Call::default()
+            };
+            builder.push(call, &prompt, &[]).unwrap();
+        }
+    }
+    let trace = Arc::new(builder.finish());
+    let workload = Workload::new(Arc::clone(&trace), &vec![0.0; trace.calls.len()], Arrivals::Open(vec![0; 4]));
+    let options = EngineOptions { max_running: 1, record_events: true, ..EngineOptions::new(1000) };
+    let order = |policies: &str| {
+        let outcome = run(&workload, &options, policies);
+        check(&workload, &options, &outcome);
+        let ends = |session: usize| outcome.calls[*trace.sessions[session].calls.last().unwrap() as usize].finished_us;
+        let mut sessions = [0, 1, 2, 3];
+        sessions.sort_by_key(|&session| ends(session));
+        sessions
+    };
+    assert_eq!(order("oracle-remaining"), [1, 3, 0, 2]);
+    assert_eq!(order("oracle-remaining-1"), [1, 3, 0, 2]);
+    assert_eq!(order("cap-1"), [0, 1, 2, 3]);
 }
 
 /// A session of two calls with a tool between them, and calls of others in between that need the pool twice over.

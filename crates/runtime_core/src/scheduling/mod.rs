@@ -4,6 +4,7 @@
 //! (the simulator, vLLM through Python) does three things:
 //!
 //! 1. Before the first call, [`Policies::wire`] with what it can supply. A policy that needs more is refused by name.
+//!    [`Policies::prices`] says at any time what each policy has taken.
 //! 2. It reports: the core's events ([`Policies::observe`]: calls, blocks, tools, session ends) and, through
 //!    [`Policies::hear`], the [`Happening`]s of its scheduler.
 //! 3. It asks, whenever it is about to admit calls: [`Policies::schedule`] fills one [`Decision`] per waiting call;
@@ -365,11 +366,11 @@ impl Policies {
 
     /// Tells every policy what the engine's scheduler did.
     pub fn hear(&self, runtime: &Runtime, now_us: u64, happenings: &[Happening]) {
-        for policy in self.iter() {
+        self.tell(happenings.len() as u64, |policy| {
             for happening in happenings {
                 policy.hear(runtime, now_us, happening);
             }
-        }
+        });
     }
 
     /// Orders and holds waiting calls: fills `decisions`, one for each of `waiting`.
@@ -379,9 +380,7 @@ impl Policies {
         let n = waiting.len().min(decisions.len());
         let (waiting, decisions) = (&waiting[..n], &mut decisions[..n]);
         first_come_first_served(waiting, decisions);
-        for policy in self.iter().rev() {
-            policy.schedule(runtime, load, waiting, decisions);
-        }
+        self.ask((0..self.len()).rev(), |policy| policy.schedule(runtime, load, waiting, decisions));
     }
 
     /// Decides about sessions whose tool runs; asked when a tool starts, when memory runs short, and when a time to
@@ -389,9 +388,7 @@ impl Policies {
     pub fn gaps(&self, runtime: &Runtime, load: &Load, gaps: &[Gap], decisions: &mut [GapDecision]) {
         let n = gaps.len().min(decisions.len());
         decisions[..n].fill(GapDecision::default());
-        for policy in self.iter().rev() {
-            policy.gaps(runtime, load, &gaps[..n], &mut decisions[..n]);
-        }
+        self.ask((0..self.len()).rev(), |policy| policy.gaps(runtime, load, &gaps[..n], &mut decisions[..n]));
     }
 
     /// Names prefills for capacity that is idle now, most wanted first; returns how many of `prefills` were filled.
@@ -400,9 +397,7 @@ impl Policies {
     /// that has budget left, and take an idle engine's silence (no question) as an empty answer.
     pub fn idle(&self, runtime: &Runtime, load: &Load, prefills: &mut [Prefill]) -> usize {
         let mut filled = 0;
-        for policy in self.iter() {
-            filled += policy.idle(runtime, load, &mut prefills[filled..]);
-        }
+        self.ask(0..self.len(), |policy| filled += policy.idle(runtime, load, &mut prefills[filled..]));
         filled
     }
 }
@@ -434,6 +429,8 @@ fn first_come_first_served(waiting: &[Waiting], decisions: &mut [Decision]) {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::policy::{About, Policy};
     use crate::runtime::Options;
@@ -516,6 +513,51 @@ mod tests {
         let error = policies.wire(Needs::ALL.without(Needs::SERVICE)).unwrap_err();
         assert_eq!(error, Error::Unsupplied { policy: "keen", what: "tokens served" });
         assert!(error.to_string().contains("keen") && error.to_string().contains("tokens served"));
+    }
+
+    /// Takes two milliseconds to hear of anything, three to order and none for the rest.
+    struct Slow;
+
+    impl Policy for Slow {
+        fn about(&self) -> About {
+            About { name: "slow".into(), observes: "", decides: "", costs: "" }
+        }
+
+        fn hear(&self, _: &Runtime, _: u64, _: &Happening) {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+
+        fn schedule(&self, _: &Runtime, _: &Load, _: &[Waiting], _: &mut [Decision]) {
+            std::thread::sleep(Duration::from_millis(3));
+        }
+    }
+
+    #[test]
+    fn every_policy_is_priced_by_what_it_takes() {
+        let runtime = Runtime::new(Options::for_pool(16)).unwrap();
+        let quick = Says("quick", Precedence::Fairness, Needs::NONE);
+        let policies = Policies::new(vec![Box::new(Slow), Box::new(quick)]);
+        let (load, mut decisions) = (Load::default(), [Decision::default()]);
+        for _ in 0..3 {
+            policies.schedule(&runtime, &load, &[waiting(1, 0)], &mut decisions);
+        }
+        policies.idle(&runtime, &load, &mut []);
+        policies.hear(&runtime, 0, &[Happening::Ended { call: 1 }, Happening::Ended { call: 2 }]);
+        let prices: Vec<_> = policies.prices().collect();
+        assert_eq!([prices[0].name.as_ref(), prices[1].name.as_ref()], ["quick", "slow"]);
+        for price in &prices {
+            assert_eq!((price.questions, price.events), (4, 2), "the first report is timed");
+        }
+        let (quick, slow) = (&prices[0], &prices[1]);
+        assert!(slow.question_ns >= 9_000_000 && slow.event_ns >= 4_000_000, "{slow:?}");
+        assert!(quick.question_ns < slow.question_ns && quick.event_ns < slow.event_ns, "{prices:?}");
+        // One report in sixteen is timed.
+        for _ in 0..15 {
+            policies.hear(&runtime, 0, &[]);
+        }
+        assert_eq!(policies.prices().next().unwrap().events, 2);
+        policies.hear(&runtime, 0, &[Happening::Ended { call: 3 }]);
+        assert_eq!(policies.prices().next().unwrap().events, 3);
     }
 
     #[test]

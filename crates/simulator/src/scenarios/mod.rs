@@ -81,7 +81,8 @@ pub struct Setting {
 impl Setting {
     fn run(&self, workload: &Workload, options: &EngineOptions, policies: &str) -> Result<Outcome> {
         let options = EngineOptions { cache: self.cache.clone(), ..options.clone() };
-        simulate(workload, &options, baselines::build(policies)?, &mut |_| {})
+        let policies = baselines::build_for(policies, &workload.trace, &options.model)?;
+        simulate(workload, &options, policies, &mut |_| {})
     }
 }
 
@@ -92,7 +93,9 @@ pub const FAMILIES: [&str; 4] = ["batch_shaping", "fairness", "tool_gap", "specu
 fn family(name: &str) -> Option<&'static str> {
     let of = |list: &[&str]| list.iter().any(|start| name.starts_with(start));
     Some(match name {
-        _ if of(&["batch_shaping", "lpm", "priority", "cap-"]) => "batch_shaping",
+        _ if of(&["batch_shaping", "lpm", "priority", "cap-", "oracle-remaining", "learned-remaining"]) => {
+            "batch_shaping"
+        }
         _ if of(&["fairness", "agent_fairness", "rate-limit-", "drr", "vtc"]) => "fairness",
         _ if of(&["tool_gap", "ttl-", "continuum", "keep"]) => "tool_gap",
         _ if of(&["speculation"]) => "speculation",

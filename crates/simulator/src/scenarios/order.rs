@@ -18,8 +18,26 @@ const METRICS: &[Metric] = &[
     higher("hit rate", "%"),
     higher("throughput", "tokens/s"),
     lower("longest hold", "s"),
+    lower("session time spent waiting", "%"),
 ];
 const BASELINES: &[&str] = &["fcfs", "lpm", "priority", "cap-8", "cap-16", "cap-32"];
+/// And what an order by the work left could gain, with and without a window.
+const WITH_ORACLES: &[&str] = &[
+    "fcfs",
+    "lpm",
+    "priority",
+    "cap-8",
+    "cap-16",
+    "cap-32",
+    "oracle-remaining",
+    "oracle-remaining-8",
+    "oracle-remaining-16",
+    "oracle-remaining-32",
+    "learned-remaining",
+];
+/// Of these, the ones that tell something after thousands of calls.
+const SUSTAINED: &[&str] =
+    &["fcfs", "priority", "cap-32", "oracle-remaining", "oracle-remaining-32", "learned-remaining"];
 
 /// Sessions that the pool holds.
 const POOL_SESSIONS: f64 = 8.0;
@@ -28,6 +46,8 @@ const POOL_SESSIONS: f64 = 8.0;
 const OVERLOAD: f64 = 2.0;
 /// Arrivals over what it completes first come first served when all come at once, thrashing included.
 const LIGHT: f64 = 0.25;
+/// Sessions of a sustained overload, in those of the others: what an order can gain grows with the queue.
+const LONGER: usize = 4;
 /// All sessions within a few seconds.
 const BURST: f64 = 100.0;
 
@@ -42,6 +62,14 @@ impl Source {
         match self {
             Self::Generated(name, _) => name,
             Self::Recorded(recorded) => recorded.name,
+        }
+    }
+
+    /// With so many times the sessions, where they are drawn.
+    fn times(&self, times: usize) -> Option<Self> {
+        match self {
+            Self::Generated(name, sessions) => Some(Self::Generated(name, sessions * times)),
+            Self::Recorded(_) => None,
         }
     }
 
@@ -94,23 +122,32 @@ pub(super) fn scenarios(folder: Option<&Path>) -> Vec<Scenario> {
     for source in sources {
         let per_s: Arc<OnceLock<Result<[f64; 2]>>> = Arc::default();
         let loads = [
-            ("burst", BURST, 0, "all sessions arrive at once"),
-            ("overload", OVERLOAD, 1, "sessions arrive twice as fast as they could be served with memory to spare"),
-            ("light", LIGHT, 0, "sessions arrive at a quarter of what can be served"),
+            ("burst", BURST, 0, WITH_ORACLES, "all sessions arrive at once"),
+            (
+                "overload",
+                OVERLOAD,
+                1,
+                WITH_ORACLES,
+                "sessions arrive twice as fast as they could be served with memory to spare",
+            ),
+            ("sustained", OVERLOAD, 1, SUSTAINED, "the same overload for four times as long"),
+            ("light", LIGHT, 0, BASELINES, "sessions arrive at a quarter of what can be served"),
         ];
-        for (load, times, of, about) in loads {
+        for (load, times, of, baselines, about) in loads {
+            let served = if load == "sustained" { source.times(LONGER) } else { Some(source.clone()) };
+            let Some(served) = served else { continue };
             let (source, per_s) = (source.clone(), Arc::clone(&per_s));
             all.push(Scenario {
                 name: format!("{load}/{}", source.name()),
                 about,
                 metrics: METRICS,
-                baselines: BASELINES,
+                baselines,
                 measure: Box::new(move |setting, seed, policies| {
                     let per_s = match per_s.get_or_init(|| capacity_per_s(&source)) {
                         Ok(per_s) => *per_s,
                         Err(_) => capacity_per_s(&source)?,
                     }[of];
-                    let trace = source.trace(seed)?;
+                    let trace = served.trace(seed)?;
                     let options = engine(&trace);
                     let workload = Workload::poisson(trace, per_s * times, seed)?;
                     let outcome = setting.run(&workload, &options, policies)?;
@@ -121,6 +158,7 @@ pub(super) fn scenarios(folder: Option<&Path>) -> Vec<Scenario> {
                         100.0 * outcome.hit_rate(|_| true),
                         outcome.tokens_per_s(&workload),
                         outcome.longest_hold_s(),
+                        100.0 * outcome.waited_s() / sessions.iter().sum::<f64>(),
                     ])
                 }),
             });
