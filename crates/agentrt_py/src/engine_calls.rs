@@ -433,6 +433,9 @@ impl EngineCalls {
             self.tell_queued(py, None)?;
         }
         self.flush(py)?;
+        if let Core::Workload(workload) = &self.core {
+            workload.get().settle_step(now_us)?;
+        }
         if running == 0 || !self.acting {
             return Ok(());
         }
@@ -751,7 +754,7 @@ impl EngineCalls {
         if pending.kinds.is_empty() {
             return Ok(0);
         }
-        let told = workload.get().feed_now(
+        let told = workload.get().feed_by_step(
             py,
             &Events {
                 kinds: &pending.kinds,
@@ -937,8 +940,16 @@ fn ids_of(blocks: &Bound<'_, PyAny>, from: usize, to: usize) -> PyResult<Vec<u32
 
 /// `ids[from..]`.
 fn numbers(ids: &Bound<'_, PyAny>, from: usize) -> PyResult<Vec<u32>> {
+    let len = ids.len()?;
+    let mut numbers = Vec::with_capacity(len.saturating_sub(from));
     if let Ok(list) = ids.cast::<PyList>() {
-        return (from..list.len()).map(|at| list.get_item(at)?.extract()).collect();
+        for at in from..list.len() {
+            numbers.push(list.get_item(at)?.extract()?);
+        }
+    } else {
+        for at in from..len {
+            numbers.push(ids.get_item(at)?.extract()?);
+        }
     }
-    (from..ids.len()?).map(|at| ids.get_item(at)?.extract()).collect()
+    Ok(numbers)
 }

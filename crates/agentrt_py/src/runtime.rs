@@ -16,7 +16,7 @@ use pyo3::types::{PyBytes, PyDict, PySlice, PyString, PyTuple, PyType};
 use runtime_core::ids::{mix, AgentId, WorkloadId};
 use runtime_core::kv::{self, Expected};
 use runtime_core::policy::{built_in, Action, Event, Kind, Policies, Policy, Request, BUILT_IN};
-use runtime_core::runtime::{EventKind, Events, Observed, Options};
+use runtime_core::runtime::{EventKind, Events, Observed, Options, Scoring};
 
 use crate::convert::{
     array, integer, key_of, kind_of, list, microseconds, output, output_rows, session_key, type_error, value_error,
@@ -134,9 +134,21 @@ impl Shared {
     }
 
     fn feed(&self, py: Python<'_>, workload: WorkloadId, events: &Events<'_>) -> PyResult<Observed> {
+        self.feed_scoring(py, workload, events, Scoring::Now)
+    }
+
+    fn feed_scoring(
+        &self,
+        py: Python<'_>,
+        workload: WorkloadId,
+        events: &Events<'_>,
+        scoring: Scoring,
+    ) -> PyResult<Observed> {
+        let observe = || self.core.observe_scoring(workload, events, scoring, |_, _| {}).map_err(refused);
         let observed = if self.policies.listens() {
             let mut hits = Vec::new();
-            let observed = self.core.observe_each(workload, events, |i, hit| hits.push((i, hit))).map_err(refused)?;
+            let observed =
+                self.core.observe_scoring(workload, events, scoring, |i, hit| hits.push((i, hit))).map_err(refused)?;
             let mut hits = hits.into_iter().peekable();
             for (i, &code) in events.kinds.iter().enumerate() {
                 let Some(kind) = EventKind::from_code(code) else { continue };
@@ -151,9 +163,9 @@ impl Shared {
             self.interrupted()?;
             observed
         } else if events.kinds.len() + events.blocks.len() >= DETACH_ITEMS {
-            py.detach(|| self.core.observe(workload, events)).map_err(refused)?
+            py.detach(observe)?
         } else {
-            self.core.observe(workload, events).map_err(refused)?
+            observe()?
         };
         let calls: u64 = events.kinds.iter().map(|&kind| u64::from(kind == EventKind::CallStart as u8)).sum();
         self.counts.events.fetch_add(observed.events as u64, Relaxed);
@@ -586,9 +598,14 @@ pub(crate) struct Workload {
 }
 
 impl Workload {
-    /// Feeds events; for callers in this crate. Returns the resident blocks of the calls that start.
-    pub(crate) fn feed_now(&self, py: Python<'_>, events: &Events<'_>) -> PyResult<u64> {
-        Ok(self.shared.feed(py, self.id, events)?.hit_blocks)
+    /// Feeds events of an engine's step; for callers in this crate. Returns the resident blocks of the calls that start.
+    pub(crate) fn feed_by_step(&self, py: Python<'_>, events: &Events<'_>) -> PyResult<u64> {
+        Ok(self.shared.feed_scoring(py, self.id, events, Scoring::ByStep)?.hit_blocks)
+    }
+
+    /// That step has ended.
+    pub(crate) fn settle_step(&self, now_us: u64) -> PyResult<()> {
+        self.shared.core.settle_step(now_us).map_err(from_core)
     }
 }
 

@@ -108,11 +108,14 @@ enum Source {
     Callable(Py<PyAny>),
 }
 
-/// A naming of a block; `number` tells two namings of one block apart. 0: not named.
+/// What is known of a block, in one place: blocks come in no order, so each is a line of cache.
 #[derive(Clone, Copy, Default)]
-struct Named {
-    number: u64,
+struct Known {
+    /// The key last seen on it and not asked for since; 0: none.
     key: u64,
+    /// Its naming: `number` tells two namings of one block apart. 0: not named.
+    number: u64,
+    named_key: u64,
 }
 
 /// Which block carries which key and which have been named; puts victims in place.
@@ -124,10 +127,9 @@ pub(crate) struct FreeQueue {
     hash_slot: Py<PyString>,
     null_block: u32,
     source: Source,
-    /// Where each key's block is, and the other way round: the key last seen on each block (0: none).
+    /// Where each key's block is, and the other way round.
     known: HashMap<u64, u32, KeyHash>,
-    key_at: Vec<u64>,
-    named: Vec<Named>,
+    at: Vec<Known>,
     /// Where the block of each named key is.
     named_at: HashMap<u64, u32, KeyHash>,
     /// Namings in the order in which they stand in the queue.
@@ -153,6 +155,8 @@ pub(crate) struct FreeQueue {
 /// A block of the queue that may go, with what was read of it.
 struct Candidate<'py> {
     block: Bound<'py, PyAny>,
+    /// The block behind it when it was read.
+    next: Bound<'py, PyAny>,
     id: u32,
     key: u64,
 }
@@ -211,8 +215,7 @@ impl FreeQueue {
             null_block,
             source,
             known: HashMap::with_capacity_and_hasher(n, KeyHash(0)),
-            key_at: vec![0; n],
-            named: vec![Named::default(); n],
+            at: vec![Known::default(); n],
             named_at: HashMap::with_hasher(KeyHash(0)),
             front: VecDeque::new(),
             live: 0,
@@ -275,8 +278,7 @@ impl FreeQueue {
     /// As `clear` of Python.
     pub(crate) fn forget_all(&mut self) {
         self.known.clear();
-        self.key_at.fill(0);
-        self.named.fill(Named::default());
+        self.at.fill(Known::default());
         self.named_at.clear();
         self.front.clear();
         self.live = 0;
@@ -301,8 +303,10 @@ impl FreeQueue {
     /// As `register` of Python: `ids` carry `keys` from now on, ids beyond the keys none; returns the keys that are lost.
     pub(crate) fn carry_all(&mut self, keys: &[u64], ids: &[u32]) -> PyResult<Vec<u64>> {
         let mut lost = Vec::new();
+        // Independent loads overlap where what follows would wait for one after the other.
+        std::hint::black_box(ids.iter().fold(0, |sum, &id| sum ^ self.at.get(id as usize).map_or(0, |at| at.number)));
         for (i, &id) in ids.iter().enumerate() {
-            if id as usize >= self.key_at.len() {
+            if id as usize >= self.at.len() {
                 return Err(value_error("block_ids", format!("has block {id}"), "pass blocks of the pool".into()));
             }
             if id != self.null_block {
@@ -368,7 +372,8 @@ impl FreeQueue {
         place(last, &victims)?;
         for victim in &victims {
             self.namings += 1;
-            self.named[victim.id as usize] = Named { number: self.namings, key: victim.key };
+            let at = &mut self.at[victim.id as usize];
+            (at.number, at.named_key) = (self.namings, victim.key);
             self.named_at.insert(victim.key, victim.id);
             self.front.push_back((victim.id, self.namings));
         }
@@ -379,17 +384,17 @@ impl FreeQueue {
 
     /// A block is no victim any more.
     fn unname(&mut self, id: u32) {
-        let named = &mut self.named[id as usize];
-        if std::mem::take(&mut named.number) != 0 {
-            if self.named_at.get(&named.key) == Some(&id) {
-                self.named_at.remove(&named.key);
+        let at = &mut self.at[id as usize];
+        if std::mem::take(&mut at.number) != 0 {
+            if self.named_at.get(&at.named_key) == Some(&id) {
+                self.named_at.remove(&at.named_key);
             }
             self.live -= 1;
         }
     }
 
     fn is_named(&self, id: u32) -> bool {
-        self.named.get(id as usize).is_some_and(|named| named.number != 0)
+        self.at.get(id as usize).is_some_and(|at| at.number != 0)
     }
 
     /// The key of the hash that a block carries now.
@@ -399,9 +404,8 @@ impl FreeQueue {
 
     /// A block carries a key (0: none) from now on; returns the key that it has lost.
     fn carries(&mut self, id: u32, key: u64) -> Option<u64> {
-        let at = id as usize;
         self.unname(id);
-        let before = std::mem::replace(&mut self.key_at[at], key);
+        let before = std::mem::replace(&mut self.at[id as usize].key, key);
         let mut lost = None;
         if before != key && before != 0 && self.known.get(&before) == Some(&id) {
             self.known.remove(&before);
@@ -420,8 +424,8 @@ impl FreeQueue {
 
     /// Drops namings before the one of this block, which stands at the head of the queue: they have been allocated.
     fn pop_front_until(&mut self, id: u32, key: u64) -> bool {
-        let Some(&named) = self.named.get(id as usize) else { return false };
-        if named.number == 0 || named.key != key {
+        let Some(&named) = self.at.get(id as usize) else { return false };
+        if named.number == 0 || named.named_key != key {
             return false;
         }
         while let Some(&(at, number)) = self.front.front() {
@@ -429,7 +433,7 @@ impl FreeQueue {
                 return true;
             }
             self.front.pop_front();
-            if self.named[at as usize].number == number {
+            if self.at[at as usize].number == number {
                 self.unname(at);
             }
         }
@@ -438,7 +442,7 @@ impl FreeQueue {
 
     fn forget_front(&mut self) {
         while let Some((at, number)) = self.front.pop_front() {
-            if self.named[at as usize].number == number {
+            if self.at[at as usize].number == number {
                 self.unname(at);
             }
         }
@@ -449,10 +453,10 @@ impl FreeQueue {
     fn end_of_front<'py>(&mut self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
         let blocks = self.blocks.bind(py).clone();
         while let Some(&(at, number)) = self.front.back() {
-            let named = self.named[at as usize];
+            let named = self.at[at as usize];
             if named.number == number {
                 let block = blocks.get_item(at as usize)?;
-                if is_queued(&block)? && self.key_of(&block)? == Some(named.key) {
+                if is_queued(&block)? && self.key_of(&block)? == Some(named.named_key) {
                     return Ok(Some(block));
                 }
                 self.unname(at);
@@ -481,7 +485,7 @@ impl FreeQueue {
             let id: u32 = block.getattr(intern!(py, "block_id"))?.extract()?;
             if !spare.contains(&id) && !self.is_named(id) {
                 let key = self.key_of(&block)?.unwrap_or(0);
-                victims.push(Candidate { block, id, key });
+                victims.push(Candidate { block, next: next.clone(), id, key });
             }
             block = next;
         }
@@ -505,12 +509,17 @@ impl FreeQueue {
             if self.known.get(&key) == Some(&id) {
                 continue;
             }
-            if !is_free(&block)? {
-                // Still in use; it will be free some day.
-                self.duplicates.push_back(id);
-            } else if !self.is_named(id) && !spare.contains(&id) && !victims.iter().any(|v| v.id == id) {
-                victims.push(Candidate { block, id, key });
-                self.duplicate_blocks += 1;
+            match behind(&block)? {
+                None => {
+                    // Still in use; it will be free some day. One is enough to see: copies of a system prompt always are.
+                    self.duplicates.push_back(id);
+                    break;
+                }
+                Some(next) if !self.is_named(id) && !spare.contains(&id) && !victims.iter().any(|v| v.id == id) => {
+                    victims.push(Candidate { block, next, id, key });
+                    self.duplicate_blocks += 1;
+                }
+                Some(_) => {}
             }
         }
         for _ in 0..ROUNDS {
@@ -523,24 +532,32 @@ impl FreeQueue {
             self.ask(py, short, now_us, &mut keys)?;
             let none = keys.is_empty();
             // In three rounds: the loads of each are independent and overlap.
-            let mut named: Vec<Candidate<'py>> = Vec::with_capacity(keys.len());
+            let mut named: Vec<(Bound<'py, PyAny>, u32, u64)> = Vec::with_capacity(keys.len());
             for &key in &keys {
                 match self.known.remove(&key) {
-                    Some(id) => named.push(Candidate { block: blocks.get_item(id as usize)?, id, key }),
+                    Some(id) => {
+                        // Whoever gets it next has no key to look for.
+                        self.at[id as usize].key = 0;
+                        named.push((blocks.get_item(id as usize)?, id, key));
+                    }
                     None => self.stale_blocks += 1,
                 }
             }
             let slot = self.hash_slot.bind(py);
-            let hashes = named.iter().map(|one| one.block.getattr(slot)).collect::<PyResult<Vec<_>>>()?;
-            for (one, hash) in named.into_iter().zip(&hashes) {
-                if key_in(hash)? != Some(one.key) {
+            let hashes = named.iter().map(|(block, ..)| block.getattr(slot)).collect::<PyResult<Vec<_>>>()?;
+            for ((block, id, key), hash) in named.into_iter().zip(&hashes) {
+                if key_in(hash)? != Some(key) {
                     // The engine has reused the block meanwhile.
                     self.stale_blocks += 1;
-                } else if !is_free(&one.block)? {
+                    continue;
+                }
+                match behind(&block)? {
                     // Named before the engine has released it: next time.
-                    self.duplicates.push_back(one.id);
-                } else if !spare.contains(&one.id) && !self.is_named(one.id) {
-                    victims.push(one);
+                    None => self.duplicates.push_back(id),
+                    Some(next) if !spare.contains(&id) && !self.is_named(id) => {
+                        victims.push(Candidate { block, next, id, key });
+                    }
+                    Some(_) => {}
                 }
             }
             self.keys = keys;
@@ -587,38 +604,54 @@ fn is_queued(block: &Bound<'_, PyAny>) -> PyResult<bool> {
         && !block.getattr(intern!(py, "prev_free_block"))?.is_none())
 }
 
-/// Whether nobody uses a block and it is in the queue.
-fn is_free(block: &Bound<'_, PyAny>) -> PyResult<bool> {
-    let references: i64 = block.getattr(intern!(block.py(), "ref_cnt"))?.extract()?;
-    Ok(references == 0 && is_queued(block)?)
+/// The block behind one in the queue; None of a block that is not there, or that somebody uses.
+fn behind<'py>(block: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let py = block.py();
+    let references: i64 = block.getattr(intern!(py, "ref_cnt"))?.extract()?;
+    if references != 0 {
+        return Ok(None);
+    }
+    let next = block.getattr(intern!(py, "next_free_block"))?;
+    Ok(Some(next).filter(|next| !next.is_none()))
+}
+
+/// Victims that are neighbours, in this order.
+struct Run<'a, 'py> {
+    first: &'a Bound<'py, PyAny>,
+    end: &'a Bound<'py, PyAny>,
+    /// What stands before and behind it.
+    before: Bound<'py, PyAny>,
 }
 
 /// Moves blocks of the queue behind `last`, in this order; neighbours move together.
-fn place<'py>(mut last: Bound<'py, PyAny>, victims: &[Candidate<'py>]) -> PyResult<()> {
+fn place<'py>(last: Bound<'py, PyAny>, victims: &[Candidate<'py>]) -> PyResult<()> {
     let py = last.py();
     let (prev_slot, next_slot) = (intern!(py, "prev_free_block"), intern!(py, "next_free_block"));
-    let mut at = 0;
-    while at < victims.len() {
-        let first = &victims[at].block;
-        let mut end = first.clone();
-        let mut after = end.getattr(next_slot)?;
-        at += 1;
-        while at < victims.len() && after.is(&victims[at].block) {
-            end = after;
-            after = end.getattr(next_slot)?;
-            at += 1;
-        }
+    // Everything is read before the first link is written.
+    let mut runs: Vec<Run<'_, 'py>> = Vec::with_capacity(victims.len());
+    for run in victims.chunk_by(|one, other| one.next.is(&other.block)) {
+        let (first, end) = (&run[0].block, &run[run.len() - 1].block);
         let before = first.getattr(prev_slot)?;
+        if before.is_none() {
+            let problem = "is not linked as expected".into();
+            return Err(value_error("pool.free_block_queue", problem, "this version is not known".into()));
+        }
+        runs.push(Run { first, end, before });
+    }
+    let mut last = last;
+    for (i, Run { first, end, before }) in runs.into_iter().enumerate() {
+        // Runs that have moved before may have stood beside this one.
+        let before = if i == 0 { before } else { first.getattr(prev_slot)? };
         if !before.is(&last) {
-            let behind = last.getattr(next_slot)?;
+            let (after, behind) = (end.getattr(next_slot)?, last.getattr(next_slot)?);
             before.setattr(next_slot, &after)?;
             after.setattr(prev_slot, &before)?;
             last.setattr(next_slot, first)?;
             first.setattr(prev_slot, &last)?;
             end.setattr(next_slot, &behind)?;
-            behind.setattr(prev_slot, &end)?;
+            behind.setattr(prev_slot, end)?;
         }
-        last = end;
+        last = end.clone();
     }
     Ok(())
 }

@@ -23,15 +23,16 @@
 //! | operation | progress | allocates | worst case |
 //! |---|---|---|---|
 //! | [`Runtime::observe`], events without blocks | lock-free; never refused | no | a start 4 exchanges and, while counts are small, 14 additions (later, in one of four, by load and store, and 3 exchanges), an end 1 exchange and 2 additions (where the pool is taken, 256 loads); every 32nd gap, 4 histograms; every eighth start, a word that all share; two hash probes |
-//! | [`Runtime::observe`] and [`Runtime::observe_each`], events with blocks; [`Runtime::call_started`], [`Runtime::stored`], [`Runtime::call_ended`] | one writer | no | two hash probes a block (two more for the guard's shadow), one visit a segment of the agent's |
+//! | [`Runtime::observe`], [`Runtime::observe_each`] and [`Runtime::observe_scoring`], events with blocks; [`Runtime::call_started`], [`Runtime::stored`], [`Runtime::call_ended`] | one writer | no | two hash probes a block (two more for the guard's shadow), one visit a segment of the agent's |
 //! | of these: `CallQueued`; [`Runtime::call_queued`] | one writer | no | one hash probe a block, one visit a segment of the prompt |
 //! | of these, while calls wait: a start, a call that gives up | | no | 1,024 calls that wait |
 //! | of these: `SessionEnd` | | no | 4,096 calls in flight and 1,024 that wait |
 //! | of these: a session's slot goes to another | | no | once a segment it had |
 //! | of these: `Removed` | | no | 16 n probes |
 //! | of these: `Reset` | | no | once the pool |
-//! | of these, once anything was evicted | | no | 64 sessions that changed and 4 that aged scored, each 5 s steps; 16 segments above the next victims |
-//! | [`Runtime::evict`] | one writer | no | n hash deletions; one scoring for each segment that loses its last child and was not prepared for |
+//! | of these, once anything was evicted, but for [`Scoring::ByStep`](runtime::Scoring) | | no | 64 sessions that changed and 4 that aged scored, each 5 s steps; 16 segments above the next victims |
+//! | [`Runtime::settle_step`] | one writer | no | 8 sessions that changed and 1 that aged scored, each 5 s steps |
+//! | [`Runtime::evict`] | one writer | no | n hash deletions; one scoring for each segment that loses its last child and was not prepared for; after events by step, 8 sessions that changed scored |
 //! | [`Runtime::evict_oldest`], and [`Runtime::evict`] while LRU has taken over | one writer | no | n hash deletions, two list steps a segment; a segment that calls in flight need is passed over once |
 //! | [`Runtime::evict_blocks`] | one writer | no | a hash probe and a deletion a block |
 //! | [`Runtime::expected`] | one writer | no | 64 sessions, 256 leaves; while calls wait 256 leaves |

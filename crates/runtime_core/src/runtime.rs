@@ -7,7 +7,8 @@
 //! | operation | progress | allocates | worst case |
 //! |---|---|---|---|
 //! | [`Runtime::observe`], events without blocks | lock-free | no | 4 exchanges and at most 14 additions an event, per retry; an end while the pool is taken, 256 loads |
-//! | [`Runtime::observe`], events with blocks | one writer; a second one gets [`Error::Busy`], nothing applied | no | one hash probe a block, one visit a segment of the lane; from the first eviction on, one scoring per session that the batch changed (at most 64) and 4 for age |
+//! | [`Runtime::observe`], events with blocks | one writer; a second one gets [`Error::Busy`], nothing applied | no | one hash probe a block, one visit a segment of the lane; from the first eviction on, one scoring per session that the batch changed (at most 64) and 4 for age; with [`Scoring::ByStep`] none |
+//! | [`Runtime::settle_step`] | one writer, as above | no | one scoring per session that changed (at most 8) and one for age |
 //! | [`Runtime::score_blocks`] | wait-free | no | one hash probe a block |
 //! | [`Runtime::score_agents`], [`Runtime::predict`] | wait-free | no | 64 rows of 8 |
 //! | [`Runtime::evict`] | one writer, as above | no | a hash probe and a list step a block, one scoring a segment that loses its last child |
@@ -105,6 +106,16 @@ pub struct Observed {
     pub prompt_blocks: u64,
     /// Of these, leading ones that were resident.
     pub hit_blocks: u64,
+}
+
+/// When sessions are scored that events have changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scoring {
+    /// After the events.
+    Now,
+    /// Before an eviction and at the end of the step ([`Runtime::settle_step`]): a session in which several things happen
+    /// within a step is scored once, and one whose call runs not before it ends.
+    ByStep,
 }
 
 /// Sizes of a [`Runtime`].
@@ -349,6 +360,18 @@ impl Runtime {
         &self,
         workload: WorkloadId,
         events: &Events<'_>,
+        started: impl FnMut(usize, usize),
+    ) -> Result<Observed> {
+        self.observe_scoring(workload, events, Scoring::Now, started)
+    }
+
+    /// As [`Runtime::observe_each`], for engines that go by steps and may leave scoring to the end of the step.
+    #[inline]
+    pub fn observe_scoring(
+        &self,
+        workload: WorkloadId,
+        events: &Events<'_>,
+        scoring: Scoring,
         mut started: impl FnMut(usize, usize),
     ) -> Result<Observed> {
         let has_blocks = Self::check(events)?;
@@ -395,9 +418,19 @@ impl Runtime {
         }
         learned.count_guesses(&mut guesses);
         if let Some(mut pool) = pool {
-            pool.settle(&self.workloads, &self.sessions);
+            match scoring {
+                Scoring::Now => pool.settle(&self.workloads, &self.sessions),
+                Scoring::ByStep => pool.postpone(),
+            }
         }
         Ok(observed)
+    }
+
+    /// An engine's step has ended: scores what events observed with [`Scoring::ByStep`] have changed and what silence has
+    /// aged.
+    pub fn settle_step(&self, now_us: u64) -> Result<()> {
+        self.writer()?.settle_step(&self.workloads, &self.sessions, now_us);
+        Ok(())
     }
 
     /// A call starts; returns its resident blocks.

@@ -96,3 +96,50 @@ fn the_oldest_leaves_go_in_order_of_last_use_whatever_calls_in_flight_hold() {
     assert_eq!(rest[rest.len() - 3..], [block(100, 2), block(100, 1), block(100, 0)]);
     assert_eq!(rest.len(), (98 + 1) * 3, "the other calls in flight keep theirs");
 }
+
+/// Scores that are left to the end of a step are there after it, and before an eviction within it.
+#[test]
+fn scores_by_step_are_there_when_they_are_asked_for() {
+    use runtime_core::runtime::{EventKind, Events, Options, Scoring};
+    use runtime_core::Runtime;
+
+    let runtime = Runtime::new(Options::for_pool(100)).unwrap();
+    let workload = runtime.workload("steps").unwrap();
+    let block = |session: u64, i: u64| session * 10 + i;
+    let call = |session: u64, now_us: u64| {
+        let prompt: Vec<u64> = (0..4).map(|i| block(session, i)).collect();
+        let blocks = [prompt.clone(), prompt].concat();
+        let events = Events {
+            kinds: &[EventKind::CallStart as u8, EventKind::Stored as u8, EventKind::CallEnd as u8],
+            sessions: &[session; 3],
+            agents: &[0; 3],
+            calls: &[session; 3],
+            times_us: &[now_us, now_us, now_us + 1_000],
+            offsets: &[0, 4, 8, 8],
+            blocks: &blocks,
+        };
+        runtime.observe_scoring(workload, &events, Scoring::ByStep, |_, _| {}).unwrap();
+    };
+    let score = |session: u64| {
+        let mut scores = [0.0];
+        runtime.score_blocks(&[block(session, 0)], &mut scores);
+        scores[0]
+    };
+    // Nothing is scored before a pool has filled by half.
+    call(1, 10_000);
+    runtime.settle_step(12_000).unwrap();
+    assert!(score(1) == 0.0);
+    (2..=14).for_each(|session| call(session, 20_000 + session * 1_000));
+    assert!((1..=14).all(|session| score(session) == 0.0));
+    // A step scores a few, the latest first; then the others have their turn.
+    runtime.settle_step(40_000).unwrap();
+    assert!(score(14) > 0.0 && score(1) == 0.0);
+    runtime.settle_step(70_000).unwrap();
+    assert!((1..=14).all(|session| score(session) > 0.0));
+    // An eviction does not wait for the end of the step.
+    call(15, 80_000);
+    assert!(score(15) == 0.0);
+    assert_eq!(runtime.evict(1, 82_000, |_| {}).unwrap(), 1);
+    assert!(score(15) > 0.0);
+    runtime.audit().unwrap();
+}

@@ -20,7 +20,8 @@
 //! | `explain.rs` | what has been learned, for reports |
 //!
 //! The pool has one writer at a time. An event marks its session; at its end the leaves of marked sessions, and of some
-//! whose silence has grown by a fifth, are scored. Until the first eviction nothing is scored.
+//! whose silence has grown by a fifth, are scored. Until the first eviction nothing is scored. An engine that goes by
+//! steps has that done once a step, and before an eviction what that needs.
 
 #[doc(hidden)]
 pub mod audit;
@@ -93,6 +94,10 @@ const CURVES: usize = 4;
 const MAX_LANES: usize = 64;
 /// Sessions scored per eviction because something happened to them.
 const MAX_DIRTY: usize = 64;
+/// The same by step: the latest few, so that no step pays for many; those left over have theirs in a later step. And
+/// sessions scored at the end of a step because their silence has grown.
+const STEP_DIRTY: usize = 8;
+const STEP_REFRESHES: usize = 1;
 /// Longest resident prefix that is looked at, in blocks.
 const MAX_PATH: usize = 1 << 16;
 /// Score class of a leaf that has not been scored yet: it goes last.
@@ -418,6 +423,8 @@ pub(crate) struct KvCache {
     path: Vec<u32>,
     /// Something has been evicted.
     pressed: bool,
+    /// Events have been observed whose scores are left to the next eviction or the end of the step.
+    postponed: bool,
     view: View,
     plans: Vec<Plan>,
     services: density::Services,
@@ -487,6 +494,7 @@ impl KvCache {
                 follower_times: [[0.0; GRID]; STEPS],
             },
             pressed: false,
+            postponed: false,
             services: density::Services::new(&[0.0; gaps::BUCKETS]),
             plans: vec![
                 Plan {
@@ -1746,7 +1754,9 @@ impl KvCache {
 
     /// Scores all leaves of a session, and counts its end if it has been silent for long. False where nothing of it is
     /// left to score or to count.
-    fn refresh(&mut self, workloads: &Workloads, sessions: &Sessions, slot: u32) -> bool {
+    ///
+    /// `lazily`: what is expected of it is not looked at where no leaf is to be scored, as while its call runs.
+    fn refresh(&mut self, workloads: &Workloads, sessions: &Sessions, slot: u32, lazily: bool) -> bool {
         let tenant = self.tenants[slot as usize];
         let Some(workload) = workloads.get(tenant.workload as usize) else { return false };
         let (mut idle_us, mut left) = (4_000, false);
@@ -1761,7 +1771,7 @@ impl KvCache {
             }
         }
         self.view.slot = NONE;
-        self.look(workload, sessions, slot);
+        let mut look = !lazily;
         let mut lane = tenant.lanes;
         while lane != NONE {
             let mut segment = self.lanes[lane as usize].head;
@@ -1772,11 +1782,18 @@ impl KvCache {
                 if x.bucket == NOT_QUEUED {
                     self.index.publish_score(segment, 0.0);
                     self.index.seg_mut(segment).set_own_score(None);
+                } else {
+                    look = true;
                 }
                 segment = next;
             }
             lane = self.lanes[lane as usize].next;
         }
+        self.tenants[slot as usize].next_refresh_us = self.now_us.saturating_add(idle_us / 5);
+        if !look {
+            return left;
+        }
+        self.look(workload, sessions, slot);
         // Only now: a leaf of one agent raises what it hangs from, which may be another's.
         let mut lane = tenant.lanes;
         while lane != NONE {
@@ -1791,7 +1808,6 @@ impl KvCache {
             }
             lane = self.lanes[lane as usize].next;
         }
-        self.tenants[slot as usize].next_refresh_us = self.now_us.saturating_add(idle_us / 5);
         left
     }
 
@@ -1814,7 +1830,12 @@ impl KvCache {
         self.view.slot = NONE;
         if !self.pressed {
             self.pressed = true;
-            self.settle(workloads, sessions);
+            if !self.postponed {
+                self.settle(workloads, sessions);
+            }
+        }
+        if self.postponed {
+            self.settle_latest(workloads, sessions);
         }
         let mut done = 0;
         while done < n {
@@ -1843,13 +1864,39 @@ impl KvCache {
         if !self.pressed {
             return;
         }
-        for _ in 0..MAX_DIRTY {
+        self.refresh_dirty(workloads, sessions, MAX_DIRTY, false);
+        self.age(workloads, sessions, REFRESHES, false);
+        self.prepare(workloads, sessions);
+    }
+
+    /// Leaves the scores that the events before would have changed to the next eviction and to [`Self::settle_step`].
+    pub(crate) fn postpone(&mut self) {
+        self.postponed = true;
+    }
+
+    /// As [`Self::settle`], once at the end of an engine's step. Begins before there is pressure: at the first eviction
+    /// sessions in arrears would go before older ones.
+    pub(crate) fn settle_step(&mut self, workloads: &Workloads, sessions: &Sessions, now_us: u64) {
+        if !self.pressed && self.index.resident * 2 < self.pool_blocks {
+            return;
+        }
+        self.clock(now_us);
+        self.settle_latest(workloads, sessions);
+        self.age(workloads, sessions, STEP_REFRESHES, true);
+    }
+
+    /// What an eviction within a step needs: sessions that changed last have their leaves in the queue.
+    fn settle_latest(&mut self, workloads: &Workloads, sessions: &Sessions) {
+        self.postponed = false;
+        self.refresh_dirty(workloads, sessions, STEP_DIRTY, true);
+    }
+
+    fn refresh_dirty(&mut self, workloads: &Workloads, sessions: &Sessions, most: usize, lazily: bool) {
+        for _ in 0..most {
             let Some(slot) = self.dirty.pop() else { break };
             self.tenants[slot as usize].dirty = false;
-            self.refresh(workloads, sessions, slot);
+            self.refresh(workloads, sessions, slot, lazily);
         }
-        self.age(workloads, sessions, REFRESHES);
-        self.prepare(workloads, sessions);
     }
 
     /// Scores what the next victims hang from, as far as they will leave it without children and it will go soon itself:
@@ -1968,7 +2015,7 @@ impl KvCache {
     }
 
     /// Scores sessions again whose silence has grown by a fifth: visits some, round robin.
-    fn age(&mut self, workloads: &Workloads, sessions: &Sessions, most: usize) {
+    fn age(&mut self, workloads: &Workloads, sessions: &Sessions, most: usize, lazily: bool) {
         let mut refreshed = 0;
         for _ in 0..VISITS.min(self.active.len()) {
             if self.hand >= self.active.len() {
@@ -1979,7 +2026,7 @@ impl KvCache {
             if self.tenants[slot as usize].next_refresh_us > self.now_us {
                 continue;
             }
-            if !self.refresh(workloads, sessions, slot) {
+            if !self.refresh(workloads, sessions, slot, lazily) {
                 self.hand -= 1;
                 self.active.swap_remove(self.hand);
                 self.tenants[slot as usize].active = false;

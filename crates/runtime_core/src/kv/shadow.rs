@@ -6,8 +6,14 @@
 use super::index::NONE;
 use crate::ids::mix;
 
-/// Keys that are looked for at once.
-const AHEAD: usize = 64;
+/// Keys that are looked for at once, and blocks that make room.
+const AHEAD: usize = 32;
+/// The parent of a node that is not in use.
+const GONE: u32 = NONE - 1;
+/// Bits of a table entry that say which node; the others say how far it lies from its home.
+const NODE_BITS: u32 = 17;
+/// As far as they can; the home of what lies as far or farther is worked out.
+const MOST_DISTANCE: usize = (1 << (32 - NODE_BITS)) - 1;
 
 #[derive(Clone, Copy, Debug)]
 struct Node {
@@ -23,7 +29,8 @@ struct Node {
 /// The shadow of a pool.
 #[derive(Debug)]
 pub(crate) struct Shadow {
-    /// Node by hash of its key, [`NONE`] where vacant; linear probing at half load.
+    /// Node by hash of its key, [`NONE`] where vacant; linear probing at half load. With the distance from the entry's home,
+    /// so that probes load nodes with the same home only, and deletions none.
     table: Vec<u32>,
     nodes: Vec<Node>,
     capacity: usize,
@@ -37,7 +44,9 @@ pub(crate) struct Shadow {
 }
 
 impl Shadow {
+    /// A shadow of at most 65,536 blocks.
     pub(crate) fn new(capacity: usize) -> Self {
+        assert!(capacity < 1 << NODE_BITS, "every node has an entry that is not `NONE`");
         Self {
             table: vec![NONE; (2 * capacity).next_power_of_two()],
             nodes: Vec::with_capacity(capacity),
@@ -70,12 +79,16 @@ impl Shadow {
     ///
     /// `tail` moves to the last one. Where all blocks are held by calls the rest is left out.
     pub(crate) fn hold(&mut self, keys: &[u64], tail: &mut u32) -> usize {
-        let mut found = 0;
+        let (mut found, mut sought) = (0, 0);
         for (i, &key) in keys.iter().enumerate() {
-            if i % AHEAD == 0 {
-                self.look_for(&keys[i..keys.len().min(i + AHEAD)]);
+            let mut node = self.beside(*tail, key);
+            if node == NONE {
+                if i >= sought {
+                    sought = keys.len().min(i + AHEAD);
+                    self.look_for(&keys[i..sought]);
+                }
+                node = self.find(key);
             }
-            let mut node = self.table[self.place(key)];
             if node == NONE {
                 node = self.insert(key, *tail);
                 if node == NONE {
@@ -96,13 +109,31 @@ impl Shadow {
         found
     }
 
+    /// The block below `tail` that has this key, if it lies beside that: blocks stored together do, one way or the other.
+    fn beside(&self, tail: u32, key: u64) -> u32 {
+        for node in [tail.wrapping_add(1), tail.wrapping_sub(1)] {
+            if self.nodes.get(node as usize).is_some_and(|x| x.key == key && x.parent == tail) {
+                return node;
+            }
+        }
+        NONE
+    }
+
     /// Reads where the keys are: independent loads overlap where what follows would wait for one after the other.
     fn look_for(&self, keys: &[u64]) {
         let sum = keys.iter().fold(0, |sum, &key| {
-            let node = self.table[self.home(key)];
-            sum ^ self.nodes.get(node as usize).map_or(0, |node| node.parent)
+            let entry = self.table[self.home(key)];
+            let at_home = entry >> NODE_BITS == 0;
+            sum ^ self.nodes.get(entry as usize).filter(|_| at_home).map_or(entry, |node| node.parent)
         });
-        std::hint::black_box(sum);
+        // As many blocks make room for those that are not there.
+        let (mut oldest, mut homes) = (self.oldest, 0);
+        for _ in keys {
+            let Some(node) = self.nodes.get(oldest as usize) else { break };
+            homes ^= self.table[self.home(node.key)];
+            oldest = node.newer;
+        }
+        std::hint::black_box(sum ^ homes);
     }
 
     /// The call that holds everything from the root to `tail` has ended.
@@ -127,9 +158,9 @@ impl Shadow {
             if oldest == NONE {
                 return NONE;
             }
-            self.vacate(self.place(self.nodes[oldest as usize].key));
+            self.vacate(oldest);
             self.unlink(oldest);
-            self.nodes[oldest as usize].older = self.vacant;
+            (self.nodes[oldest as usize].older, self.nodes[oldest as usize].parent) = (self.vacant, GONE);
             self.vacant = oldest;
             self.len -= 1;
         }
@@ -143,8 +174,12 @@ impl Shadow {
             self.nodes[node as usize] = new;
             node
         };
-        let at = self.place(key);
-        self.table[at] = node;
+        let home = self.home(key);
+        let mut at = home;
+        while self.table[at] != NONE {
+            at = self.after(at);
+        }
+        self.table[at] = Self::entry(node, self.distance(home, at));
         node
     }
 
@@ -152,13 +187,41 @@ impl Shadow {
         mix(key) as usize & (self.table.len() - 1)
     }
 
-    /// Where the key is, or belongs.
-    fn place(&self, key: u64) -> usize {
-        let mut at = self.home(key);
-        while self.table[at] != NONE && self.nodes[self.table[at] as usize].key != key {
-            at = (at + 1) & (self.table.len() - 1);
+    #[inline]
+    fn after(&self, at: usize) -> usize {
+        (at + 1) & (self.table.len() - 1)
+    }
+
+    #[inline]
+    fn distance(&self, from: usize, to: usize) -> usize {
+        to.wrapping_sub(from) & (self.table.len() - 1)
+    }
+
+    #[inline]
+    fn entry(node: u32, distance: usize) -> u32 {
+        node | (distance.min(MOST_DISTANCE) as u32) << NODE_BITS
+    }
+
+    #[inline]
+    fn node(entry: u32) -> u32 {
+        entry & ((1 << NODE_BITS) - 1)
+    }
+
+    /// The node of a key, [`NONE`] where it is not there.
+    fn find(&self, key: u64) -> u32 {
+        let (mut at, mut distance) = (self.home(key), 0);
+        loop {
+            let entry = self.table[at];
+            if entry == NONE {
+                return NONE;
+            }
+            let near = (entry >> NODE_BITS) as usize == distance.min(MOST_DISTANCE);
+            if near && self.nodes[Self::node(entry) as usize].key == key {
+                return Self::node(entry);
+            }
+            at = self.after(at);
+            distance += 1;
         }
-        at
     }
 
     fn link(&mut self, node: u32) {
@@ -183,19 +246,26 @@ impl Shadow {
         }
     }
 
-    /// Empties a place; what probed past it moves up (Knuth 6.4, algorithm R).
-    fn vacate(&mut self, mut hole: usize) {
-        let mask = self.table.len() - 1;
+    /// Empties the place of a node; what probed past it moves up (Knuth 6.4, algorithm R).
+    fn vacate(&mut self, node: u32) {
+        let mut hole = self.home(self.nodes[node as usize].key);
+        while Self::node(self.table[hole]) != node {
+            hole = self.after(hole);
+        }
         let mut at = hole;
         loop {
-            at = (at + 1) & mask;
-            let node = self.table[at];
-            if node == NONE {
+            at = self.after(at);
+            let entry = self.table[at];
+            if entry == NONE {
                 break;
             }
-            let home = self.home(self.nodes[node as usize].key);
-            if at.wrapping_sub(home) & mask >= at.wrapping_sub(hole) & mask {
-                self.table[hole] = node;
+            let mut distance = (entry >> NODE_BITS) as usize;
+            if distance == MOST_DISTANCE {
+                distance = self.distance(self.home(self.nodes[Self::node(entry) as usize].key), at);
+            }
+            let gap = self.distance(hole, at);
+            if distance >= gap {
+                self.table[hole] = Self::entry(Self::node(entry), distance - gap);
                 hole = at;
             }
         }
