@@ -3,9 +3,12 @@
 //! A prompt's block keys are a path from the root of a tree; calls of one session walk on along the same path. Two rules:
 //!
 //! * **Session.** A call belongs to the session of the deepest block it shares with earlier calls, if only that session
-//!   has started through this block, none of its calls is in flight, and at least a quarter of its last prompt is shared.
-//!   Otherwise it starts a session. Where prompts leave the path at the same block for the fifth time, that block ends a
-//!   system prompt whose sessions came one after the other: it counts as started through by others from then on.
+//!   has started through this block, none of its calls is in flight, and it walks on: it shares a quarter of the session's
+//!   last prompt, half of it where that is no more than the session started with, and it brings something new or is
+//!   longer than what the session started with. A run of the same task starts with what an earlier one started with, and
+//!   brings nothing new. Otherwise the call starts a session. Where prompts leave the path at the same block for the
+//!   fifth time, that block ends a system prompt whose sessions came one after the other: it counts as started through by
+//!   others from then on.
 //! * **Agent.** The deepest block that 16 sessions, and half of those with the same first block, have started through is
 //!   their anchor (the end of a system prompt): it names the agent of a session that starts. Without one the agent is 0.
 //!
@@ -47,6 +50,8 @@ const FORKS: u16 = 4;
 const ANCHOR_STARTS: u32 = 16;
 /// Anchors are looked for in so many places of their table.
 const PROBES: usize = 16;
+/// Of a path, so many blocks may have been forgotten: the table is full, and its sets are not equally so.
+const FORGOTTEN: usize = 2;
 
 /// Sizes of an [`Identity`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,8 +116,12 @@ struct Session {
     name: u64,
     newer: u32,
     older: u32,
+    /// Blocks of the first prompt.
+    start: u32,
     /// Blocks of the last prompt.
     prompt: u32,
+    /// Blocks of the last prompt and its answer.
+    reach: u32,
     in_flight: u16,
     generation: u16,
     agent: u16,
@@ -135,6 +144,18 @@ pub struct Identity {
 #[inline]
 fn is_kept(depth: usize, n: usize) -> bool {
     depth <= DENSE || depth % STRIDE == 0 || depth > n / STRIDE * STRIDE
+}
+
+impl Session {
+    /// Whether a prompt of `n` blocks goes on with this one, whose last block it shares is at `depth`.
+    fn walks_on(&self, depth: usize, n: usize) -> bool {
+        let [start, prompt, reach] = [self.start, self.prompt, self.reach].map(|blocks| blocks as usize);
+        // What another run of the same task shares, too, is worth half.
+        let least = if depth > start { prompt / 4 } else { prompt / 2 };
+        // Where the answer filled no block, the next prompt may fill none either.
+        let brings_something = depth < n || n > start.min(reach.saturating_sub(1));
+        depth >= least && brings_something
+    }
 }
 
 /// What the table knows of a prompt.
@@ -165,7 +186,9 @@ impl Identity {
             name: 0,
             newer: (slot + 1) % (n + 1),
             older: (slot + n) % (n + 1),
+            start: 0,
             prompt: 0,
+            reach: 0,
             in_flight: 0,
             generation: 0,
             agent: 0,
@@ -228,10 +251,18 @@ impl Identity {
     fn look_up(&self, keys: &[u64]) -> Known {
         let n = keys.len();
         let mut known = Known { depth: 0, deepest: None, anchor: 0 };
-        let mut root = 0;
+        let (mut root, mut forgotten) = (0, 0);
         let mut depth = 1;
         while depth <= n {
-            let Some(at) = self.find(keys[depth - 1]) else { break };
+            let step = if depth < DENSE { 1 } else { STRIDE };
+            let Some(at) = self.find(keys[depth - 1]) else {
+                forgotten += 1;
+                if forgotten > FORGOTTEN {
+                    break;
+                }
+                depth += step;
+                continue;
+            };
             let starts = u32::from(self.blocks[at].starts / START) + 1;
             if depth == 1 {
                 root = starts;
@@ -240,7 +271,7 @@ impl Identity {
                 known.anchor = depth;
             }
             (known.depth, known.deepest) = (depth, Some(at));
-            depth += if depth < DENSE { 1 } else { STRIDE };
+            depth += step;
         }
         // The last blocks of an earlier prompt lie between two of every eighth.
         for depth in known.depth + 1..=n.min(known.depth + STRIDE - 1) {
@@ -260,7 +291,7 @@ impl Identity {
             let slot = self.slot(block.session)?;
             let session = &self.sessions[slot];
             let is_free = block.starts < START + FORKS && session.in_flight == 0;
-            (is_free && known.depth >= session.prompt as usize / 4).then_some(slot)
+            (is_free && session.walks_on(known.depth, n)).then_some(slot)
         });
         let slot = continued.unwrap_or_else(|| {
             let agent = if known.anchor > 0 { self.agent(keys[known.anchor - 1]) } else { 0 };
@@ -277,7 +308,10 @@ impl Identity {
         }
         self.touch(slot);
         let session = &mut self.sessions[slot];
-        session.prompt = n as u32;
+        if continued.is_none() {
+            session.start = n as u32;
+        }
+        (session.prompt, session.reach) = (n as u32, n as u32);
         session.in_flight = session.in_flight.saturating_add(1);
         Inferred { session: session.name, agent: session.agent, call: Started(reference), is_new: continued.is_none() }
     }
@@ -289,6 +323,7 @@ impl Identity {
         session.in_flight = session.in_flight.saturating_sub(1);
         let prompt = session.prompt as usize;
         let n = prompt + output.len();
+        session.reach = n as u32;
         for (i, &key) in output.iter().enumerate() {
             if is_kept(prompt + i + 1, n) {
                 self.keep(key, call.0, 0);

@@ -84,6 +84,45 @@ fn a_prompt_that_keeps_little_of_the_last_one_is_another_session() {
 }
 
 #[test]
+fn a_run_of_the_same_task_is_another_session_and_a_step_back_is_not() {
+    let mut known = identity();
+    let first = call(&mut known, &prompt(&[(1, 20)]));
+    let later = call(&mut known, &prompt(&[(1, 20), (2, 30)]));
+    let step_back = call(&mut known, &prompt(&[(1, 20), (2, 12)]));
+    assert_eq!([later.session, step_back.session], [first.session; 2]);
+    let same_task = call(&mut known, &prompt(&[(1, 20)]));
+    assert!(same_task.is_new, "it brings nothing new and is as long as what the session started with");
+    let went_on = call(&mut known, &prompt(&[(1, 20), (2, 30), (3, 4)]));
+    assert_eq!(went_on.session, first.session);
+}
+
+#[test]
+fn what_another_run_may_share_must_be_half_of_the_last_prompt() {
+    let mut known = identity();
+    let first = call(&mut known, &prompt(&[(1, 20)]));
+    call(&mut known, &prompt(&[(1, 20), (2, 40)]));
+    let third_of_it = call(&mut known, &prompt(&[(1, 20), (3, 6)]));
+    let beyond_the_start = call(&mut known, &prompt(&[(1, 20), (2, 4), (4, 6)]));
+    assert!(third_of_it.is_new);
+    assert_eq!(beyond_the_start.session, first.session);
+}
+
+#[test]
+fn blocks_forgotten_in_the_middle_of_a_path_do_not_end_it() {
+    // Tables of 64 blocks: some sets overflow while others have room.
+    let mut kept = 0;
+    for name in 0..100 {
+        let mut known = Identity::new(Options { blocks: 64, sessions: 8 }).unwrap();
+        let first = call(&mut known, &prompt(&[(name, 16)]));
+        for other in 0..2 {
+            call(&mut known, &prompt(&[(1_000 + 10 * name + other, 16)]));
+        }
+        kept += usize::from(call(&mut known, &prompt(&[(name, 16), (2_000, 2)])).session == first.session);
+    }
+    assert!(kept >= 90, "{kept} of 100 sessions found again");
+}
+
+#[test]
 fn agents_are_named_by_the_system_prompt_that_many_sessions_start_with() {
     let mut known = identity();
     for i in 0..40 {
