@@ -220,3 +220,81 @@ fn a_new_order_of_agents_is_learned_within_200_calls_and_never_costs_more_than_l
     assert!(share("at first") < 0.6 * share("in the end"), "nothing has changed: {after:?}");
     assert!(share("learned") >= 0.9 * share("in the end"), "{after:?}");
 }
+
+/// Who spoke most often after the last two speakers, and after the last one, in some sessions of a trace.
+#[derive(Default)]
+struct Order2(HashMap<(Option<u16>, u16), HashMap<u16, u32>>);
+
+impl Order2 {
+    fn of(trace: &Trace, sessions: std::ops::Range<usize>) -> Self {
+        let mut model = Self::default();
+        for session in &trace.sessions[sessions] {
+            let agents: Vec<u16> = session.calls.iter().map(|&call| trace.calls[call as usize].agent).collect();
+            for at in 1..agents.len() {
+                for before in [at.checked_sub(2).map(|at| agents[at]), None] {
+                    *model.0.entry((before, agents[at - 1])).or_default().entry(agents[at]).or_default() += 1;
+                }
+            }
+        }
+        model
+    }
+
+    fn guess(&self, before: Option<u16>, last: u16) -> Option<u16> {
+        let row = self.0.get(&(before, last)).or_else(|| self.0.get(&(None, last)))?;
+        row.iter().max_by_key(|&(&agent, &count)| (count, std::cmp::Reverse(agent))).map(|(&agent, _)| agent)
+    }
+}
+
+/// How soon can a new order be known where sessions that began in the old one go on in it? With `--nocapture` it prints
+/// what docs/cachesage.md quotes.
+#[test]
+#[ignore = "prints figures; what it asserts is a property of the workload"]
+#[expect(clippy::print_stdout, reason = "prints the figures that it asserts")]
+fn a_new_order_comes_to_interleaved_sessions_little_by_little() {
+    const STRETCH: usize = 50;
+    for sessions in [1, 4, 16] {
+        // agentrt; a model that switches for all sessions with the first new one; one that knows of each session which order it
+        // goes by; agentrt in new sessions alone; the share of calls in new sessions.
+        let mut sums = vec![[0.0; 5]; 16];
+        let mut new_calls = vec![(0.0, 0.0); 16];
+        for seed in 0..20 {
+            let trace = made("drift", 120, seed, None);
+            let (old, new) = (Order2::of(&trace, 0..60), Order2::of(&trace, 60..120));
+            let guesses = guesses(&trace, &schedule(&trace, Order::Open, sessions, 0.5));
+            let of = |call: u32| &trace.calls[call as usize];
+            let from = guesses.iter().position(|guess| of(guess.call).session >= 60).unwrap();
+            let mut seen = 0;
+            for (at, guess) in guesses[from..].iter().enumerate() {
+                let call = of(guess.call);
+                let calls = &trace.sessions[call.session as usize].calls;
+                let back = |n: u32| call.step.checked_sub(n).map(|step| of(calls[step as usize]).agent);
+                let (before, last, is_new) = (back(2), back(1).unwrap(), call.session >= 60);
+                let right = |guessed: Option<u16>| f64::from(u8::from(guessed == Some(call.agent)));
+                let switched = right(new.guess(before, last));
+                let knows = if is_new { switched } else { right(old.guess(before, last)) };
+                if let Some(sum) = sums.get_mut(at / STRETCH) {
+                    let told = [right(guess.foreseen), switched, knows, f64::from(u8::from(is_new)), 1.0];
+                    sum.iter_mut().zip(told).for_each(|(sum, told)| *sum += told);
+                }
+                if is_new {
+                    if let Some(sum) = new_calls.get_mut(seen / STRETCH) {
+                        (sum.0, sum.1) = (sum.0 + right(guess.foreseen), sum.1 + 1.0);
+                    }
+                    seen += 1;
+                }
+            }
+        }
+        println!("{sessions} sessions, % of 50 calls each after the first call of a new session:");
+        let percent =
+            |values: &mut dyn Iterator<Item = f64>| values.map(|v| (v * 100.0).round() as u32).collect::<Vec<_>>();
+        for (which, name) in
+            ["agentrt", "switches at once", "knows each session", "calls of new sessions"].iter().enumerate()
+        {
+            println!("  {name}: {:?}", percent(&mut sums.iter().map(|sum| sum[which] / sum[4])));
+        }
+        println!(
+            "  agentrt, calls of new sessions alone: {:?}",
+            percent(&mut new_calls.iter().map(|sum| sum.0 / sum.1))
+        );
+    }
+}

@@ -191,6 +191,21 @@ impl<'a> Chain<'a> {
         weights
     }
 
+    /// The weights of each of `n` lanes that are not among the session's [`LANES`]: as much of "another agent" as of any
+    /// other of them, or as an agent that is new has.
+    pub(crate) fn weights_of_others(&mut self, prev: u16, last: u16, n: usize) -> Weights {
+        let mut marginals = [[0.0; WIDTH]; STEPS];
+        self.marginals(prev, last, &mut marginals);
+        let (share, mut left) = (1.0 / (n as f32 + 1.0), 1.0);
+        let first = marginals.map(|row| {
+            let reached = left * share * row[self.agents.len()];
+            left -= reached;
+            reached
+        });
+        let second = convolve(&first, &first);
+        Weights([first, second, convolve(&second, &first)])
+    }
+
     /// P(the i-th next call is the lane's), by lane and "another agent", for i = 1..=`out.len()`.
     pub(crate) fn marginals(&mut self, prev: u16, last: u16, out: &mut [Row]) {
         let n = self.agents.len();
@@ -265,6 +280,18 @@ mod tests {
         assert!(weights[0].0[0][2] > 0.8, "{:?}", weights[0]);
         // And again three calls later.
         assert!(weights[2].0[1][3] > 0.6, "{:?}", weights[2]);
+    }
+
+    #[test]
+    fn agents_that_spoke_long_ago_share_what_is_left() {
+        let workload = Workload::default();
+        cycle(&workload, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], 50);
+        let config = Config::default();
+        // 9 has spoken last; 0, 1 and 2, which come next, are not among the seven most recent.
+        let mut chain = Chain::new(&workload, &config, &[9, 8, 7, 6, 5, 4, 3], None);
+        let others = chain.weights_of_others(8, 9, 3).0[0];
+        assert!((0.2..0.3).contains(&others[0]), "{others:?}");
+        assert!((0.35..0.75).contains(&others[..3].iter().sum::<f32>()), "{others:?}");
     }
 
     #[test]

@@ -6,21 +6,25 @@
 //!
 //! # Rule and bound
 //!
-//! D sums the pool's hits minus the shadow's, in units of a mean prompt, and is cut off above at +[`CREDIT`] (a CUSUM,
-//! Page 1954). Below -[`MARGIN`] the pool evicts least recently used first for T sampled calls; then the learned order
-//! gets another chance, with D = 0. T starts at [`PENALTY`] and doubles with every relapse.
+//! D sums the pool's hits minus the shadow's, in prompts, and is cut off above at +[`CREDIT`] (a CUSUM, Page 1954).
+//! A prompt is as long as that of which a block is part on average, sum of squares over sum of lengths: where few prompts
+//! hold most blocks, one of these is no evidence. Below -M the pool evicts least recently used first for T sampled calls; then
+//! the learned order gets another chance, with D = 0. T starts at [`PENALTY`] and doubles with every relapse. M is
+//! [`MARGIN`], less what all phases of trust together have lost, but at least [`LEAST_MARGIN`]: who has lost is believed
+//! less. T and that record are forgotten once a phase of trust has lasted eight times as long.
 //!
-//! Hence the loss to the shadow is at most `MARGIN + CREDIT` prompts (plus one) per phase of trust, whatever the learned
-//! order does, and among n sampled calls there are at most log2(1 + n / PENALTY) + 1 such phases: O(log n) prompts in all.
-//! A loss that goes on is always found, however small it is per call, since D does not fade. T is forgotten once a phase
-//! of trust has lasted eight times as long.
+//! Hence a phase of trust loses at most `MARGIN + CREDIT` prompts (plus one) of what it may have won, whatever the learned
+//! order does; and what all phases lose to the shadow is at most `MARGIN`, and `LEAST_MARGIN` for each phase that starts in
+//! debt, plus one prompt each. Among n sampled calls there are at most log2(1 + n / PENALTY) + 1 phases: O(log n)
+//! prompts in all. A loss that goes on is always found, however small it is per call, since D does not fade.
 
 use super::index::NONE;
 use super::shadow::Shadow;
 use crate::ids::mix;
 
-/// Prompts lost before LRU takes over.
-const MARGIN: f32 = 8.0;
+/// Prompts lost before LRU takes over; and where nearly as many have been lost before.
+const MARGIN: f32 = 7.5;
+const LEAST_MARGIN: f32 = 2.0;
 /// Prompts won that count against later losses.
 const CREDIT: f32 = 4.0;
 /// Sampled calls that LRU serves the first time.
@@ -36,10 +40,15 @@ pub(crate) struct Guard {
     share: f64,
     /// Blocks that the pool holds when it is full, as far as the index knows of them.
     full: f64,
-    /// Mean blocks of a prompt.
+    /// Mean blocks of a prompt and of their square, over the last of these, at most 64.
+    prompts: u32,
     prompt: f32,
-    /// Prompts won since D was last zero, as above.
+    square: f32,
+    /// D; and prompts won by all earlier phases of trust together.
     won: f32,
+    record: f32,
+    /// Prompts won in this phase, not cut off.
+    phase: f32,
     /// Sampled calls left under LRU, 0 while the learned order is trusted.
     left: u32,
     penalty: u32,
@@ -58,8 +67,12 @@ impl Guard {
             sampled: (share * u64::MAX as f64) as u64,
             share,
             full: 0.0,
+            prompts: 0,
             prompt: 0.0,
+            square: 0.0,
             won: 0.0,
+            record: 0.0,
+            phase: 0.0,
             left: 0,
             penalty: PENALTY,
             trusted: 0,
@@ -98,8 +111,11 @@ impl Guard {
         let mut tail = NONE;
         if !keys.is_empty() && self.samples(session) {
             let found = self.shadow.hold(keys, &mut tail);
-            self.prompt += (keys.len() as f32 - self.prompt) / if self.prompt == 0.0 { 1.0 } else { 64.0 };
-            self.judge((hit as f32 - found as f32) / self.prompt);
+            self.prompts = (self.prompts + 1).min(64);
+            let (len, share) = (keys.len() as f32, 1.0 / self.prompts as f32);
+            self.prompt += (len - self.prompt) * share;
+            self.square += (len * len - self.square) * share;
+            self.judge((hit as f32 - found as f32) * self.prompt / self.square);
         }
         tail
     }
@@ -123,12 +139,14 @@ impl Guard {
         }
         self.trusted = self.trusted.saturating_add(1);
         if self.trusted >= self.penalty.saturating_mul(8) {
-            self.penalty = PENALTY;
+            (self.penalty, self.record) = (PENALTY, 0.0);
         }
         self.won = (self.won + won).min(CREDIT);
-        if self.won < -MARGIN {
+        self.phase += won;
+        if self.won < -(MARGIN + self.record).clamp(LEAST_MARGIN, MARGIN) {
             self.takeovers += 1;
-            (self.left, self.won, self.trusted) = (self.penalty, 0.0, 0);
+            self.record += self.phase;
+            (self.left, self.won, self.phase, self.trusted) = (self.penalty, 0.0, 0.0, 0);
             self.penalty = self.penalty.saturating_mul(2);
         }
     }
@@ -191,6 +209,39 @@ mod tests {
         }
         assert!(loser.takeovers >= 1);
         assert_eq!(winner.takeovers, 0);
+    }
+
+    #[test]
+    fn who_has_lost_before_is_overruled_sooner_and_who_has_won_is_not() {
+        let mut guard = Guard::new(1000);
+        // Calls entrusted to a policy that loses one prompt each, until LRU takes over.
+        let lose = |guard: &mut Guard| {
+            (guard.left, guard.trusted) = (0, 0);
+            (0..100)
+                .take_while(|_| {
+                    guard.judge(-1.0);
+                    guard.trusts()
+                })
+                .count()
+        };
+        assert_eq!([lose(&mut guard), lose(&mut guard), lose(&mut guard)], [7, 2, 2]);
+        guard.left = 0;
+        (0..40).for_each(|_| guard.judge(1.0));
+        // What was won before the end of this phase, but for the credit, counts for the next one.
+        assert_eq!([lose(&mut guard), lose(&mut guard)], [6, 7]);
+    }
+
+    #[test]
+    fn few_prompts_that_hold_most_blocks_are_no_evidence() {
+        let mut guard = Guard::new(100_000);
+        let long: Vec<u64> = (1..=10_000).collect();
+        // Nine prompts of ten blocks, then one of ten thousand that LRU has and the pool has not.
+        for round in 0..5 {
+            (0..9).for_each(|prompt| call(&mut guard, 10_000 + prompt, 10));
+            let tail = guard.started(1, &long, 0);
+            guard.ended(tail);
+            assert!(guard.trusts(), "after {round} of the long prompts were lost");
+        }
     }
 
     #[test]

@@ -363,6 +363,8 @@ struct View {
     n: usize,
     lanes: [u32; LANES],
     weights: [Weights; LANES],
+    /// Those of each of its other lanes.
+    others: Weights,
     /// The agent of the session's call that waits, if one does.
     waiting: Option<u16>,
     /// Calls of its follower, how many of these since one used anything of the session; and when it calls next.
@@ -378,6 +380,7 @@ struct Plan {
     n: usize,
     lanes: [u32; LANES],
     weights: [Weights; LANES],
+    others: Weights,
     /// Whether a call was in flight, and when the last one started and ended, when `times` were computed.
     phase: (bool, u64, u64),
     times_us: u64,
@@ -489,6 +492,7 @@ impl KvCache {
                 n: 0,
                 lanes: [NONE; LANES],
                 weights: [Weights::default(); LANES],
+                others: Weights::default(),
                 waiting: None,
                 follower: None,
                 follower_times: [[0.0; GRID]; STEPS],
@@ -502,6 +506,7 @@ impl KvCache {
                     n: 0,
                     lanes: [NONE; LANES],
                     weights: [Weights::default(); LANES],
+                    others: Weights::default(),
                     phase: (false, 0, 0),
                     times_us: 0,
                     times: [[0.0; GRID]; STEPS],
@@ -1589,6 +1594,7 @@ impl KvCache {
         self.view.slot = slot;
         self.view.now_us = self.now_us;
         self.view.n = 0;
+        self.view.others = Weights::default();
         self.view.waiting = None;
         self.view.follower = None;
         self.view.times = [[0.0; GRID]; STEPS];
@@ -1606,6 +1612,7 @@ impl KvCache {
         }
         let Some((plan, waiting)) = self.plan(workload, sessions, slot) else { return };
         let (n, lanes, weights, times) = (plan.n, plan.lanes, plan.weights, plan.times);
+        self.view.others = plan.others;
         (self.view.n, self.view.lanes, self.view.weights, self.view.times) = (n, lanes, weights, times);
         self.view.waiting = waiting;
     }
@@ -1630,8 +1637,12 @@ impl KvCache {
                 plan.n += 1;
                 lane = self.lanes[lane as usize].next;
             }
-            plan.weights =
-                Chain::new(workload, &self.config, &agents[..plan.n], at.tool_runs()).weights(at.prev, at.last);
+            let mut chain = Chain::new(workload, &self.config, &agents[..plan.n], at.tool_runs());
+            plan.weights = chain.weights(at.prev, at.last);
+            plan.others = match usize::from(tenant.n_lanes) - plan.n {
+                0 => Weights::default(),
+                others => chain.weights_of_others(at.prev, at.last, others),
+            };
         }
         let waiting = if at.in_flight && !self.queue.is_empty() { self.queue.first_of(handle) } else { None };
         let wait_s = waiting.and_then(|waiting| self.queue.wait_s(waiting.ticket));
@@ -1688,12 +1699,19 @@ impl KvCache {
     fn score(&self, segment: u32, x: &Segment, workload: &Workload, horizon_s: Option<f32>) -> f32 {
         let lane = &self.lanes[x.lane as usize];
         let mut first_use = [0.0; STEPS];
-        if let Some(i) = self.view.lanes[..self.view.n].iter().position(|&l| l == x.lane) {
+        let weights = match self.view.lanes[..self.view.n].iter().position(|&l| l == x.lane) {
+            Some(i) => Some(&self.view.weights[i]),
+            None if self.view.n == LANES && lane.session == self.view.slot && lane.session != NONE => {
+                Some(&self.view.others)
+            }
+            None => None,
+        };
+        if let Some(weights) = weights {
             // A call of the lane that waits will pass over what it does not await.
             let passed = u32::from(self.view.waiting == Some(lane.agent));
             let misses = lane.calls.wrapping_sub(x.touch_call) + passed;
             let rates = workload.content.rates(lane.agent, misses, x.class, &self.config);
-            let [first, second, third] = self.view.weights[i].0;
+            let [first, second, third] = weights.0;
             // Where the lane called last, it may be called at once; else others have been called since.
             let at_once = if self.tenants[lane.session as usize].calls == lane.at { first[0] } else { 0.0 };
             let calls = first.iter().sum::<f32>().max(1e-6);
