@@ -53,7 +53,8 @@ impl Batches {
             *agent = if (random >> 32) % 8 == 0 { random >> 40 } else { *agent + 1 + session } % agents;
             for kind in [EventKind::CallStart, EventKind::CallEnd] {
                 b.kinds.push(kind as u8);
-                b.sessions.push(thread << 32 | session);
+                // Names are hashes, as those that Python makes of strings.
+                b.sessions.push(mix(thread << 32 | session));
                 b.agents.push(*agent as u16);
                 b.calls.push(thread << 40 | call);
                 b.times_us.push(1_000_000 + call * 2_000 + if kind == EventKind::CallEnd { 1_000 } else { 0 });

@@ -106,12 +106,7 @@ fn exp(x: f32) -> f32 {
 /// The natural logarithm of a number above 0, to 1e-7, likewise.
 #[inline(always)]
 fn ln(x: f32) -> f32 {
-    const SQRT_HALF: u32 = 0x3F35_04F3;
-    let above = x.to_bits().wrapping_sub(SQRT_HALF);
-    let exponent = (above as i32 >> 23) as f32;
-    let mantissa = f32::from_bits((above & 0x7F_FFFF) + SQRT_HALF);
-    // ln m = 2 artanh t, t = (m - 1) / (m + 1), |t| < 0.172.
-    let t = (mantissa - 1.0) / (mantissa + 1.0);
+    let (exponent, t) = gaps::split(x);
     let square = t * t;
     let series = 2.0 / 3.0 + square * (2.0 / 5.0 + square * (2.0 / 7.0 + square * (2.0 / 9.0)));
     exponent * std::f32::consts::LN_2 + t * (2.0 + square * series)

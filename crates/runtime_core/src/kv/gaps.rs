@@ -46,15 +46,20 @@ pub(crate) fn log2_ms(seconds: f32) -> f32 {
     log2((seconds * 1000.0).max(1.0))
 }
 
-/// Log2 of a number from 1 on, to 1e-5: the exponent, and three terms of a series for the mantissa, between sqrt(1/2) and sqrt(2).
-#[inline]
-fn log2(x: f32) -> f32 {
+/// A number above 0 as m 2^e, m between sqrt(1/2) and sqrt(2): e, and t for which ln m = 2 artanh t,
+/// t = (m - 1) / (m + 1), |t| < 0.172.
+#[inline(always)]
+pub(super) fn split(x: f32) -> (f32, f32) {
     const SQRT_HALF: u32 = 0x3F35_04F3;
     let above = x.to_bits().wrapping_sub(SQRT_HALF);
-    let exponent = (above as i32 >> 23) as f32;
     let mantissa = f32::from_bits((above & 0x7F_FFFF) + SQRT_HALF);
-    // ln m = 2 artanh t, t = (m - 1) / (m + 1), |t| < 0.172.
-    let t = (mantissa - 1.0) / (mantissa + 1.0);
+    ((above as i32 >> 23) as f32, (mantissa - 1.0) / (mantissa + 1.0))
+}
+
+/// Log2 of a number from 1 on, to 1e-5: the exponent, and three terms of a series for the mantissa.
+#[inline]
+fn log2(x: f32) -> f32 {
+    let (exponent, t) = split(x);
     let square = t * t;
     let ln = t * (2.0 + square * (2.0 / 3.0 + square * (2.0 / 5.0)));
     (exponent + ln * std::f32::consts::LOG2_E).max(0.0)

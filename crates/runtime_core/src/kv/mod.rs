@@ -94,10 +94,8 @@ const CURVES: usize = 4;
 const MAX_LANES: usize = 64;
 /// Sessions scored per eviction because something happened to them.
 const MAX_DIRTY: usize = 64;
-/// The same by step: the latest few, so that no step pays for many; those left over have theirs in a later step. And
-/// sessions scored at the end of a step because their silence has grown.
+/// The same by step: the latest few, so that no step pays for many; those left over have theirs in a later step.
 const STEP_DIRTY: usize = 8;
-const STEP_REFRESHES: usize = 1;
 /// Longest resident prefix that is looked at, in blocks.
 const MAX_PATH: usize = 1 << 16;
 /// Score class of a leaf that has not been scored yet: it goes last.
@@ -1900,13 +1898,14 @@ impl KvCache {
         }
         self.clock(now_us);
         self.settle_latest(workloads, sessions);
-        self.age(workloads, sessions, STEP_REFRESHES, true);
     }
 
-    /// What an eviction within a step needs: sessions that changed last have their leaves in the queue.
+    /// What an eviction within a step needs: sessions that changed last have their leaves in the queue, and silence has aged
+    /// those of others. (One session aged a step, and none here, cost 1 to 3 points of hits in vLLM with 16 sessions.)
     fn settle_latest(&mut self, workloads: &Workloads, sessions: &Sessions) {
         self.postponed = false;
         self.refresh_dirty(workloads, sessions, STEP_DIRTY, true);
+        self.age(workloads, sessions, REFRESHES, true);
     }
 
     fn refresh_dirty(&mut self, workloads: &Workloads, sessions: &Sessions, most: usize, lazily: bool) {
