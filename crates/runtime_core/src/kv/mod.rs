@@ -7,6 +7,7 @@
 //! | `calls.rs`, `table.rs` | calls in flight; finding them, and lanes, by hash |
 //! | `workload.rs` | learned state of one workload, and how identities teach it |
 //! | `content.rs` | will the owner's next call use a segment again? |
+//! | `lost.rs` | would it have used what was evicted? |
 //! | `chain.rs` | which agent of a session calls when? |
 //! | `drift.rs` | has the order of agents changed? |
 //! | `gaps.rs`, `ends.rs` | when does a session call again, if at all? |
@@ -36,6 +37,7 @@ mod followers;
 mod gaps;
 mod guard;
 pub(crate) mod index;
+mod lost;
 mod offers;
 mod queue;
 mod shadow;
@@ -54,11 +56,12 @@ use crate::sessions::SessionHandle;
 
 use calls::Calls;
 use chain::{Chain, Weights, LANES, STEPS};
-use content::{CLASSES, MISSES};
+use content::{Spans, CLASSES, MISSES, SPANS};
 use density::{CallTimes, Foreign, Silence, GRID};
 use followers::Votes;
 use guard::Guard;
 use index::{Index, Segment, NONE, NOT_QUEUED};
+use lost::{Lost, Piece};
 use offers::{Offers, NO_KIND};
 use queue::Queue;
 use sharing::{Curves, Owner};
@@ -361,6 +364,7 @@ struct View {
     n: usize,
     lanes: [u32; LANES],
     weights: [Weights; LANES],
+    spans: [Spans; LANES],
     /// Those of each of its other lanes.
     others: Weights,
     /// The agent of the session's call that waits, if one does.
@@ -378,6 +382,7 @@ struct Plan {
     n: usize,
     lanes: [u32; LANES],
     weights: [Weights; LANES],
+    spans: [Spans; LANES],
     others: Weights,
     /// Whether a call was in flight, and when the last one started and ended, when `times` were computed.
     phase: (bool, u64, u64),
@@ -437,6 +442,7 @@ pub(crate) struct KvCache {
     last_eviction_us: u64,
     pool_blocks: usize,
     offers: Offers,
+    lost: Lost,
     /// Curves of sharing by workload, direct-mapped.
     curves: [Curves; CURVES],
     pub(crate) repairs: Repairs,
@@ -490,6 +496,7 @@ impl KvCache {
                 n: 0,
                 lanes: [NONE; LANES],
                 weights: [Weights::default(); LANES],
+                spans: [[1.0; SPANS]; LANES],
                 others: Weights::default(),
                 waiting: None,
                 follower: None,
@@ -504,6 +511,7 @@ impl KvCache {
                     n: 0,
                     lanes: [NONE; LANES],
                     weights: [Weights::default(); LANES],
+                    spans: [[1.0; SPANS]; LANES],
                     others: Weights::default(),
                     phase: (false, 0, 0),
                     times_us: 0,
@@ -518,6 +526,7 @@ impl KvCache {
             last_eviction_us: 0,
             pool_blocks,
             offers: Offers::new(pool_blocks),
+            lost: Lost::new(),
             curves: std::array::from_fn(|_| Curves::new()),
             repairs: Repairs::default(),
             hints: if oracle { vec![Hint::NONE; index.n_segments()] } else { Vec::new() },
@@ -541,6 +550,7 @@ impl KvCache {
             + self.guard.bytes()
             + self.path.capacity() * 4
             + self.offers.bytes()
+            + self.lost.bytes()
             + self.hints.len() * size_of::<Hint>()
             + self.starts.len() * size_of::<FutureStarts>();
         (self.index.bytes(), beside)
@@ -673,6 +683,7 @@ impl KvCache {
             lane
         };
         self.lanes[lane as usize] = Lane { session: slot, agent, ..VACANT };
+        self.lost.forget(lane);
         self.lane_attach(lane, slot);
         self.lane_table.insert(lane_hash(slot, agent), lane);
         lane
@@ -818,9 +829,9 @@ impl KvCache {
         let shadow = if self.config.guard { self.guard.started(session, keys, hit) } else { NONE };
         let lane = self.lane(slot, agent);
         let mut whole = true;
-        if !self.path.is_empty() || self.lanes[lane as usize].head != NONE {
+        if !self.path.is_empty() || self.lanes[lane as usize].head != NONE || self.lost.any(lane) {
             self.refresh_curves(lane, workload);
-            whole = self.touch(workload, lane, slot, run.started_us, keys.len() as u32, hints);
+            whole = self.touch(workload, lane, slot, run.started_us, keys, hints);
         }
         let at = self.tenants[slot as usize].calls;
         let x = &mut self.lanes[lane as usize];
@@ -970,17 +981,10 @@ impl KvCache {
     }
 
     /// Counts promises kept and broken, and makes the path the lane's. False where a segment could not be split.
-    fn touch(
-        &mut self,
-        workload: &Workload,
-        lane: u32,
-        slot: u32,
-        now_us: u64,
-        prompt_len: u32,
-        hints: &[Hint],
-    ) -> bool {
+    fn touch(&mut self, workload: &Workload, lane: u32, slot: u32, now_us: u64, keys: &[u64], hints: &[Hint]) -> bool {
+        let prompt_len = keys.len() as u32;
         let Lane { agent, calls, at: called_at, .. } = self.lanes[lane as usize];
-        // One vote per (misses, class) cell: all blocks of the lane, used or not.
+        // One vote per (misses, class) cell: all blocks of the lane, used or not, evicted or not.
         let mut expected = [[0u32; CLASSES]; MISSES];
         let mut used = [[0u32; CLASSES]; MISSES];
         let misses = |touch_call: u32| (calls.wrapping_sub(touch_call) as usize).min(MISSES - 1);
@@ -990,6 +994,12 @@ impl KvCache {
             expected[misses(x.touch_call)][x.class as usize] += x.len;
             segment = x.lane_next;
         }
+        for piece in self.lost.of(lane) {
+            let (misses, class) = (misses(piece.touch_call), piece.class as usize);
+            expected[misses][class] += piece.len;
+            used[misses][class] += piece.used(keys);
+        }
+        self.lost.forget(lane);
         let Tenant { leader, calls: step, .. } = self.tenants[slot as usize];
         let mut votes = self.expected_of_leader(slot);
         let mut leads = NONE;
@@ -1055,7 +1065,9 @@ impl KvCache {
             }
         }
         self.follow(workload, slot, votes.as_ref(), leads);
-        let later = step.wrapping_sub(called_at) > 1;
+        let distance = step.wrapping_sub(called_at);
+        workload.content.vote_span(agent, distance, expected[0].iter().sum(), used[0].iter().sum());
+        let later = distance > 1;
         for (misses, (expected, used)) in expected.iter().zip(&used).enumerate() {
             for (class, (&n, &m)) in expected.iter().zip(used).enumerate() {
                 if n > 0 {
@@ -1142,7 +1154,7 @@ impl KvCache {
         }
         let len = self.index.seg(leaf).len as usize;
         self.repairs.forgotten_blocks += len as u64;
-        let exposed = self.take_from(leaf, len, &mut |_| {});
+        let (exposed, _) = self.take_from(leaf, len, &mut |_| {});
         if exposed != NONE {
             self.queue_unscored(exposed);
         }
@@ -1553,7 +1565,7 @@ impl KvCache {
             block = self.index.parent(block);
             n += 1;
         }
-        let exposed = self.take_from(segment, n, &mut |_| {});
+        let (exposed, _) = self.take_from(segment, n, &mut |_| {});
         if exposed != NONE {
             self.queue_unscored(exposed);
         }
@@ -1563,6 +1575,7 @@ impl KvCache {
     /// Forgets all blocks (the engine has reset its cache); what was learned stays.
     pub(crate) fn clear(&mut self) {
         self.index.clear();
+        self.lost.clear();
         self.guard.clear();
         let n = self.lanes.len() - MAX_WORKLOADS;
         for (lane, free) in self.lanes.iter_mut().zip(free_lanes(n)) {
@@ -1610,7 +1623,8 @@ impl KvCache {
         }
         let Some((plan, waiting)) = self.plan(workload, sessions, slot) else { return };
         let (n, lanes, weights, times) = (plan.n, plan.lanes, plan.weights, plan.times);
-        self.view.others = plan.others;
+        let spans = plan.spans;
+        (self.view.spans, self.view.others) = (spans, plan.others);
         (self.view.n, self.view.lanes, self.view.weights, self.view.times) = (n, lanes, weights, times);
         self.view.waiting = waiting;
     }
@@ -1632,6 +1646,7 @@ impl KvCache {
             while lane != NONE && plan.n < LANES {
                 plan.lanes[plan.n] = lane;
                 agents[plan.n] = self.lanes[lane as usize].agent;
+                plan.spans[plan.n] = workload.content.spans(agents[plan.n]);
                 plan.n += 1;
                 lane = self.lanes[lane as usize].next;
             }
@@ -1698,27 +1713,36 @@ impl KvCache {
         let lane = &self.lanes[x.lane as usize];
         let mut first_use = [0.0; STEPS];
         let weights = match self.view.lanes[..self.view.n].iter().position(|&l| l == x.lane) {
-            Some(i) => Some(&self.view.weights[i]),
+            Some(i) => Some((&self.view.weights[i], self.view.spans[i])),
             None if self.view.n == LANES && lane.session == self.view.slot && lane.session != NONE => {
-                Some(&self.view.others)
+                Some((&self.view.others, workload.content.spans(lane.agent)))
             }
             None => None,
         };
-        if let Some(weights) = weights {
+        if let Some((weights, spans)) = weights {
             // A call of the lane that waits will pass over what it does not await.
             let passed = u32::from(self.view.waiting == Some(lane.agent));
             let misses = lane.calls.wrapping_sub(x.touch_call) + passed;
             let rates = workload.content.rates(lane.agent, misses, x.class, &self.config);
             let [first, second, third] = weights.0;
-            // Where the lane called last, it may be called at once; else others have been called since.
-            let at_once = if self.tenants[lane.session as usize].calls == lane.at { first[0] } else { 0.0 };
-            let calls = first.iter().sum::<f32>().max(1e-6);
-            let missed = 1.0 - rates.later - (rates.at_once - rates.later) * at_once / calls;
+            // How many calls of the session will have passed since the lane's last one when the lane's next one comes.
+            let since = match self.view.waiting {
+                Some(agent) if agent == lane.agent => 0,
+                waiting => (self.tenants[lane.session as usize].calls.wrapping_sub(lane.at))
+                    .saturating_add(u16::from(waiting.is_some())),
+            };
+            let odds = rates.later / (1.0 - rates.later).max(1e-3);
+            let rate: [f32; STEPS] = std::array::from_fn(|i| match content::span(since.saturating_add(1 + i as u16)) {
+                None => rates.at_once,
+                Some(span) if misses == 0 => odds * spans[span] / (1.0 + odds * spans[span]),
+                Some(_) => rates.later,
+            });
+            let used: f32 = first.iter().zip(&rate).map(|(first, rate)| first * rate).sum();
+            let missed = 1.0 - used / first.iter().sum::<f32>().max(1e-6);
             let (b, c) = (missed * rates.second, missed * (1.0 - rates.second) * rates.third);
             for i in 0..STEPS {
-                first_use[i] = rates.later * first[i] + b * second[i] + c * third[i];
+                first_use[i] = rate[i] * first[i] + b * second[i] + c * third[i];
             }
-            first_use[0] += (rates.at_once - rates.later) * at_once;
         }
         let owner = self.owner(x);
         let mut foreign = Foreign::Learned {
@@ -2015,7 +2039,12 @@ impl KvCache {
         }
         self.offers.resolved(x.restored, take, false);
         self.offers.went(self.index.published_score(segment));
-        let exposed = self.take_from(segment, take, victim);
+        let last = self.index.key(x.tail);
+        let (exposed, first) = self.take_from(segment, take, victim);
+        if !self.is_nobodys(x.lane) {
+            let (len, depth) = (take as u32, x.depth + x.len - take as u32);
+            self.lost.add(x.lane, Piece { first, last, depth, len, touch_call: x.touch_call, class: x.class });
+        }
         if exposed != NONE {
             self.score_exposed(workloads, sessions, exposed);
         }
@@ -2072,14 +2101,15 @@ impl KvCache {
     }
 
     /// Takes the last `n` blocks of a leaf; returns the segment above if that has become a leaf, not yet queued.
-    fn take_from(&mut self, segment: u32, n: usize, victim: &mut dyn FnMut(u64)) -> u32 {
+    fn take_from(&mut self, segment: u32, n: usize, victim: &mut dyn FnMut(u64)) -> (u32, u64) {
         let x = *self.index.seg(segment);
-        let mut block = x.tail;
+        let (mut block, mut key) = (x.tail, 0);
         for i in 0..n {
             if i % LOOK_AHEAD == 0 {
                 self.index.look_ahead(block, LOOK_AHEAD.min(n - i));
             }
-            victim(self.index.key(block));
+            key = self.index.key(block);
+            victim(key);
             let parent = self.index.parent(block);
             self.index.remove_block(block);
             block = parent;
@@ -2088,22 +2118,22 @@ impl KvCache {
             let left = self.index.seg_mut(segment);
             left.tail = block;
             left.len -= n as u32;
-            return NONE;
+            return (NONE, key);
         }
         self.index.dequeue(segment);
         self.lane_unlink(segment);
         self.index.recency_remove(segment);
         self.index.free_segment(segment);
         if block == NONE {
-            return NONE;
+            return (NONE, key);
         }
         let above = self.index.segment_of(block);
         let y = self.index.seg_mut(above);
         y.children -= 1;
         if y.children == 0 && y.pins == 0 {
-            above
+            (above, key)
         } else {
-            NONE
+            (NONE, key)
         }
     }
 }
