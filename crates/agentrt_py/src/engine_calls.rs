@@ -497,6 +497,11 @@ impl EngineCalls {
         let one = call.borrow();
         if let Some(inferred) = one.inferred {
             self.inferring.get().ended_now(inferred, &one.output)?;
+            if one.session_inferred && one.allocated {
+                // What it says, an agent of the same run may quote.
+                let answer = request.getattr_opt(intern!(py, "output_token_ids"))?;
+                answer.map_or(Ok(()), |answer| self.inferring.get().answered_now(inferred, &answer))?;
+            }
         }
         if one.told {
             self.tell(py, EventKind::CallEnd, (one.session, 0), one.number, now_us, &one.output)?;

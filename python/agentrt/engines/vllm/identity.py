@@ -4,8 +4,10 @@ Given, first match counts: ``kv_transfer_params["agentrt"]``, ``vllm_xargs`` (``
 ``session_id`` (body, ``X-Session-ID``). Names are hashed or interned and never kept as text beyond the agents' names.
 
 Inferred, where no session or no agent is given, by the core (:class:`agentrt._core.Identity`): a session is a growing
-conversation, so agents that have system prompts of their own become sessions of their own; an agent is named by the
-system prompt that many sessions start with, ``?`` without.
+conversation, and what quotes its answers: agents that have system prompts of their own are of the run whose answers
+their first prompt contains, word for word. An agent is named by the system prompt that many sessions start with;
+without one it is ``?``, or ``?1``, ``?2``, .. by its place in the run. Of answers, hashes of some pieces of twelve
+tokens are kept.
 
 Memory is bounded: the core's tables, ``AGENTS`` names and the numbers of ``SESSIONS`` names.
 """
@@ -103,12 +105,17 @@ class Identities:
         says = given(request)
         if says.session is not None and says.agent is not None:
             return Identity(self.session(says.session), self.intern(says.agent), False, False, says.session_ends)
-        session, anchor, call, _ = self.core.started(np.ascontiguousarray(keys, np.uint64))
+        session, number, call, is_new = self.core.started(np.ascontiguousarray(keys, np.uint64))
         if says.session is not None:
             session = self.session(says.session)
+        elif is_new:
+            # None where the prompt is embeddings.
+            tokens = getattr(request, "prompt_token_ids", None)
+            session, number = (tokens and self.core.join(call, tokens)) or (session, number)
         name = says.agent
         if name is None:
-            name = f"anchor-{anchor}" if anchor else "?"
+            place = number - self.core.anchors
+            name = f"?{place}" if place > 0 else f"anchor-{number}" if number else "?"
         agent = self.intern(name)
         return Identity(session, agent, says.session is None, says.agent is None, says.session_ends, call)
 
