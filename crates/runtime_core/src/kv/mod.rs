@@ -2059,6 +2059,7 @@ impl KvCache {
 
     /// Scores sessions again whose silence has grown by a fifth: visits some, round robin.
     fn age(&mut self, workloads: &Workloads, sessions: &Sessions, most: usize, lazily: bool) {
+        self.look_ahead(sessions);
         let mut refreshed = 0;
         for _ in 0..VISITS.min(self.active.len()) {
             if self.hand >= self.active.len() {
@@ -2079,6 +2080,42 @@ impl KvCache {
                 return;
             }
         }
+    }
+
+    /// Reads what the next sessions to be scored again are: where that of one leads from place to place, those of several
+    /// are read at once.
+    fn look_ahead(&self, sessions: &Sessions) {
+        let (mut segments, mut n, mut sum) = ([NONE; REFRESHES], 0, 0u32);
+        for at in self.hand..self.active.len().min(self.hand + VISITS) {
+            let slot = self.active[at];
+            let tenant = &self.tenants[slot as usize];
+            if tenant.next_refresh_us > self.now_us {
+                continue;
+            }
+            if let Some(lane) = self.lanes.get(tenant.lanes as usize) {
+                segments[n] = lane.head;
+            }
+            if let Some(handle) = sessions.at(slot as usize) {
+                sum ^= u32::from(sessions.in_flight(handle));
+            }
+            n += 1;
+            if n == REFRESHES {
+                break;
+            }
+        }
+        for _ in 0..LOOK_AHEAD {
+            for segment in &mut segments {
+                if *segment == NONE {
+                    continue;
+                }
+                let x = self.index.seg(*segment);
+                if x.bucket != NOT_QUEUED && self.index.parent(x.top) != NONE {
+                    sum ^= self.index.segment_of(self.index.parent(x.top));
+                }
+                *segment = x.lane_next;
+            }
+        }
+        std::hint::black_box(sum);
     }
 
     fn score_exposed(&mut self, workloads: &Workloads, sessions: &Sessions, segment: u32) {
