@@ -482,7 +482,9 @@ impl EngineCalls {
             let hashes = request.getattr(intern!(py, "block_hashes"))?;
             let mut keys = std::mem::take(&mut self.keys);
             keys.clear();
-            read_keys(&hashes, low, computed, &mut keys)?;
+            // Those of the prompt have been read.
+            keys.extend_from_slice(&call.borrow().keys[low..prompt.min(computed)]);
+            read_keys(&hashes, low + keys.len(), computed, &mut keys)?;
             if let (Some(ids), false) = (ids, matches!(self.core, Core::Nobody)) {
                 let ids = numbers(&ids, low)?;
                 self.carry(py, &keys, &ids)?;
