@@ -14,7 +14,7 @@ use std::sync::LazyLock;
 
 use super::chain::STEPS;
 use super::gaps::{self, BUCKETS};
-use super::sharing::Curve;
+use super::sharing::{self, Curve};
 
 /// Points of the time grid.
 pub(crate) const GRID: usize = 24;
@@ -379,7 +379,8 @@ pub(crate) fn score(
     let not_foreign = match foreign {
         Foreign::Learned { curve, risk, age_s } => {
             let now = curve.at(*age_s);
-            each(each(grid.t, |t| risk * (now - curve.at(age_s + t))), exp)
+            let positions = each(grid.t, |t| sharing::position(age_s + t));
+            each(each(positions, |at| risk * (now - curve.at_position(at))), exp)
         }
         Foreign::At(when) => each(grid.t, |t| f32::from(u8::from(*when > t))),
     };

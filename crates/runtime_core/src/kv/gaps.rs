@@ -74,8 +74,8 @@ pub(super) fn split(x: f32) -> (f32, f32) {
 }
 
 /// Log2 of a number from 1 on, to 1e-5: the exponent, and three terms of a series for the mantissa.
-#[inline]
-fn log2(x: f32) -> f32 {
+#[inline(always)]
+pub(super) fn log2(x: f32) -> f32 {
     let (exponent, t) = split(x);
     let square = t * t;
     let ln = t * (2.0 + square * (2.0 / 3.0 + square * (2.0 / 5.0)));
