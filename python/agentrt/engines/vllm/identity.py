@@ -9,12 +9,11 @@ their first prompt contains, word for word. An agent is named by the system prom
 without one it is ``?``, or ``?1``, ``?2``, .. by its place in the run. Of answers, hashes of some pieces of twelve
 tokens are kept.
 
-Memory is bounded: the core's tables, ``AGENTS`` names and the numbers of ``SESSIONS`` names.
+Memory is bounded: the core's tables, and ``AGENTS`` names.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["Identities", "Identity", "given"]
 
 AGENTS = 4_096
-SESSIONS = 16_384
 # Names longer than this are somebody's mistake; the hash of the beginning is as good.
 NAME_CHARS = 256
 
@@ -82,17 +80,12 @@ def given(request: Any) -> Given:
     return Given(session, agent, ends)
 
 
-def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-
-
 class Identities:
     """Turns requests into session and agent numbers."""
 
     def __init__(self) -> None:
         #: Numbers by name, which :class:`agentrt._core.EngineCalls` reads.
         self.agents: dict[str, int] = {}
-        self.sessions: dict[str, int] = {}
         self.core = _core.Identity()
         self._names: list[str] = []
 
@@ -136,11 +129,5 @@ class Identities:
         return number
 
     def session(self, name: str) -> int:
-        """The number of a session's name."""
-        number = self.sessions.get(name)
-        if number is None:
-            if len(self.sessions) >= SESSIONS:
-                # Those that go on come back.
-                self.sessions.clear()
-            number = self.sessions[name] = _hash(name)
-        return number
+        """The number of a session's name, as :class:`agentrt._core.EngineCalls` has it."""
+        return _core.block_key(name.encode("utf-8", "surrogatepass"))
