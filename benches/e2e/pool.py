@@ -3,6 +3,9 @@
 Sessions run in a closed loop: a call is admitted when its blocks fit, decodes a block at a time, and its session calls
 again after a drawn pause. The clock is simulated, so a run is repeatable to the block.
 
+Recorded workloads have no words; in generated ones (``--generated``) prompts quote the answers they contain, so that
+agents of a run can be linked by them. ``by blocks``: the same calls with prompts that quote nothing.
+
     python benches/e2e/pool.py
 """
 
@@ -14,6 +17,8 @@ import logging
 import os
 import random
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +27,17 @@ sys.path.insert(0, str(ROOT))
 
 from tests.engines.vllm.pool import BLOCK, Call, Engine, read_calls  # noqa: E402
 
+from agentrt.replay import Trace  # noqa: E402
+
 WORKLOADS = {"whowhen_magentic": 3000, "marble_research": 3000, "taubench_airline": 1500}
-KINDS: dict[str, tuple[str | None, bool]] = {
-    "stock": (None, True),
-    "neutral": ("lru", True),
-    "agentrt": ("agentrt", True),
-    "inferred": ("agentrt", False),
+GENERATED = {"pipeline": 1500, "debate": 1500, "selector_chat": 3000, "research_tree": 1500, "coding_team": 3000}
+#: Policy, whether requests name themselves, whether prompts quote.
+KINDS: dict[str, tuple[str | None, bool, bool]] = {
+    "stock": (None, True, True),
+    "neutral": ("lru", True, True),
+    "agentrt": ("agentrt", True, True),
+    "inferred": ("agentrt", False, True),
+    "by blocks": ("agentrt", False, False),
 }
 
 
@@ -87,19 +97,32 @@ def closed_loop(calls: list[Call], engine: Engine, blocks: int, concurrency: int
     engine.check()
 
 
+def read(name: str, traces: Path | None, limit: int) -> list[Call]:
+    """A recorded workload, or a generated one."""
+    if traces is not None:
+        return read_calls(traces / f"{name}.jsonl.gz", limit)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.jsonl.gz"
+        Trace.generate(name).write(path)
+        return read_calls(path, limit)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traces", type=Path, default=os.environ.get("AGENTRT_TRACES", ROOT.parent / "shared/traces"))
+    parser.add_argument("--generated", action="store_true", help="the built-in workloads instead of recorded ones")
     parser.add_argument("--calls", type=int, default=1500)
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
-    print("workload", "blocks", *KINDS, sep="\t")
-    for name, blocks in WORKLOADS.items():
-        calls = read_calls(arguments.traces / f"{name}.jsonl.gz", arguments.calls)
+    kinds = {name: kind for name, kind in KINDS.items() if kind[2] or arguments.generated}
+    print("workload", "blocks", *kinds, sep="\t")
+    for name, blocks in (GENERATED if arguments.generated else WORKLOADS).items():
+        calls = read(name, None if arguments.generated else arguments.traces, arguments.calls)
         rates = []
-        for policy, named in KINDS.values():
+        for policy, named, quotes in kinds.values():
+            calls = calls if quotes else [replace(call, quoted=[]) for call in calls]
             hit = prompt = 0
             for seed in range(arguments.seeds):
                 engine = Engine(blocks, policy, named)

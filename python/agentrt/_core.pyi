@@ -703,19 +703,31 @@ class Identity:
     """Sessions and agents of calls that do not name them, inferred from their prompts' blocks.
 
     A call that walks on along the blocks of an earlier one is of its session; an agent is named by the system prompt
-    that many sessions start with, 0 without. An agent with a system prompt of its own becomes a session of its own.
-    Memory is bounded: so many blocks (an eighth of those of live conversations will do) and sessions.
+    that many sessions start with, 0 without. An agent with a system prompt of its own becomes a session of its own,
+    unless its first prompt quotes an answer given in another one (:meth:`join`).
+    Memory is bounded: so many blocks (an eighth of those of live conversations will do), conversations, and marks of
+    answers (up to 32 each).
 
     Raises:
         OutOfRangeError: Sizes.
         BusyError: Another thread is inside; nothing has happened.
     """
 
-    def __new__(cls, *, blocks: int = 65536, sessions: int = 4096) -> Identity: ...
+    #: Agents with higher numbers are named by their place in a run, not by an anchor.
+    anchors: int
+
+    def __new__(cls, *, blocks: int = 65536, sessions: int = 4096, marks: int = 32768) -> Identity: ...
     def started(self, blocks: NDArray[np.uint64], /) -> tuple[int, int, int, bool]:
         """A call with these prompt blocks starts: (session, agent, call, whether the session is new)."""
     def ended(self, call: int, blocks: NDArray[np.uint64], /) -> None:
         """The call has ended; these are the full blocks of its answer. Until then its session has a call in flight."""
+    def join(self, call: int, tokens: Sequence[int], /) -> tuple[int, int] | None:
+        """Whose is a call that starts a session, if its prompt has these tokens (the last 16,384 count).
+
+        Returns (session, agent), or None where it quotes no answer: it stays what it is.
+        """
+    def answered(self, call: int, tokens: Sequence[int], /) -> None:
+        """The call's answer has these tokens; a first prompt that quotes some of them is of the same session."""
     def memory(self) -> int:
         """Bytes in use; none of it grows."""
 

@@ -17,7 +17,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString, PyTuple};
 use runtime_core::runtime::{EventKind, Events};
 
-use crate::convert::array;
+use crate::convert::{array, key_of};
 use crate::identity::Identity;
 use crate::runtime::Workload;
 use crate::vllm::{read_keys, FreeQueue};
@@ -202,9 +202,8 @@ pub(crate) struct EngineCalls {
     /// Called after a reset.
     #[pyo3(get, set)]
     on_reset: Option<Py<PyAny>>,
-    /// Python's `Identities`, with its tables of numbers by name, and what infers.
+    /// Python's `Identities`, with its table of agents' numbers by name, and what infers.
     identities: Py<PyAny>,
-    sessions: Py<PyDict>,
     agents: Py<PyDict>,
     inferring: Py<Identity>,
     /// By request id.
@@ -254,7 +253,6 @@ impl EngineCalls {
             eager: false,
             on_reset: None,
             identities: identities.clone().unbind(),
-            sessions: identities.getattr("sessions")?.cast_into::<PyDict>()?.unbind(),
             agents: identities.getattr("agents")?.cast_into::<PyDict>()?.unbind(),
             inferring: identities.getattr("core")?.cast_into::<Identity>()?.unbind(),
             calls: PyDict::new(py).unbind(),
@@ -484,7 +482,9 @@ impl EngineCalls {
             let hashes = request.getattr(intern!(py, "block_hashes"))?;
             let mut keys = std::mem::take(&mut self.keys);
             keys.clear();
-            read_keys(&hashes, low, computed, &mut keys)?;
+            // Those of the prompt have been read.
+            keys.extend_from_slice(&call.borrow().keys[low..prompt.min(computed)]);
+            read_keys(&hashes, low + keys.len(), computed, &mut keys)?;
             if let (Some(ids), false) = (ids, matches!(self.core, Core::Nobody)) {
                 let ids = numbers(&ids, low)?;
                 self.carry(py, &keys, &ids)?;
@@ -497,6 +497,11 @@ impl EngineCalls {
         let one = call.borrow();
         if let Some(inferred) = one.inferred {
             self.inferring.get().ended_now(inferred, &one.output)?;
+            if one.session_inferred && one.allocated {
+                // What it says, an agent of the same run may quote.
+                let answer = request.getattr_opt(intern!(py, "output_token_ids"))?;
+                answer.map_or(Ok(()), |answer| self.inferring.get().answered_now(inferred, &answer))?;
+            }
         }
         if one.told {
             self.tell(py, EventKind::CallEnd, (one.session, 0), one.number, now_us, &one.output)?;
@@ -686,16 +691,16 @@ impl EngineCalls {
         if !is_name(&session)? || !is_name(&agent)? {
             return Ok(None);
         }
-        let identities = self.identities.bind(py);
-        let session = match self.sessions.bind(py).get_item(&session)? {
-            Some(session) => session,
-            None => identities.call_method1(intern!(py, "session"), (session,))?,
+        // A name that is no text is Python's, too.
+        let Ok(session) = session.cast::<PyString>()?.to_cow().map(|name| key_of(name.as_bytes())) else {
+            return Ok(None);
         };
+        let identities = self.identities.bind(py);
         let agent = match self.agents.bind(py).get_item(&agent)? {
             Some(agent) => agent,
             None => identities.call_method1(intern!(py, "intern"), (agent,))?,
         };
-        Ok(Some(Named { session: session.extract()?, agent: agent.extract()?, session_ends, inferred: None }))
+        Ok(Some(Named { session, agent: agent.extract()?, session_ends, inferred: None }))
     }
 
     /// Asks Python.

@@ -395,13 +395,15 @@ fn replay(setting: &Setting<'_>, contender: &Contender, progress: &Progress) -> 
             // The others look at blocks alone.
             let asks = setting.strip_identity && policies::agentrt::config(name).is_some();
             if asks {
-                Box::new(policies::Inferred::new(policy))
+                let quotes = name != policies::agentrt::NO_QUOTES;
+                Box::new(policies::Inferred::new(policy, setting.trace, quotes))
             } else {
                 policy
             }
         }
         Contender::Custom(_, build) if setting.strip_identity => {
-            Box::new(policies::Inferred::new(build(&policies::Inferred::anonymous(setting.trace))?))
+            let policy = build(&policies::Inferred::anonymous(setting.trace))?;
+            Box::new(policies::Inferred::new(policy, setting.trace, true))
         }
         Contender::Custom(_, build) => build(setting.trace)?,
     };

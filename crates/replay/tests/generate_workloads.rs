@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 use replay::generate::{self, GenerateOptions};
-use replay::trace::{Trace, NO_BLOCK};
+use replay::trace::{ReadOptions, Trace, NO_BLOCK};
 
 fn make(name: &str, sessions: usize, seed: u64) -> Trace {
     let options = GenerateOptions { sessions, seed, agents: None };
@@ -23,6 +23,7 @@ fn assert_consistent(trace: &Trace) {
         assert_eq!(trace.blocks_in(call.prompt) as u32, call.prompt_tokens / trace.block_size);
         assert!(call.parent_step.is_none_or(|parent| parent < call.step));
         assert_eq!(call.tool.is_some(), call.tool_latency_s.is_some());
+        assert!(trace.blocks(call.quotes).all(|step| step < call.step), "call {index} quotes what is not said yet");
     }
     assert_eq!(highest, trace.n_blocks);
     for (number, session) in trace.sessions.iter().enumerate() {
@@ -52,6 +53,22 @@ proptest! {
         prop_assert_eq!(&trace.workload, name);
         prop_assert_eq!(generate::generate(name, &options).unwrap(), trace);
     }
+}
+
+#[test]
+fn prompts_say_which_answers_they_quote_and_that_is_written_and_read() {
+    let trace = make("debate", 3, 0);
+    let session: Vec<_> = trace.sessions[0].calls.iter().map(|&call| &trace.calls[call as usize]).collect();
+    let quoted = |step: usize| trace.blocks(session[step].quotes).collect::<Vec<_>>();
+    // The moderator opens, each debater reads all who spoke before in the round.
+    assert!(quoted(0).is_empty());
+    assert_eq!((quoted(1), quoted(2)), (vec![0], vec![0, 1]));
+    let all_steps: Vec<u32> = (0..session.len() as u32 - 1).collect();
+    assert_eq!(quoted(session.len() - 1), all_steps, "the moderator reads everything in the end");
+    let mut text = Vec::new();
+    replay::trace::write_to(&trace, &mut text).unwrap();
+    let again = replay::trace::read_from(text.as_slice(), "debate".as_ref(), &ReadOptions::default()).unwrap();
+    assert_eq!(again, trace);
 }
 
 #[test]

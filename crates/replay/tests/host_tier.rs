@@ -261,7 +261,7 @@ fn the_learned_order_is_in_the_host_tier_too_where_identities_are_inferred() {
     let [plain, learned] = ["agentrt-host-lru", "agentrt"].map(|policy| {
         let inner = policies::build(policy, &trace, &schedule).expect("a known policy");
         let options = Some(host(&schedule, 0.0));
-        let mut policy = policies::Inferred::new(inner);
+        let mut policy = policies::Inferred::new(inner, &trace, true);
         computed(&sim::run_with_host(&trace, &schedule, &mut policy, options, &mut |_| {}))
     });
     assert!(learned < plain, "{learned} blocks computed, {plain} without");

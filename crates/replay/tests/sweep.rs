@@ -117,6 +117,20 @@ fn stripped_of_identity_the_policy_infers_it_and_gains_still() {
 }
 
 #[test]
+fn answers_that_prompts_quote_tell_which_agents_are_of_one_run() {
+    let stripped = SweepOptions { strip_identity: true, ..options(&["lru", "agentrt", "agentrt-no-quotes", "min"]) };
+    let traces = ["selector_chat", "debate"].map(|name| {
+        let made = GenerateOptions { sessions: 40, seed: 0, agents: None };
+        Arc::new(generate(name, &made).unwrap())
+    });
+    let results = run(&traces, &stripped, &Progress::default()).unwrap();
+    let hits =
+        |policy: &str| -> u64 { results.iter().filter(|r| r.cell.policy == policy).map(|r| r.cell.hit_blocks).sum() };
+    let [lru, quotes, blocks] = ["lru", "agentrt", "agentrt-no-quotes"].map(hits);
+    assert!(lru < blocks && quotes - lru > (blocks - lru) * 5 / 4, "{lru} {blocks} {quotes}");
+}
+
+#[test]
 fn policies_that_need_identity_are_refused_without_it() {
     for name in ["kvflow", "continuum", "cachescout", "lru-session-end", "oracle-time"] {
         let stripped = SweepOptions { strip_identity: true, ..options(&[name]) };

@@ -151,6 +151,8 @@ fn bad_fields_are_named_with_line_and_remedy() {
         ("out_blocks", with(next(), "out_blocks", json!([[60, 9]])), "more than the answer"),
         ("step", with(next(), "step", json!(0)), "after step 0"),
         ("parent", with(next(), "parent", json!(1)), "not an earlier step"),
+        ("quotes", with(next(), "quotes", json!([[0, 2]])), "step 1 is not an earlier step"),
+        ("quotes", with(next(), "quotes", json!([0])), "pair"),
         ("t_scope", with(next(), "t_arrival", json!(1.0)), "missing"),
         ("t_scope", with(next(), "t_scope", json!("day")), "`day`"),
         ("t_scope", with(next(), "t_scope", json!("global")), "differs"),

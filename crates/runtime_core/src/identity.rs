@@ -12,14 +12,22 @@
 //! * **Agent.** The deepest block that 16 sessions, and half of those with the same first block, have started through is
 //!   their anchor (the end of a system prompt): it names the agent of a session that starts. Without one the agent is 0.
 //!
-//! An agent with a system prompt of its own shares no block with the other agents of its run, so it becomes a session of
-//! its own: what is inferred is the growing conversation, not the run. `docs/cachesage.md` says what that costs and why
-//! linking such conversations by their times and lengths was left out.
+//! An agent with a system prompt of its own shares no block with the other agents of its run, so by blocks alone it
+//! becomes a session of its own: what is inferred is the growing conversation, not the run. Where words are known there
+//! is a third rule:
+//!
+//! * **Run.** A conversation that starts with a prompt that quotes an answer given in another one joins its session
+//!   ([`Identity::join`]): agents of one run read each other, runs do not. Answers are known again by [`marks`] of theirs.
+//!   What was answered in two runs, a common phrase, speaks for neither. Within a run, a conversation that starts with
+//!   the same block as an earlier one is of the same agent; others without an anchor are numbered.
+//!
+//! `docs/cachesage.md` says what each costs and is worth, and why linking conversations by times and lengths was left out.
 //!
 //! | part | bytes |
 //! |---|---|
-//! | block table: key, session, starts, age; sets of eight, the longest unused goes first | 16 a block |
-//! | sessions: the least recently used is forgotten | 40 each |
+//! | block table: key, conversation, starts, age; sets of eight, the longest unused goes first | 16 a block |
+//! | marks of answers, likewise | 16 a mark |
+//! | conversations: the least recently used is forgotten | 56 each |
 //! | anchors | 16 each, [`ANCHORS`] |
 //!
 //! Of a prompt of n blocks, the first 16, every eighth and those after the last eighth are looked up and kept: n / 8 + 23
@@ -30,6 +38,9 @@
 //! | [`Identity::new`] | everything, once | |
 //! | [`Identity::started`] | no | 2 (n / 8 + 23) sets of eight, 16 anchors |
 //! | [`Identity::ended`] | no | n / 8 + 23 sets of eight, n blocks of answer |
+//! | [`Identity::join`] | no | a set of eight a mark; if it joins, the conversations once |
+//! | [`Identity::answered`] | no | a set of eight a mark |
+//! | [`marks`] | where `marks` has less room than twice the limit | the tokens once; sorts twice the limit for each that many marks |
 
 use crate::error::{Error, Result};
 use crate::ids::mix;
@@ -52,19 +63,37 @@ const ANCHOR_STARTS: u32 = 16;
 const PROBES: usize = 16;
 /// Of a path, so many blocks may have been forgotten: the table is full, and its sets are not equally so.
 const FORGOTTEN: usize = 2;
+/// Conversations of a run that have no anchor and are told apart; further ones share the last number.
+pub const NUMBERED: u16 = 15;
+/// Tokens that a mark is the hash of.
+const MARK_TOKENS: usize = 12;
+/// One in 2^so many places of a text has a mark.
+const MARK_BITS: u32 = 3;
+/// Marks of an answer that are of use.
+pub const ANSWER_MARKS: usize = 32;
+/// Marks of a prompt that are of use.
+pub const PROMPT_MARKS: usize = 512;
+/// A prompt quotes a run by at least so many marks, and twice as many as any other run.
+const LEAST_QUOTED: u32 = 2;
+/// What has been said in several runs.
+const SEVERAL: u16 = u16::MAX;
+/// Runs that one prompt may be found to quote.
+const QUOTED_RUNS: usize = 8;
 
 /// Sizes of an [`Identity`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
     /// Blocks remembered, 64 to 2^28: an eighth of the blocks of live conversations will do.
     pub blocks: usize,
-    /// Sessions remembered, 8 to 65,536.
+    /// Conversations remembered, 8 to 65,536.
     pub sessions: usize,
+    /// Marks of answers remembered, 64 to 2^28: up to [`ANSWER_MARKS`] an answer.
+    pub marks: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { blocks: 1 << 16, sessions: 4096 }
+        Self { blocks: 1 << 16, sessions: 4096, marks: 1 << 15 }
     }
 }
 
@@ -73,11 +102,12 @@ impl Default for Options {
 pub struct Inferred {
     /// The session; the top bit is set, which keeps it apart from small numbers of the caller's own.
     pub session: u64,
-    /// The agent: 0, or 1 to [`ANCHORS`] by its anchor, in order of appearance.
+    /// The agent: 0, or 1 to [`ANCHORS`] by its anchor, in order of appearance; further numbers, up to [`NUMBERED`]
+    /// more, are of conversations without an anchor that have joined a run.
     pub agent: u16,
     /// Names the call to [`Identity::ended`].
     pub call: Started,
-    /// Whether the call starts the session.
+    /// Whether the call starts the session: [`Identity::join`] may know better.
     pub is_new: bool,
 }
 
@@ -112,8 +142,10 @@ const VACANT: Block = Block { key: 0, session: 0, starts: 0, age: 0 };
 
 #[derive(Clone, Copy, Debug)]
 struct Session {
-    /// 0 while vacant.
+    /// Name of the session: its own number, or that of the run it has joined. 0 while vacant.
     name: u64,
+    /// Key of its first block.
+    root: u64,
     newer: u32,
     older: u32,
     /// Blocks of the first prompt.
@@ -130,7 +162,9 @@ struct Session {
 /// Infers sessions and agents; see the module's page.
 #[derive(Debug)]
 pub struct Identity {
-    blocks: Box<[Block]>,
+    blocks: Table,
+    /// Marks of answers, by the conversation in which they were given.
+    said: Table,
     /// The last one is the head of the ring in order of use.
     sessions: Box<[Session]>,
     /// Key and number of each.
@@ -158,6 +192,46 @@ impl Session {
     }
 }
 
+/// A bounded map of keys; what has not been used for the longest goes first.
+#[derive(Debug)]
+struct Table(Box<[Block]>);
+
+impl Table {
+    fn new(entries: usize) -> Self {
+        let sets = entries.div_ceil(WAYS).next_power_of_two();
+        Self(vec![VACANT; sets * WAYS].into())
+    }
+
+    fn bytes(&self) -> usize {
+        size_of_val(&*self.0)
+    }
+
+    #[inline]
+    fn set(&self, key: u64) -> usize {
+        (mix(key) as usize & (self.0.len() / WAYS - 1)) * WAYS
+    }
+
+    #[inline]
+    fn find(&self, key: u64) -> Option<usize> {
+        let at = self.set(key);
+        self.0[at..at + WAYS].iter().position(|b| b.key == key && b.starts > 0).map(|way| at + way)
+    }
+
+    /// Finds a key or makes room for it; a new one has no starts.
+    #[inline]
+    fn entry(&mut self, key: u64, age: u16) -> &mut Block {
+        let at = self.find(key).unwrap_or_else(|| {
+            let at = self.set(key);
+            let unused = |b: &Block| if b.starts == 0 { u16::MAX } else { age.wrapping_sub(b.age) };
+            let oldest = (at..at + WAYS).max_by_key(|&i| unused(&self.0[i])).unwrap_or(at);
+            self.0[oldest] = Block { key, ..VACANT };
+            oldest
+        });
+        self.0[at].age = age;
+        &mut self.0[at]
+    }
+}
+
 /// What the table knows of a prompt.
 struct Known {
     /// Blocks shared with earlier calls.
@@ -180,10 +254,11 @@ impl Identity {
         };
         within("blocks", 64, 1 << 28, options.blocks)?;
         within("sessions", 8, 1 << 16, options.sessions)?;
-        let sets = options.blocks.div_ceil(WAYS).next_power_of_two();
+        within("marks", 64, 1 << 28, options.marks)?;
         let n = options.sessions as u32;
         let ring = |slot: u32| Session {
             name: 0,
+            root: 0,
             newer: (slot + 1) % (n + 1),
             older: (slot + n) % (n + 1),
             start: 0,
@@ -194,7 +269,8 @@ impl Identity {
             agent: 0,
         };
         Ok(Self {
-            blocks: vec![VACANT; sets * WAYS].into(),
+            blocks: Table::new(options.blocks),
+            said: Table::new(options.marks),
             sessions: (0..=n).map(ring).collect(),
             anchors: vec![(0, 0); ANCHORS].into(),
             named_anchors: 0,
@@ -205,18 +281,7 @@ impl Identity {
 
     /// Bytes in use.
     pub fn bytes(&self) -> usize {
-        size_of_val(&*self.blocks) + size_of_val(&*self.sessions) + size_of_val(&*self.anchors)
-    }
-
-    #[inline]
-    fn set(&self, key: u64) -> usize {
-        (mix(key) as usize & (self.blocks.len() / WAYS - 1)) * WAYS
-    }
-
-    #[inline]
-    fn find(&self, key: u64) -> Option<usize> {
-        let at = self.set(key);
-        self.blocks[at..at + WAYS].iter().position(|b| b.key == key && b.starts > 0).map(|way| at + way)
+        self.blocks.bytes() + self.said.bytes() + size_of_val(&*self.sessions) + size_of_val(&*self.anchors)
     }
 
     #[inline]
@@ -231,20 +296,17 @@ impl Identity {
         u32::from(self.sessions[slot].generation) << 16 | slot as u32
     }
 
-    /// Remembers that a session has used a block, and adds to what started through it.
+    #[inline]
+    fn age(&self) -> u16 {
+        (self.calls >> 4) as u16
+    }
+
+    /// Remembers that a conversation has used a block, and adds to what started through it.
     #[inline]
     fn keep(&mut self, key: u64, session: u32, starts: u16) {
-        let age = (self.calls >> 4) as u16;
-        let at = self.find(key).unwrap_or_else(|| {
-            let at = self.set(key);
-            let unused = |b: &Block| if b.starts == 0 { u16::MAX } else { age.wrapping_sub(b.age) };
-            let oldest = (at..at + WAYS).max_by_key(|&i| unused(&self.blocks[i])).unwrap_or(at);
-            self.blocks[oldest] = Block { key, ..VACANT };
-            oldest
-        });
-        let block = &mut self.blocks[at];
+        let age = self.age();
+        let block = self.blocks.entry(key, age);
         block.session = session;
-        block.age = age;
         block.starts = block.starts.saturating_add(if block.starts == 0 { START } else { starts });
     }
 
@@ -255,7 +317,7 @@ impl Identity {
         let mut depth = 1;
         while depth <= n {
             let step = if depth < DENSE { 1 } else { STRIDE };
-            let Some(at) = self.find(keys[depth - 1]) else {
+            let Some(at) = self.blocks.find(keys[depth - 1]) else {
                 forgotten += 1;
                 if forgotten > FORGOTTEN {
                     break;
@@ -263,7 +325,7 @@ impl Identity {
                 depth += step;
                 continue;
             };
-            let starts = u32::from(self.blocks[at].starts / START) + 1;
+            let starts = u32::from(self.blocks.0[at].starts / START) + 1;
             if depth == 1 {
                 root = starts;
             }
@@ -275,7 +337,7 @@ impl Identity {
         }
         // The last blocks of an earlier prompt lie between two of every eighth.
         for depth in known.depth + 1..=n.min(known.depth + STRIDE - 1) {
-            let Some(at) = self.find(keys[depth - 1]) else { break };
+            let Some(at) = self.blocks.find(keys[depth - 1]) else { break };
             (known.depth, known.deepest) = (depth, Some(at));
         }
         known
@@ -287,7 +349,7 @@ impl Identity {
         let n = keys.len();
         let known = self.look_up(keys);
         let continued = known.deepest.and_then(|at| {
-            let block = &self.blocks[at];
+            let block = &self.blocks.0[at];
             let slot = self.slot(block.session)?;
             let session = &self.sessions[slot];
             let is_free = block.starts < START + FORKS && session.in_flight == 0;
@@ -310,6 +372,7 @@ impl Identity {
         let session = &mut self.sessions[slot];
         if continued.is_none() {
             session.start = n as u32;
+            session.root = keys.first().copied().unwrap_or(0);
         }
         (session.prompt, session.reach) = (n as u32, n as u32);
         session.in_flight = session.in_flight.saturating_add(1);
@@ -329,6 +392,54 @@ impl Identity {
                 self.keep(key, call.0, 0);
             }
         }
+    }
+
+    /// A call's answer has these [`marks`].
+    pub fn answered(&mut self, call: Started, marks: &[u64]) {
+        let Some(slot) = self.slot(call.0) else { return };
+        let (run, age) = (self.sessions[slot].name, self.age());
+        for &mark in marks {
+            let other = self.said.find(mark).and_then(|at| self.slot(self.said.0[at].session));
+            let is_others = other.is_some_and(|other| self.sessions[other].name != run);
+            let entry = self.said.entry(mark, age);
+            entry.starts = if is_others || entry.starts == SEVERAL { SEVERAL } else { START };
+            entry.session = call.0;
+        }
+    }
+
+    /// Whose is a call that [starts a session](Inferred::is_new), if its prompt has these [`marks`]? None where it
+    /// quotes nobody: it stays what it is.
+    pub fn join(&mut self, call: Started, marks: &[u64]) -> Option<Inferred> {
+        let slot = self.slot(call.0)?;
+        let Session { name, root, mut agent, .. } = self.sessions[slot];
+        let run = self.quoted_run(marks).filter(|&run| run != name)?;
+        if agent == 0 {
+            let (mut numbered, mut alike) = (0, None);
+            for other in self.sessions.iter().filter(|other| other.name == run) {
+                numbered = numbered.max(other.agent.saturating_sub(ANCHORS as u16));
+                alike = alike.or((other.root == root).then_some(other.agent));
+            }
+            agent = alike.unwrap_or(ANCHORS as u16 + NUMBERED.min(numbered + 1));
+        }
+        let session = &mut self.sessions[slot];
+        (session.name, session.agent) = (run, agent);
+        Some(Inferred { session: run, agent, call, is_new: false })
+    }
+
+    /// The run whose answers have most of these marks.
+    fn quoted_run(&self, marks: &[u64]) -> Option<u64> {
+        let mut runs = [(0, 0); QUOTED_RUNS];
+        for &mark in marks {
+            let Some(entry) = self.said.find(mark).map(|at| &self.said.0[at]) else { continue };
+            let Some(slot) = self.slot(entry.session).filter(|_| entry.starts != SEVERAL) else { continue };
+            let run = self.sessions[slot].name;
+            if let Some(found) = runs.iter_mut().find(|found| found.0 == run || found.1 == 0) {
+                *found = (run, found.1 + 1);
+            }
+        }
+        runs.sort_unstable_by_key(|found| std::cmp::Reverse(found.1));
+        let [(run, most), (_, next), ..] = runs;
+        (most >= LEAST_QUOTED.max(2 * next)).then_some(run)
     }
 
     /// The number of an anchor.
@@ -374,4 +485,50 @@ impl Identity {
         self.sessions[slot].newer = head as u32;
         self.sessions[head].older = slot as u32;
     }
+}
+
+/// Marks of a text, by which it is known again as a part of another: hashes of runs of twelve tokens, one in eight of
+/// them, chosen by the hash itself; the `limit` smallest, ascending, without repetition. Replaces what `marks` holds.
+///
+/// Winnowing by value (Manber 1994, "Finding similar files"; bottom-k sketches, Cohen and Kaplan 2007): the smallest
+/// marks of an answer are among the smallest of any prompt that is not much longer than the answer.
+pub fn marks(tokens: impl IntoIterator<Item = u32>, limit: usize, marks: &mut Vec<u64>) {
+    const BASE: u64 = 0x9E37_79B9_7F4A_7C15;
+    const LEAVING: u64 = {
+        let mut power = 1u64;
+        let mut i = 0;
+        while i < MARK_TOKENS {
+            power = power.wrapping_mul(BASE);
+            i += 1;
+        }
+        power
+    };
+    marks.clear();
+    marks.reserve(2 * limit);
+    let mut window = [0u64; MARK_TOKENS];
+    let mut hash = 0u64;
+    let mut most = u64::MAX >> MARK_BITS;
+    for (i, token) in tokens.into_iter().enumerate() {
+        let at = i % MARK_TOKENS;
+        let token = u64::from(token) + 1;
+        hash = hash.wrapping_mul(BASE).wrapping_add(token).wrapping_sub(window[at].wrapping_mul(LEAVING));
+        window[at] = token;
+        let mark = mix(hash);
+        if i + 1 >= MARK_TOKENS && mark <= most {
+            if marks.len() == 2 * limit {
+                most = keep_smallest(marks, limit).unwrap_or(most);
+            }
+            marks.push(mark);
+        }
+    }
+    keep_smallest(marks, limit);
+}
+
+/// Sorts, forgets repetitions and all but the smallest; returns the greatest left where some had to go.
+fn keep_smallest(marks: &mut Vec<u64>, limit: usize) -> Option<u64> {
+    marks.sort_unstable();
+    marks.dedup();
+    let are_too_many = marks.len() > limit;
+    marks.truncate(limit);
+    marks.last().copied().filter(|_| are_too_many)
 }

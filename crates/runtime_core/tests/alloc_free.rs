@@ -7,7 +7,7 @@ mod allocations;
 
 use allocations::allocations;
 use runtime_core::histogram::{Counters, Often, Ratio};
-use runtime_core::identity::{Identity, Options};
+use runtime_core::identity::{self, Identity, Options, PROMPT_MARKS};
 use runtime_core::ids::{AgentId, SessionKey};
 use runtime_core::protocol::{PublishedEntry, Seqlock, SingleWriter};
 use runtime_core::sessions::{SessionTable, Word};
@@ -76,13 +76,17 @@ fn hot_operations_allocate_nothing() {
     });
     assert_eq!(published, 0);
 
-    let mut identity = Identity::new(Options { blocks: 4096, sessions: 64 }).unwrap();
+    let mut identity = Identity::new(Options { blocks: 4096, sessions: 64, marks: 512 }).unwrap();
     let mut keys: Vec<u64> = (1..=300).collect();
+    let mut marks = Vec::with_capacity(2 * PROMPT_MARKS);
     let infer = allocations(|| {
         for call in 0..1000 {
             keys[30..].iter_mut().for_each(|key| *key = key.wrapping_add(call % 3));
             let inferred = identity.started(black_box(&keys[..200]));
             identity.ended(inferred.call, &keys[200..]);
+            identity::marks(keys.iter().map(|&key| (key ^ call) as u32), PROMPT_MARKS, &mut marks);
+            black_box(identity.join(inferred.call, &marks));
+            identity.answered(inferred.call, &marks);
         }
     });
     assert_eq!(infer, 0, "identity");

@@ -3,7 +3,9 @@
 use std::collections::HashSet;
 
 use proptest::prelude::*;
-use runtime_core::identity::{Identity, Inferred, Options, Started, ANCHORS};
+use runtime_core::identity::{
+    marks, Identity, Inferred, Options, Started, ANCHORS, ANSWER_MARKS, NUMBERED, PROMPT_MARKS,
+};
 use runtime_core::ids::mix;
 
 /// Keys of a prompt made of pieces: (name, blocks). Equal beginnings have equal keys.
@@ -112,7 +114,7 @@ fn blocks_forgotten_in_the_middle_of_a_path_do_not_end_it() {
     // Tables of 64 blocks: some sets overflow while others have room.
     let mut kept = 0;
     for name in 0..100 {
-        let mut known = Identity::new(Options { blocks: 64, sessions: 8 }).unwrap();
+        let mut known = Identity::new(Options { blocks: 64, sessions: 8, marks: 64 }).unwrap();
         let first = call(&mut known, &prompt(&[(name, 16)]));
         for other in 0..2 {
             call(&mut known, &prompt(&[(1_000 + 10 * name + other, 16)]));
@@ -138,9 +140,104 @@ fn agents_are_named_by_the_system_prompt_that_many_sessions_start_with() {
     assert_eq!(call(&mut known, &prompt(&[(77, 12)])).agent, 0, "nobody's system prompt");
 }
 
+/// Tokens of a text that nobody else has.
+fn text(name: u32, tokens: u32) -> Vec<u32> {
+    (0..tokens).map(|i| (mix(u64::from(name) << 32 | u64::from(i)) % 50_000) as u32).collect()
+}
+
+/// A call of an agent with a system prompt of its own that reads `texts` and answers `answer`.
+fn reads(known: &mut Identity, system: u64, task: u64, texts: &[&[u32]], answer: &[u32]) -> Inferred {
+    let started = known.started(&prompt(&[(system, 10), (task, 5)]));
+    let mut found = Vec::new();
+    let mut inferred = started;
+    if started.is_new {
+        let tokens = [text(system as u32, 160), texts.concat(), text(9_999, 3)].concat();
+        marks(tokens, PROMPT_MARKS, &mut found);
+        inferred = known.join(started.call, &found).unwrap_or(started);
+    }
+    known.ended(inferred.call, &[]);
+    marks(answer.iter().copied(), ANSWER_MARKS, &mut found);
+    known.answered(inferred.call, &found);
+    inferred
+}
+
+#[test]
+fn a_text_is_known_again_inside_another_by_its_marks() {
+    let (mut of_answer, mut of_prompt) = (Vec::new(), Vec::new());
+    for name in 0..200 {
+        let answer = text(name, 300);
+        marks(answer.iter().copied(), ANSWER_MARKS, &mut of_answer);
+        assert!(of_answer.len() >= 8 && of_answer.is_sorted(), "a place in eight has one");
+        marks([text(1_000 + name, 777), answer, text(2_000 + name, 555)].concat(), PROMPT_MARKS, &mut of_prompt);
+        assert!(of_answer.iter().all(|mark| of_prompt.binary_search(mark).is_ok()));
+        marks(text(1_000 + name, 2_000), PROMPT_MARKS, &mut of_prompt);
+        assert!(of_answer.iter().all(|mark| of_prompt.binary_search(mark).is_err()));
+    }
+}
+
+#[test]
+fn marks_are_the_smallest_and_no_more_than_asked_for() {
+    let (mut few, mut many) = (Vec::new(), Vec::new());
+    marks(text(1, 40_000), 10_000, &mut many);
+    marks(text(1, 40_000), 32, &mut few);
+    assert!((4_500..5_500).contains(&many.len()));
+    assert_eq!(few, many[..32]);
+    marks(vec![7; 10_000], 32, &mut few);
+    assert!(few.len() <= 1, "one piece, again and again");
+    marks(text(1, 11), 32, &mut few);
+    assert!(few.is_empty(), "too short for a mark");
+}
+
+#[test]
+fn agents_with_prompts_of_their_own_join_the_run_whose_answer_they_quote() {
+    let mut known = identity();
+    let (plan, other_plan, code) = (text(1, 200), text(2, 200), text(3, 200));
+    let planner = reads(&mut known, 10, 1, &[], &plan);
+    let other_planner = reads(&mut known, 11, 2, &[], &other_plan);
+    let coder = reads(&mut known, 20, 1, &[&plan], &code);
+    let tester = reads(&mut known, 30, 1, &[&plan[50..120], &code], &[]);
+    assert!(planner.is_new && other_planner.is_new && !coder.is_new && !tester.is_new);
+    assert_eq!([coder.session, tester.session], [planner.session; 2]);
+    assert_ne!(other_planner.session, planner.session);
+    let numbers = [planner, coder, tester].map(|call| call.agent);
+    assert_eq!(numbers, [0, ANCHORS as u16 + 1, ANCHORS as u16 + 2]);
+    // A conversation goes on by its blocks; one that starts anew behind the same system prompt is the same agent's.
+    assert_eq!(known.started(&prompt(&[(20, 10), (1, 5), (6, 2)])).session, planner.session);
+    let anew = reads(&mut known, 20, 77, &[&code], &[]);
+    assert_eq!((anew.session, anew.agent), (planner.session, coder.agent));
+}
+
+#[test]
+fn what_was_said_in_two_runs_or_hardly_at_all_links_nobody() {
+    let mut known = identity();
+    let (phrase, plan) = (text(5, 60), text(1, 200));
+    reads(&mut known, 10, 1, &[], &[&phrase[..], &plan].concat());
+    reads(&mut known, 11, 2, &[], &phrase);
+    assert!(reads(&mut known, 20, 3, &[&phrase], &[]).is_new, "a common phrase");
+    assert!(reads(&mut known, 21, 4, &[&plan[..11]], &[]).is_new, "a few words");
+    assert!(reads(&mut known, 22, 5, &[&text(8, 500)], &[]).is_new, "nobody's words");
+    let of_both = text(6, 200);
+    let first = reads(&mut known, 12, 6, &[], &of_both);
+    let second = reads(&mut known, 13, 7, &[], &text(7, 200));
+    let reader = reads(&mut known, 23, 8, &[&of_both, &text(7, 200)], &[]);
+    assert!(reader.is_new, "as much of one as of the other");
+    assert_ne!(first.session, second.session);
+}
+
+#[test]
+fn agents_of_a_run_beyond_those_that_are_numbered_share_a_number() {
+    let mut known = identity();
+    let plan = text(1, 200);
+    let planner = reads(&mut known, 10, 1, &[], &plan);
+    let agents: Vec<u16> = (0..40).map(|i| reads(&mut known, 100 + i, 1, &[&plan], &[]).agent).collect();
+    assert_eq!(agents[..3], [1, 2, 3].map(|i| ANCHORS as u16 + i));
+    assert!(agents.iter().all(|&agent| agent <= ANCHORS as u16 + NUMBERED));
+    assert_eq!(planner.agent, 0);
+}
+
 #[test]
 fn a_session_forgotten_for_want_of_room_starts_anew() {
-    let mut known = Identity::new(Options { blocks: 1 << 16, sessions: 8 }).unwrap();
+    let mut known = Identity::new(Options { sessions: 8, ..Options::default() }).unwrap();
     let first = call(&mut known, &prompt(&[(1, 20)]));
     for i in 0..8 {
         call(&mut known, &prompt(&[(100 + i, 20)]));
@@ -151,8 +248,10 @@ fn a_session_forgotten_for_want_of_room_starts_anew() {
 
 #[test]
 fn sizes_out_of_range_are_refused_and_handles_of_nobody_are_passed_over() {
-    for (blocks, sessions) in [(0, 64), (1 << 30, 64), (1024, 0), (1024, 1 << 17)] {
-        assert!(Identity::new(Options { blocks, sessions }).is_err());
+    for (blocks, sessions, marks) in
+        [(0, 64, 64), (1 << 30, 64, 64), (1024, 0, 64), (1024, 1 << 17, 64), (1024, 64, 0), (1024, 64, 1 << 30)]
+    {
+        assert!(Identity::new(Options { blocks, sessions, marks }).is_err());
     }
     let mut known = identity();
     for bits in [0, 1, 4095, 4096, u32::MAX] {
@@ -168,22 +267,26 @@ proptest! {
     #[test]
     fn hostile_prompts_leave_memory_bounded_and_answers_deterministic(
         calls in prop::collection::vec((prop::collection::vec(0u64..6, 0..60), any::<bool>(), any::<u32>()), 1..200),
+        said in prop::collection::vec(prop::collection::vec(0u64..9, 0..6), 200),
     ) {
-        let mut twins = [0, 1].map(|_| Identity::new(Options { blocks: 64, sessions: 8 }).unwrap());
+        let mut twins = [0, 1].map(|_| Identity::new(Options { blocks: 64, sessions: 8, marks: 64 }).unwrap());
         let bytes = twins[0].bytes();
         let mut names = HashSet::new();
-        for (keys, ends, stray) in &calls {
+        for ((keys, ends, stray), said) in calls.iter().zip(&said) {
             let [one, two] = twins.each_mut().map(|twin| {
-                let inferred = twin.started(keys);
+                let started = twin.started(keys);
+                let inferred = twin.join(started.call, said).unwrap_or(started);
                 if *ends {
                     twin.ended(inferred.call, keys);
+                    twin.answered(inferred.call, said);
                 } else {
+                    twin.answered(Started::from_bits(*stray), said);
                     twin.ended(Started::from_bits(*stray), keys);
                 }
                 inferred
             });
             prop_assert_eq!(one, two);
-            prop_assert!(one.session >> 63 == 1 && usize::from(one.agent) <= ANCHORS);
+            prop_assert!(one.session >> 63 == 1 && usize::from(one.agent) <= ANCHORS + usize::from(NUMBERED));
             prop_assert_eq!(one.is_new, names.insert(one.session), "a new session has a new name");
         }
         prop_assert_eq!(twins[0].bytes(), bytes);

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,25 +23,43 @@ def block_hash(block: int) -> bytes:
     return b"agentrt-".ljust(16, b".") + (block + 1).to_bytes(8, "big") + spread.to_bytes(8, "big")
 
 
+def words(number: int, tokens: int) -> list[int]:
+    """The tokens of the answer of a call, unlike any other's."""
+    return random.Random(number).choices(range(100, 50_000), k=tokens)
+
+
 @dataclass
 class Call:
-    """One call of a workload: blocks are numbers of full prefixes."""
+    """One call of a workload: blocks are numbers of full prefixes, ``answer`` and ``quoted`` tokens where known."""
 
     session: str
     agent: str
     prompt: list[int]
     output: list[int]
+    answer: list[int] = field(default_factory=list)
+    quoted: list[int] = field(default_factory=list)
+
+    def tokens(self) -> list[int]:
+        """Those of the prompt, one more than its full blocks: vLLM always computes the last one."""
+        n = len(self.prompt) * BLOCK + 1
+        return [*[1] * n, *self.quoted][-n:]
 
 
 def read_calls(path: Path, limit: int | None = None) -> list[Call]:
     """Calls of a recorded trace in file order."""
-    calls = []
+    calls: list[Call] = []
+    answers: dict[tuple[str, int], list[int]] = {}
     with gzip.open(path, "rt") as lines:
         for line in lines:
             row = json.loads(line)
             runs = row["blocks"], row.get("out_blocks") or []
             prompt, output = ([b for first, n in part for b in range(first, first + n)] for part in runs)
-            calls.append(Call(row["session_id"], row["agent"], prompt, output))
+            call = Call(row["session_id"], row["agent"], prompt, output)
+            if "step" in row:
+                call.answer = answers[row["session_id"], row["step"]] = words(len(calls), len(output) * BLOCK)
+            steps = [step for first, n in row.get("quotes", []) for step in range(first, first + n)]
+            call.quoted = [token for step in steps for token in answers[row["session_id"], step]]
+            calls.append(call)
             if len(calls) == limit:
                 break
     return calls
@@ -92,6 +111,7 @@ class Engine:
         self.evicted: list[bytes] = []
         self._watch_evictions()
         self._requests = 0
+        self._unsaid: dict[str, list[int]] = {}
 
     def _watch_evictions(self) -> None:
         forget = self.pool._remove_cached_block_hashes
@@ -121,12 +141,13 @@ class Engine:
         extra = {"session_id": call.session, "agent_id": call.agent} if self.named else None
         request = Request(
             request_id=f"r{self._requests}",
-            # One token more than the full blocks: vLLM always computes the last one.
-            prompt_token_ids=[1] * (len(call.prompt) * BLOCK + 1),
+            prompt_token_ids=call.tokens(),
             sampling_params=SamplingParams(max_tokens=16, extra_args=extra),
             pooling_params=None,
             block_hasher=hasher,
         )
+        if call.answer:
+            self._unsaid[request.request_id] = call.answer[::-1]
         if self.connector is not None:
             self.connector.on_new_request(request)
         return request
@@ -175,7 +196,8 @@ class Engine:
         """Generates so many tokens, a block's worth at a time."""
         while tokens > 0:
             n = min(tokens, BLOCK)
-            request.append_output_token_ids([1] * n)
+            unsaid = self._unsaid.get(request.request_id, [])
+            request.append_output_token_ids([unsaid.pop() if unsaid else 1 for _ in range(n)])
             if self.manager.allocate_slots(request, n) is None:
                 return False
             request.num_computed_tokens += n
@@ -186,6 +208,7 @@ class Engine:
     def finish(self, request: Any) -> None:
         """Ends a request, in whatever state it is."""
         self.running.pop(request.request_id, None)
+        self._unsaid.pop(request.request_id, None)
         if self.connector is not None:
             ids = self.manager.get_block_ids(request.request_id)
             self.connector.request_finished_all_groups(request, ids)

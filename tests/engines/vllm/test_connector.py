@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.engines.vllm.pool import BLOCK, Call, Engine, faults
+from tests.engines.vllm.pool import BLOCK, Call, Engine, faults, words
 from tests.engines.vllm.test_ranker import cached, engine, key
 
 from agentrt.engines.vllm.adapter import Adapter, Settings
@@ -28,6 +28,22 @@ def quiet(made: Engine) -> None:
     assert not adapter_of(made).calls
     assert not adapter_of(made).held.prefilling_calls
     made.check()
+
+
+def test_requests_that_name_nobody_are_linked_by_the_answers_they_quote() -> None:
+    made = Engine(200, "agentrt", named=False)
+    plan = Call("one", "planner", [0, 1, 2], [3, 4, 5, 6], answer=words(1, 4 * BLOCK))
+    code = Call("one", "coder", list(range(10, 18)), [18], answer=words(2, BLOCK), quoted=plan.answer)
+    other = Call("two", "coder", list(range(20, 28)), [], quoted=words(3, 4 * BLOCK))
+    sessions = []
+    for call in (plan, code, other):
+        request = made.request(call)
+        sessions.append(adapter_of(made).calls[request.request_id].session)
+        assert made.admit(request)
+        assert made.decode(request, len(call.output) * BLOCK)
+        made.finish(request)
+    assert sessions[0] == sessions[1] != sessions[2]
+    quiet(made)
 
 
 def test_a_preempted_request_comes_back_and_its_blocks_are_found_again() -> None:

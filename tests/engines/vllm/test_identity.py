@@ -85,6 +85,50 @@ def test_agents_are_named_by_the_anchor_they_start_with() -> None:
     assert known.name(min(planner)).startswith("anchor-")
 
 
+def said(name: int, tokens: int = 200) -> list[int]:
+    """The tokens of a text unlike any other."""
+    return [int(token) for token in np.random.default_rng(name).integers(0, 50_000, tokens)]
+
+
+def reads(known: Identities, keys: list[int], texts: list[list[int]], answer: list[int]) -> Identity:
+    """One request whose prompt has these texts, from start to end."""
+    prompt = SimpleNamespace(**vars(NOBODY), prompt_token_ids=[token for text in texts for token in text])
+    identity = known.resolve(prompt, keys)
+    known.ended(identity, np.empty(0, np.uint64))
+    assert identity.call is not None
+    known.core.answered(identity.call, answer)
+    return identity
+
+
+def test_an_agent_that_quotes_an_answer_is_of_the_run_in_which_it_was_given() -> None:
+    known = Identities()
+    task, plan, code = said(1), said(2), said(3)
+    planner = reads(known, [1, 2], [said(10), task], plan)
+    stranger = reads(known, [5, 6], [said(10), said(4)], said(5))
+    coder = reads(known, [11, 12], [said(20), task, plan], code)
+    tester = reads(known, [21, 22], [said(30), plan[40:], code], [])
+    again = reads(known, [11, 12, 13], [said(20), task, plan, code], [])
+    assert planner.session == coder.session == tester.session == again.session != stranger.session
+    assert [known.name(call.agent) for call in (planner, coder, tester, again)] == ["?", "?1", "?2", "?1"]
+
+
+def test_a_session_that_is_given_wins_over_what_is_quoted() -> None:
+    known = Identities()
+    plan = said(2)
+    reads(known, [1, 2], [said(10)], plan)
+    named = SimpleNamespace(**vars(request("mine")), prompt_token_ids=plan)
+    assert known.resolve(named, [7, 8]).session == known.session("mine")
+
+
+def test_prompts_without_tokens_are_strangers() -> None:
+    known = Identities()
+    plan = said(2)
+    first = reads(known, [1, 2], [plan], plan)
+    for number, tokens in enumerate((None, list[int]())):
+        prompt = SimpleNamespace(**vars(NOBODY), prompt_token_ids=tokens)
+        assert known.resolve(prompt, [100 + number]).session != first.session
+
+
 def test_agents_named_are_bounded(monkeypatch: Any) -> None:
     monkeypatch.setattr(module, "AGENTS", 10)
     known = Identities()

@@ -51,6 +51,7 @@ fn sub_agent(stage: &mut Stage, kinds: usize, spawned_by: u32) -> Text {
     let role = stage.role(&SUB_ROLES, kind);
     let system = stage.common(6, kind, SUB_SYSTEM);
     let task = stage.fresh(Size(200, 600));
+    stage.is_part_of(task, spawned_by);
     let mut prompt = stage.prompt();
     prompt.add(system).add(task);
     let calls = stage.draw(SUB_CALLS).clamp(1, 40);

@@ -16,11 +16,12 @@ pub(super) struct Prompt {
     tokens: u32,
     digest: u64,
     keys: Vec<u64>,
+    texts: Vec<u64>,
 }
 
 impl Prompt {
     pub(super) fn new(block_size: u32) -> Self {
-        Self { block_size, tokens: 0, digest: 0x9E37_79B9_7F4A_7C15, keys: Vec::new() }
+        Self { block_size, tokens: 0, digest: 0x9E37_79B9_7F4A_7C15, keys: Vec::new(), texts: Vec::new() }
     }
 
     pub(super) fn tokens(&self) -> u32 {
@@ -32,7 +33,13 @@ impl Prompt {
         &self.keys
     }
 
+    /// The ids of its texts, in order.
+    pub(super) fn texts(&self) -> &[u64] {
+        &self.texts
+    }
+
     pub(super) fn add(&mut self, text: Text) -> &mut Self {
+        self.texts.push(text.id);
         let mut done = 0;
         while done < text.tokens {
             let room = self.block_size - self.tokens % self.block_size;

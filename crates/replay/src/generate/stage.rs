@@ -3,6 +3,7 @@
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rand_distr::{Distribution, LogNormal};
+use rustc_hash::FxHashMap;
 
 use super::prompt::{mix, Prompt, Text};
 use crate::schedule::{DRAWN_SIGMA, TOOL_MEDIAN_S};
@@ -24,6 +25,8 @@ pub(super) struct Stage {
     session: u32,
     step: u32,
     agent_names: Vec<String>,
+    /// Steps of the session by the texts they answered.
+    answers: FxHashMap<u64, u32>,
 }
 
 impl Stage {
@@ -37,12 +40,14 @@ impl Stage {
             session: 0,
             step: 0,
             agent_names: Vec::new(),
+            answers: FxHashMap::default(),
         }
     }
 
     pub(super) fn start_session(&mut self, number: usize) {
         self.session = self.builder.session(&format!("session-{number}"));
         self.step = 0;
+        self.answers.clear();
     }
 
     /// How many sessions have started.
@@ -129,9 +134,19 @@ impl Stage {
             ..Call::default()
         };
         let output = &decoded.keys()[prompt.keys().len()..];
-        self.builder.push(call, prompt.keys(), output).expect("digests of prefixes form chains");
+        let index = self.builder.push(call, prompt.keys(), output).expect("digests of prefixes form chains");
+        let mut quotes: Vec<u32> = prompt.texts().iter().filter_map(|text| self.answers.get(text).copied()).collect();
+        quotes.sort_unstable();
+        quotes.dedup();
+        self.builder.quotes(index, &quotes);
+        self.answers.insert(answer.id, self.step);
         self.step += 1;
         self.step - 1
+    }
+
+    /// A text is a part of what was answered at a step: the argument of a call of a tool.
+    pub(super) fn is_part_of(&mut self, text: Text, step: u32) {
+        self.answers.insert(text.id, step);
     }
 
     /// The name of team member `index`: from `roles`, then numbered.

@@ -32,6 +32,7 @@ const VARIANTS: &[(&str, &str, fn(&mut Config))] = &[
     ("agentrt-no-tool-order", "ablation: the next agent regardless of tools", |c| c.tool_order = false),
     ("agentrt-no-anchors", "ablation: anchors are forgotten with their eviction", |c| c.anchors = false),
     ("agentrt-no-queue", "ablation: calls that wait are not heard of before they start", |c| c.queue = false),
+    (NO_QUOTES, "ablation, with --strip-identity: agents of a run are not linked by the answers they quote", |_| {}),
     ("agentrt-no-guard", "ablation: no shadow LRU that takes over", |c| c.guard = false),
     ("agentrt-sabotaged", "agentrt with all scores upside down: what the guard saves", |c| c.sabotage = true),
     ("agentrt-sabotaged-no-guard", "the same without the guard", |c| (c.sabotage, c.guard) = (true, false)),
@@ -78,6 +79,8 @@ impl HostUse {
 
 const HOST_LRU: &str = "agentrt-host-lru";
 const NO_PREFETCH: &str = "agentrt-no-prefetch";
+/// With inferred identities: by blocks alone.
+pub const NO_QUOTES: &str = "agentrt-no-quotes";
 
 /// Blocks are brought back for calls at least this likely.
 const PREFETCH_PROBABILITY: f32 = 0.6;

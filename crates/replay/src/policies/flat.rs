@@ -41,6 +41,7 @@ fn flat_trace(keys: &[u32]) -> Trace {
         llm_latency_s: None,
         tool: None,
         tool_latency_s: None,
+        quotes: Span::default(),
     };
     let n_calls = keys.len() as u32;
     Trace {

@@ -1,15 +1,20 @@
-//! A policy that is not told whose calls it sees: the core's [`Identity`] infers it from their blocks.
+//! A policy that is not told whose calls it sees: the core's [`Identity`] infers it from their blocks, and from the
+//! answers that their prompts quote where the trace says so.
 //!
 //! Sessions and agents get numbers of their own, in order of appearance and by anchor; they have nothing to do with the
 //! trace's. The end of a session, which only a declared session can have, is not passed on.
 
-use runtime_core::identity::{Identity, Options, Started};
+use runtime_core::identity::{self, Identity, Options, Started, ANSWER_MARKS, PROMPT_MARKS};
+use runtime_core::ids::mix;
 use rustc_hash::FxHashMap;
 
 use crate::host::HostTier;
 use crate::policy::{CachePolicy, CallView};
 use crate::pool::Pool;
-use crate::trace::Trace;
+use crate::trace::{self, Trace};
+
+/// Tokens of an answer for each of its marks.
+const TOKENS_A_MARK: u32 = 8;
 
 /// Wraps a policy.
 pub struct Inferred {
@@ -18,6 +23,47 @@ pub struct Inferred {
     running: FxHashMap<u32, Call>,
     steps: FxHashMap<u32, u32>,
     keys: Vec<u64>,
+    quotes: Option<Quotes>,
+    marks: Vec<u64>,
+}
+
+/// Which answers each prompt quotes.
+struct Quotes {
+    /// By call: the last of its entries in `quoted`, and how many marks its answer has.
+    calls: Vec<(usize, u32)>,
+    quoted: Vec<u32>,
+}
+
+impl Quotes {
+    fn new(trace: &Trace) -> Option<Self> {
+        let mut quoted = Vec::new();
+        let marks = |call: &trace::Call| (call.output_tokens / TOKENS_A_MARK).min(ANSWER_MARKS as u32);
+        let calls = trace.calls.iter().map(|call| {
+            let steps = &trace.sessions[call.session as usize].calls;
+            quoted.extend(trace.blocks(call.quotes).map(|step| steps[step as usize]));
+            (quoted.len(), marks(call))
+        });
+        let calls = calls.collect();
+        (!quoted.is_empty()).then_some(Self { calls, quoted })
+    }
+
+    /// Appends the marks of a call's answer.
+    fn answer(&self, call: u32, marks: &mut Vec<u64>) {
+        // Smallest first, as the marks of a text are.
+        let spaced = |i| u64::from(i) << 32 | mix(u64::from(call) << 32 | u64::from(i)) >> 32;
+        marks.extend((0..self.calls[call as usize].1).map(spaced));
+    }
+
+    /// The marks of the answers that a call's prompt quotes.
+    fn prompt(&self, call: u32, marks: &mut Vec<u64>) {
+        let start = (call as usize).checked_sub(1).map_or(0, |before| self.calls[before].0);
+        marks.clear();
+        for &quoted in &self.quoted[start..self.calls[call as usize].0] {
+            self.answer(quoted, marks);
+        }
+        marks.sort_unstable();
+        marks.truncate(PROMPT_MARKS);
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -29,15 +75,23 @@ struct Call {
 }
 
 impl Inferred {
-    /// `inner` with inferred identities.
-    pub fn new(inner: Box<dyn CachePolicy>) -> Self {
+    /// `inner` with inferred identities. `quotes`: what the trace says of quoted answers is used.
+    pub fn new(inner: Box<dyn CachePolicy>, trace: &Trace, quotes: bool) -> Self {
         let identity = Identity::new(Options::default()).expect("the default is in range");
-        Self { inner, identity, running: FxHashMap::default(), steps: FxHashMap::default(), keys: Vec::new() }
+        Self {
+            inner,
+            identity,
+            running: FxHashMap::default(),
+            steps: FxHashMap::default(),
+            keys: Vec::new(),
+            quotes: if quotes { Quotes::new(trace) } else { None },
+            marks: Vec::new(),
+        }
     }
 
     /// `trace` as a policy may know it: without the names of its agents, with one for each inferred number.
     pub fn anonymous(trace: &Trace) -> Trace {
-        let agents = (0..=runtime_core::identity::ANCHORS).map(|n| format!("agent-{n}")).collect();
+        let agents = (0..=identity::ANCHORS + identity::NUMBERED as usize).map(|n| format!("agent-{n}")).collect();
         Trace { agents, ..trace.clone() }
     }
 
@@ -48,7 +102,11 @@ impl Inferred {
         }
         self.keys.clear();
         self.keys.extend(call.prompt.iter().map(|&b| u64::from(b) + 1));
-        let inferred = self.identity.started(&self.keys);
+        let mut inferred = self.identity.started(&self.keys);
+        if let Some(quotes) = self.quotes.as_ref().filter(|_| inferred.is_new) {
+            quotes.prompt(call.call, &mut self.marks);
+            inferred = self.identity.join(inferred.call, &self.marks).unwrap_or(inferred);
+        }
         // Names count from 1 below the top bit, and a trace has fewer than 2^32 calls.
         let session = inferred.session as u32;
         let step = self.steps.entry(session).or_default();
@@ -63,6 +121,11 @@ impl Inferred {
         self.keys.clear();
         self.keys.extend(output.iter().map(|&b| u64::from(b) + 1));
         self.identity.ended(known.started, &self.keys);
+        if let Some(quotes) = &self.quotes {
+            self.marks.clear();
+            quotes.answer(call.call, &mut self.marks);
+            self.identity.answered(known.started, &self.marks);
+        }
         view(call, &known)
     }
 }

@@ -24,6 +24,7 @@ pub(super) struct Parser {
     skip_bad: bool,
     prompt: Vec<u64>,
     output: Vec<u64>,
+    quotes: Vec<u64>,
 }
 
 impl Parser {
@@ -35,6 +36,7 @@ impl Parser {
             skip_bad: options.skip_bad,
             prompt: Vec::new(),
             output: Vec::new(),
+            quotes: Vec::new(),
         }
     }
 }
@@ -83,6 +85,7 @@ impl LineParser for Parser {
         }
         runs(fields, "blocks", &mut self.prompt, true)?;
         runs(fields, "out_blocks", &mut self.output, false)?;
+        runs(fields, "quotes", &mut self.quotes, false)?;
         let size = u64::from(block_size);
         if self.prompt.len() as u64 * size > u64::from(call.prompt_tokens) {
             return Err(fields.bad(
@@ -161,6 +164,21 @@ impl Parser {
                 ));
             }
         }
+        let mut quotes = Vec::with_capacity(self.quotes.len());
+        for &quoted in &self.quotes {
+            let position = state.and_then(|s| s.steps.binary_search(&(quoted as u32)).ok());
+            match position {
+                Some(position) => quotes.push(position as u32),
+                None if self.skip_bad => {}
+                None => {
+                    return Err(fields.bad(
+                        "quotes",
+                        format!("step {quoted} is not an earlier step of session `{session_name}`"),
+                        "name the steps of this session whose answers the prompt contains, or leave it out",
+                    ));
+                }
+            }
+        }
         if let (Some(arrival), Some(state)) = (call.arrival_s, state) {
             if arrival < state.arrival_s {
                 return Err(fields.bad(
@@ -189,6 +207,7 @@ impl Parser {
         builder.session(session_name);
         let agent = builder.agent(agent_name).unwrap_or_default();
         let tool = tool_name.and_then(|name| builder.tool(name));
+        builder.quotes(index, &quotes);
         let call = &mut builder.trace_mut().calls[index as usize];
         (call.agent, call.tool) = (agent, tool);
         let state = self.sessions.entry(session).or_default();

@@ -165,6 +165,11 @@ impl TraceBuilder {
         known.map(|_| self.trace.calls.len() as u32 - 1)
     }
 
+    /// Says of a call that has been pushed whose answers its prompt quotes: steps of its session, ascending.
+    pub fn quotes(&mut self, call: u32, steps: &[u32]) {
+        self.trace.calls[call as usize].quotes = push_runs(&mut self.trace.runs, steps);
+    }
+
     /// Resolves the leading known blocks of a chain into `self.resolved`; the rest must be new.
     fn check(&mut self, keys: &[u64], shared: Option<SharedPrefix<'_>>) -> Result<usize, BlockFault> {
         let alias: &[u32] =

@@ -85,6 +85,8 @@ pub struct Call {
     pub tool: Option<u16>,
     /// Duration of that tool in seconds, where recorded.
     pub tool_latency_s: Option<f64>,
+    /// Earlier steps of the session whose answers the prompt contains word for word, where recorded.
+    pub quotes: Span,
 }
 
 /// One workflow run.

@@ -34,6 +34,8 @@ struct Row<'a> {
     block_size: u32,
     blocks: Vec<(u32, u32)>,
     out_blocks: Vec<(u32, u32)>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    quotes: Vec<(u32, u32)>,
 }
 
 /// Writes `trace` to `path`, compressed where the name ends in `.gz`.
@@ -99,6 +101,7 @@ pub fn write_to(trace: &Trace, out: &mut impl Write) -> io::Result<()> {
             block_size: trace.block_size,
             blocks: runs(call.prompt),
             out_blocks: runs(call.output),
+            quotes: runs(call.quotes),
         };
         serde_json::to_writer(&mut *out, &row)?;
         out.write_all(b"\n")?;

@@ -58,6 +58,7 @@ impl TraceBuilder {
             llm_latency_s: None,
             tool: (agent == 1).then_some(0),
             tool_latency_s: None,
+            quotes: Span::default(),
         });
     }
 

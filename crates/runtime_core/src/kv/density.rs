@@ -14,7 +14,7 @@ use std::sync::LazyLock;
 
 use super::chain::STEPS;
 use super::gaps::{self, BUCKETS};
-use super::sharing::Curve;
+use super::sharing::{self, Curve};
 
 /// Points of the time grid.
 pub(crate) const GRID: usize = 24;
@@ -122,7 +122,7 @@ fn each<const N: usize>(mut values: [f32; N], f: impl Fn(f32) -> f32) -> [f32; N
 }
 
 /// Cumulative hazard over gap buckets.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Cumulative([f32; BUCKETS + 1]);
 
 impl Cumulative {
@@ -147,27 +147,47 @@ impl Cumulative {
     }
 }
 
+/// What the times of the calls of all sessions with the same kind of gap have in common.
+#[derive(Clone, Debug)]
+pub(crate) struct Cycle {
+    gap: Cumulative,
+    /// Seconds that a call waits once it has arrived.
+    queue_s: f32,
+    /// P(the next call starts within t) once the last one has ended.
+    later: [f32; GRID],
+    /// By a call and then a gap.
+    delay: Delay,
+}
+
+impl Cycle {
+    /// `hazards` of the gap; `queue_s`: seconds that a call waits once it has arrived.
+    pub(crate) fn new(hazards: &[f32; BUCKETS], services: &Services, queue_s: f32) -> Self {
+        let gap = Cumulative::new(hazards);
+        let later = called(&gap, 0.0, queue_s);
+        let cycle = masses(services.call.of(&later));
+        let delay = Delay::new(&each(cycle, |mass| if mass <= 1e-6 { 0.0 } else { mass }));
+        Self { gap, queue_s, later, delay }
+    }
+}
+
 /// What the time of a session's next calls depends on.
 pub(crate) struct Silence<'a> {
-    /// Hazards of the gap.
-    pub(crate) hazards: &'a [f32; BUCKETS],
+    pub(crate) cycle: &'a Cycle,
     /// Seconds since the last call ended.
     pub(crate) age_s: f32,
-    /// Seconds since the running call started, if one runs.
-    pub(crate) running_s: Option<f32>,
-    /// Seconds until a waiting call starts; seconds that a call waits once it has arrived.
+    /// Seconds since the running call started, if one runs, and how long calls take.
+    pub(crate) running: Option<(f32, &'a Services)>,
+    /// Seconds until a waiting call starts.
     pub(crate) queued_s: f32,
-    pub(crate) queue_s: f32,
     /// P(there is a next call), before the silence was seen.
     pub(crate) continues: f32,
     /// P(there is a further call) after each of the next ones.
     pub(crate) continues_later: [f32; STEPS - 1],
-    pub(crate) services: &'a Services,
 }
 
 /// What distributions become by a delay that has these masses in the cells of the grid: a linear map of which only the
 /// diagonals next to the main one are not empty.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Delay([[f32; GRID]; REACH + 1]);
 
 impl Delay {
@@ -283,23 +303,18 @@ fn called(gap: &Cumulative, age_s: f32, queue_s: f32) -> [f32; GRID] {
 
 /// F_1..F_6 of a session.
 pub(crate) fn call_times(silence: &Silence<'_>) -> CallTimes {
-    let cumulative = Cumulative::new(silence.hazards);
-    let survived = (-cumulative.at(silence.age_s)).exp();
+    let Cycle { gap, queue_s, later, delay } = silence.cycle;
+    let survived = (-gap.at(silence.age_s)).exp();
     let alive = silence.continues * survived / (silence.continues * survived + 1.0 - silence.continues).max(1e-9);
     let mut times = [[0.0; GRID]; STEPS];
-    // P(the next call starts within t) once the last one has ended; the same for later ones.
-    let later = called(&cumulative, 0.0, silence.queue_s);
-    let silent = if silence.age_s == 0.0 { later } else { called(&cumulative, silence.age_s, silence.queue_s) };
+    let silent = if silence.age_s == 0.0 { *later } else { called(gap, silence.age_s, *queue_s) };
     let next = each(silent, |p| alive * p);
-    times[0] = match silence.running_s {
-        Some(since_s) => silence.services.rest(since_s, silence.queued_s).of(&next),
+    times[0] = match silence.running {
+        Some((since_s, services)) => services.rest(since_s, silence.queued_s).of(&next),
         None => next,
     };
-    // One cycle more, a call and then a gap.
-    let cycle = masses(silence.services.call.of(&later));
-    let cycle = Delay::new(&each(cycle, |mass| if mass <= 1e-6 { 0.0 } else { mass }));
     for i in 1..STEPS {
-        times[i] = each(cycle.of(&times[i - 1]), |p| silence.continues_later[i - 1] * p);
+        times[i] = each(delay.of(&times[i - 1]), |p| silence.continues_later[i - 1] * p);
     }
     times
 }
@@ -364,7 +379,8 @@ pub(crate) fn score(
     let not_foreign = match foreign {
         Foreign::Learned { curve, risk, age_s } => {
             let now = curve.at(*age_s);
-            each(each(grid.t, |t| risk * (now - curve.at(age_s + t))), exp)
+            let positions = each(grid.t, |t| sharing::position(age_s + t));
+            each(each(positions, |at| risk * (now - curve.at_position(at))), exp)
         }
         Foreign::At(when) => each(grid.t, |t| f32::from(u8::from(*when > t))),
     };
@@ -472,14 +488,12 @@ mod tests {
         hazards[bucket + 1] = 0.98;
         let times = |age_s: f32| {
             call_times(&Silence {
-                hazards: &hazards,
+                cycle: &Cycle::new(&hazards, &Services::new(&[0.5; BUCKETS]), 0.0),
                 age_s,
-                running_s: None,
+                running: None,
                 queued_s: 0.0,
-                queue_s: 0.0,
                 continues: 0.9,
                 continues_later: [0.9; STEPS - 1],
-                services: &Services::new(&[0.5; BUCKETS]),
             })
         };
         assert!((times(0.0)[0][GRID - 1] - 0.9).abs() < 0.01);

@@ -146,12 +146,13 @@ impl Ends {
         if !config.session_end {
             return 0.999;
         }
-        let logit = |p: f32| (p / (1.0 - p)).ln();
+        // Sums of log-odds are products of odds.
+        let odds = |p: f32| p / (1.0 - p);
         let base = self.overall();
         let [_, rest @ ..] = Self::cells_of(features);
-        let parts = rest.into_iter().flatten().map(|cell| logit(self.rate(cell, base, 4.0)) - logit(base));
-        let sum = logit(base) + parts.sum::<f32>();
-        (1.0 / (1.0 + (-sum).exp())).clamp(0.001, 0.9995)
+        let parts = rest.into_iter().flatten().map(|cell| odds(self.rate(cell, base, 4.0)) / odds(base));
+        let odds = odds(base) * parts.product::<f32>();
+        (odds / (1.0 + odds)).clamp(0.001, 0.9995)
     }
 }
 

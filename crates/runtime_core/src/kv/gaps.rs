@@ -26,6 +26,8 @@ const KAPPA: f32 = 2.0;
 /// So many gaps are foreseen by every chain, then every `COMPARED`th; of many, every `COMPARED`th of those that are drawn.
 const ALL_COMPARED: u32 = 512;
 const COMPARED: u32 = 32;
+/// Gaps learned until hazards are worked out anew.
+const HELD: u32 = 16;
 /// So many gaps are many.
 const MANY: u32 = 8192;
 
@@ -39,6 +41,21 @@ pub(crate) struct Context {
     pub(crate) tool: u8,
     /// Index below [`PACES`].
     pub(crate) pace: u8,
+}
+
+/// What the hazards of a gap depend on: a chain of contexts, and that part of the context.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Kind {
+    chain: u8,
+    context: Context,
+}
+
+impl Kind {
+    /// Where it is kept among 64 places.
+    pub(crate) fn place(self) -> usize {
+        let Context { agent, tool, pace } = self.context;
+        (usize::from(agent) * 5 + usize::from(tool) * 23 + usize::from(pace) * 3 + usize::from(self.chain)) % 64
+    }
 }
 
 /// Log2 of a gap in milliseconds, at least 0.
@@ -57,8 +74,8 @@ pub(super) fn split(x: f32) -> (f32, f32) {
 }
 
 /// Log2 of a number from 1 on, to 1e-5: the exponent, and three terms of a series for the mantissa.
-#[inline]
-fn log2(x: f32) -> f32 {
+#[inline(always)]
+pub(super) fn log2(x: f32) -> f32 {
     let (exponent, t) = split(x);
     let square = t * t;
     let ln = t * (2.0 + square * (2.0 / 3.0 + square * (2.0 / 5.0)));
@@ -132,15 +149,30 @@ impl Gaps {
         self.chain_hazards(0, Context { agent, ..Context::default() })
     }
 
-    /// Hazard per bucket, by the chain that has predicted best.
-    pub(crate) fn hazards(&self, context: Context, config: &Config) -> [f32; BUCKETS] {
+    /// The chain that has predicted best, and what it depends on.
+    pub(crate) fn kind(&self, context: Context, config: &Config) -> Kind {
         let skill = |which: usize| f32::from_bits(self.skill[which].load(Relaxed));
         let best = if config.time_contexts {
             (1..CHAINS).fold(0, |best, which| if skill(which) > skill(best) { which } else { best })
         } else {
             0
         };
-        self.chain_hazards(best, context)
+        // As `chain` has it.
+        let Context { agent, tool, pace } = context;
+        let (agent, pace) = if best % 2 == 0 { (agent, 0) } else { (0, pace) };
+        let tool = if best < 2 { 0 } else { tool };
+        Kind { chain: best as u8, context: Context { agent, tool, pace } }
+    }
+
+    /// Hazard per bucket.
+    pub(crate) fn hazards(&self, Kind { chain, context }: Kind) -> [f32; BUCKETS] {
+        self.chain_hazards(usize::from(chain), context)
+    }
+
+    /// Grows by one with every [`HELD`] gaps that are learned; None while so few are known that each matters.
+    pub(crate) fn age(&self) -> Option<u32> {
+        let seen = self.seen.load(Relaxed);
+        (seen >= ALL_COMPARED).then_some(seen / HELD)
     }
 
     /// Whether many gaps have been learned.
@@ -336,7 +368,7 @@ mod tests {
         for i in 0..400 {
             gaps.learn(context, log2_ms(if i % 4 == 0 { 8.0 } else { 0.5 }), Often::ALWAYS);
         }
-        let hazards = gaps.hazards(context, &Config::default());
+        let hazards = gaps.hazards(gaps.kind(context, &Config::default()));
         let surviving: f32 = (0..position(2.0) as usize).map(|b| 1.0 - hazards[b]).product();
         assert!((surviving - 0.25).abs() < 0.05, "{surviving}");
         assert!((gaps.long_silence_s() - 8.0).abs() < 6.0, "{}", gaps.long_silence_s());
@@ -351,7 +383,7 @@ mod tests {
             let context = Context { agent: 0, tool: 0, pace };
             gaps.learn(context, log2_ms(if pace == 1 { 0.1 } else { 30.0 }), Often::ALWAYS);
         }
-        let quick = gaps.hazards(Context { agent: 0, tool: 0, pace: 1 }, &Config::default());
+        let quick = gaps.hazards(gaps.kind(Context { agent: 0, tool: 0, pace: 1 }, &Config::default()));
         let surviving: f32 = (0..position(5.0) as usize).map(|b| 1.0 - quick[b]).product();
         assert!(surviving < 0.05, "{surviving}");
     }

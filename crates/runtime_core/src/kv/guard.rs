@@ -1,7 +1,8 @@
 //! Never worse than LRU for long: a shadow LRU beside the pool, and the rule by which it takes over.
 //!
-//! The shadow holds keys only. It serves a sample of the sessions with as much of the capacity as they are of all
-//! sessions (Waldspurger 2015). For each sampled call the guard compares what the pool really held with what the shadow
+//! The shadow holds keys only; of larger pools a quarter of them, by hash, and it serves a sample of the sessions, with as
+//! much of the capacity as that is of all blocks (Waldspurger 2015). Few sessions are served all: where half of 16 sessions
+//! are sampled, what these lose by chance is taken for a loss. For each sampled call the guard compares what the pool really held with what the shadow
 //! would have.
 //!
 //! # Rule and bound
@@ -30,14 +31,21 @@ const CREDIT: f32 = 4.0;
 /// Sampled calls that LRU serves the first time.
 const PENALTY: u32 = 1024;
 /// Blocks that the shadow holds at most.
-const MOST_BLOCKS: usize = 1 << 16;
+const MOST_BLOCKS: usize = 1 << 14;
+/// In pools with more blocks than that it holds one block of 2^2, by hash: hits are compared in these, of the same calls.
+const SPARSE: u32 = 2;
+/// Where the shadow holds a call of which it holds no block yet.
+const ROOT: u32 = NONE - 2;
+
 /// The shadow, and who is in charge.
 #[derive(Debug)]
 pub(crate) struct Guard {
     shadow: Shadow,
-    /// Sessions whose hash is at most this are sampled; which share of all blocks that is.
+    /// Sessions whose hash is at most this are sampled; which share of all blocks the shadow's are.
     sampled: u64,
     share: f64,
+    /// Blocks of which one is sampled.
+    stride: f32,
     /// Blocks that the pool holds when it is full, as far as the index knows of them.
     full: f64,
     /// Mean blocks of a prompt and of their square, over the last of these, at most 64.
@@ -60,12 +68,14 @@ pub(crate) struct Guard {
 
 impl Guard {
     pub(crate) fn new(pool_blocks: usize) -> Self {
-        let blocks = pool_blocks.min(MOST_BLOCKS);
-        let share = blocks as f64 / pool_blocks as f64;
+        let sparse = if pool_blocks > MOST_BLOCKS { SPARSE } else { 0 };
+        let blocks = pool_blocks.div_ceil(1 << sparse).min(MOST_BLOCKS);
+        let sessions = ((blocks << sparse) as f64 / pool_blocks as f64).min(1.0);
         Self {
-            shadow: Shadow::new(blocks),
-            sampled: (share * u64::MAX as f64) as u64,
-            share,
+            shadow: Shadow::new(blocks, sparse),
+            sampled: (sessions * u64::MAX as f64) as u64,
+            share: sessions / (1 << sparse) as f64,
+            stride: (1 << sparse) as f32,
             full: 0.0,
             prompts: 0,
             prompt: 0.0,
@@ -111,25 +121,35 @@ impl Guard {
         let mut tail = NONE;
         if !keys.is_empty() && self.samples(session) {
             let found = self.shadow.hold(keys, &mut tail);
+            let hit = self.shadow.sampled(&keys[..hit]);
             self.prompts = (self.prompts + 1).min(64);
             let (len, share) = (keys.len() as f32, 1.0 / self.prompts as f32);
             self.prompt += (len - self.prompt) * share;
             self.square += (len * len - self.square) * share;
-            self.judge((hit as f32 - found as f32) * self.prompt / self.square);
+            self.judge((hit as f32 - found as f32) * self.stride * self.prompt / self.square);
+            if tail == NONE {
+                tail = ROOT;
+            }
         }
         tail
     }
 
     /// The answer of a call.
     pub(crate) fn answered(&mut self, keys: &[u64], tail: &mut u32) {
+        let mut from = if *tail == ROOT { NONE } else { *tail };
         if *tail != NONE {
-            self.shadow.hold(keys, tail);
+            self.shadow.hold(keys, &mut from);
+        }
+        if from != NONE {
+            *tail = from;
         }
     }
 
     /// A call has ended.
     pub(crate) fn ended(&mut self, tail: u32) {
-        self.shadow.release(tail);
+        if tail != ROOT {
+            self.shadow.release(tail);
+        }
     }
 
     fn judge(&mut self, won: f32) {
@@ -181,6 +201,36 @@ mod tests {
                 }
             }
             let rate = won / (3 * prompts) as f32;
+            assert!(expected.contains(&rate), "{prompts} prompts: {rate}");
+        }
+    }
+
+    #[test]
+    fn a_quarter_of_the_blocks_of_a_larger_pool_tells_the_same() {
+        let mut guard = Guard::new(20_000);
+        let call = |guard: &mut Guard, prompt: u64, hit: usize| {
+            let keys: Vec<u64> = (0..100).map(|i| 1 + prompt * 100 + i).collect();
+            let mut shadow = guard.started(prompt, &keys[..80], hit);
+            guard.answered(&keys[80..], &mut shadow);
+            guard.ended(shadow);
+        };
+        // A hundred and eighty prompts of a hundred blocks fit; two hundred and twenty do not.
+        for (prompts, expected) in [(180, 0.98..1.02), (220, -0.02..0.02)] {
+            guard.clear();
+            let mut lost = 0.0;
+            for round in 0..4 {
+                for prompt in 0..prompts {
+                    guard.won = 0.0;
+                    call(&mut guard, prompt, 0);
+                    lost += if round > 0 { -guard.won } else { 0.0 };
+                    (guard.left, guard.penalty) = (0, PENALTY);
+                    // What the pool has is seen as well.
+                    guard.won = 0.0;
+                    call(&mut guard, prompt, 80);
+                    assert!(guard.won.abs() < 1e-6);
+                }
+            }
+            let rate = lost / (3 * prompts) as f32;
             assert!(expected.contains(&rate), "{prompts} prompts: {rate}");
         }
     }
@@ -258,7 +308,7 @@ mod tests {
     #[test]
     fn a_large_pool_is_sampled() {
         let mut guard = Guard::new(1 << 20);
-        assert!(guard.bytes() <= 33 * 64 * 1024);
+        assert!(guard.bytes() <= 33 * 16 * 1024);
         let sampled = (0..10_000).filter(|&session| guard.samples(session)).count();
         assert!((500..750).contains(&sampled), "{sampled}");
         for number in 0..200_000u64 {

@@ -57,7 +57,7 @@ use crate::sessions::SessionHandle;
 use calls::Calls;
 use chain::{Chain, Weights, LANES, STEPS};
 use content::{Spans, CLASSES, MISSES, SPANS};
-use density::{CallTimes, Foreign, Silence, GRID};
+use density::{CallTimes, Cycle, Foreign, Services, Silence, GRID};
 use followers::Votes;
 use guard::Guard;
 use index::{Index, Segment, NONE, NOT_QUEUED};
@@ -91,6 +91,8 @@ const ABOVE_FLOOR: f32 = 1.4;
 const NEXT_IN_LINE: usize = 2;
 /// Sessions whose plans are remembered, direct-mapped.
 const PLANS: usize = 256;
+/// Kinds of gaps whose cycles are remembered, direct-mapped.
+const CYCLES: usize = 64;
 /// Workloads whose curves of sharing are remembered, direct-mapped.
 const CURVES: usize = 4;
 /// Lanes of one session; the least recent gives way.
@@ -390,6 +392,14 @@ struct Plan {
     times: CallTimes,
 }
 
+/// A cycle of calls, as of some gaps ago: it changes slowly and costs a microsecond.
+#[derive(Clone, Debug)]
+struct KnownCycle {
+    /// Workload, kind of gap, seconds that calls wait, and when it was worked out.
+    identity: Option<(u16, gaps::Kind, f32, u32)>,
+    cycle: Cycle,
+}
+
 /// What threads that are not in the pool know of the calls that it keeps.
 #[derive(Clone, Debug)]
 pub(crate) struct Kept {
@@ -433,7 +443,8 @@ pub(crate) struct KvCache {
     postponed: bool,
     view: View,
     plans: Vec<Plan>,
-    services: density::Services,
+    services: Services,
+    cycles: Vec<KnownCycle>,
     hand: usize,
     expected_hand: usize,
     now_us: u64,
@@ -459,6 +470,8 @@ impl KvCache {
     pub(crate) fn with_segments(pool_blocks: usize, sessions: usize, config: Config, segments: usize) -> Self {
         density::prepare();
         let oracle = config.oracle.any();
+        let services = Services::new(&[0.0; gaps::BUCKETS]);
+        let cycle = Cycle::new(&[0.0; gaps::BUCKETS], &services, 0.0);
         let index = Index::with_segments(pool_blocks, segments);
         let vacant = Tenant {
             next_refresh_us: u64::MAX,
@@ -504,7 +517,8 @@ impl KvCache {
             },
             pressed: false,
             postponed: false,
-            services: density::Services::new(&[0.0; gaps::BUCKETS]),
+            services,
+            cycles: vec![KnownCycle { identity: None, cycle }; CYCLES],
             plans: vec![
                 Plan {
                     identity: (NONE, 0, 0, None),
@@ -1594,6 +1608,9 @@ impl KvCache {
         for plan in &mut self.plans {
             plan.identity = (NONE, 0, 0, None);
         }
+        for known in &mut self.cycles {
+            known.identity = None;
+        }
     }
 
     // ---- scores ----
@@ -1674,8 +1691,17 @@ impl KvCache {
         let since_us = now_us.saturating_sub(if at.in_flight { at.last_start_us } else { at.last_finish_us });
         if plan.phase != phase || now_us.saturating_sub(plan.times_us) > since_us / 16 {
             (plan.phase, plan.times_us) = (phase, now_us);
-            let services = self.services.renew(&workload.services.hazards());
-            plan.times = call_times(workload, &at, now_us, (wait_s, queue_s), services, &self.config);
+            let kind = workload.gaps.kind(at.context, &self.config);
+            let identity = workload.gaps.age().map(|age| (tenant.workload, kind, queue_s, age));
+            let known = &mut self.cycles[kind.place() % CYCLES];
+            if identity.is_none() || known.identity != identity {
+                let services = self.services.renew(&workload.services.hazards());
+                known.identity = identity;
+                known.cycle = Cycle::new(&workload.gaps.hazards(kind), services, queue_s);
+            }
+            let runs = wait_s.is_some() || at.in_flight;
+            let services = if runs { self.services.renew(&workload.services.hazards()) } else { &self.services };
+            plan.times = call_times(workload, &at, now_us, wait_s, &known.cycle, services, &self.config);
         }
         Some((plan, waiting))
     }
@@ -2062,6 +2088,7 @@ impl KvCache {
 
     /// Scores sessions again whose silence has grown by a fifth: visits some, round robin.
     fn age(&mut self, workloads: &Workloads, sessions: &Sessions, most: usize, lazily: bool) {
+        self.look_ahead(sessions);
         let mut refreshed = 0;
         for _ in 0..VISITS.min(self.active.len()) {
             if self.hand >= self.active.len() {
@@ -2082,6 +2109,42 @@ impl KvCache {
                 return;
             }
         }
+    }
+
+    /// Reads what the next sessions to be scored again are: where that of one leads from place to place, those of several
+    /// are read at once.
+    fn look_ahead(&self, sessions: &Sessions) {
+        let (mut segments, mut n, mut sum) = ([NONE; REFRESHES], 0, 0u32);
+        for at in self.hand..self.active.len().min(self.hand + VISITS) {
+            let slot = self.active[at];
+            let tenant = &self.tenants[slot as usize];
+            if tenant.next_refresh_us > self.now_us {
+                continue;
+            }
+            if let Some(lane) = self.lanes.get(tenant.lanes as usize) {
+                segments[n] = lane.head;
+            }
+            if let Some(handle) = sessions.at(slot as usize) {
+                sum ^= u32::from(sessions.in_flight(handle));
+            }
+            n += 1;
+            if n == REFRESHES {
+                break;
+            }
+        }
+        for _ in 0..LOOK_AHEAD {
+            for segment in &mut segments {
+                if *segment == NONE {
+                    continue;
+                }
+                let x = self.index.seg(*segment);
+                if x.bucket != NOT_QUEUED && self.index.parent(x.top) != NONE {
+                    sum ^= self.index.segment_of(self.index.parent(x.top));
+                }
+                *segment = x.lane_next;
+            }
+        }
+        std::hint::black_box(sum);
     }
 
     fn score_exposed(&mut self, workloads: &Workloads, sessions: &Sessions, segment: u32) {
@@ -2193,8 +2256,9 @@ fn call_times(
     workload: &Workload,
     at: &Standing,
     now_us: u64,
-    (queued_s, queue_s): (Option<f32>, f32),
-    services: &density::Services,
+    queued_s: Option<f32>,
+    cycle: &Cycle,
+    services: &Services,
     config: &Config,
 ) -> CallTimes {
     let since_s = |from_us: u64| now_us.saturating_sub(from_us) as f32 / 1e6;
@@ -2206,15 +2270,20 @@ fn call_times(
         (since_s(at.last_finish_us), None)
     };
     density::call_times(&Silence {
-        hazards: &workload.gaps.hazards(at.context, config),
+        cycle,
         age_s,
-        running_s,
+        running: running_s.map(|since_s| (since_s, services)),
         queued_s: queued_s.unwrap_or(0.0),
-        queue_s,
         continues: workload.ends.continues(at.features, config),
         continues_later: workload.ends.later(at.features.steps, config),
-        services,
     })
+}
+
+/// As [`call_times`], for those who keep nothing and know of no queue.
+fn fresh_call_times(workload: &Workload, at: &Standing, now_us: u64, config: &Config) -> CallTimes {
+    let services = Services::new(&workload.services.hazards());
+    let hazards = workload.gaps.hazards(workload.gaps.kind(at.context, config));
+    call_times(workload, at, now_us, None, &Cycle::new(&hazards, &services, 0.0), &services, config)
 }
 
 /// Fills `out` with the likeliest agents of the session's next `steps` calls, by step, likeliest first. Wait-free.
@@ -2261,8 +2330,7 @@ pub(crate) fn time_predictions(
     out: &mut [Prediction],
 ) {
     let Some(at) = standing(sessions, handle) else { return };
-    let services = density::Services::new(&workload.services.hazards());
-    let times = call_times(workload, &at, now_us, (None, 0.0), &services, config);
+    let times = fresh_call_times(workload, &at, now_us, config);
     for prediction in out {
         let row = &times[prediction.step as usize - 1];
         prediction.median_s = density::quantile_s(row, 0.5);
@@ -2288,8 +2356,7 @@ pub(crate) fn score_agents(
     let recent = workload::Recent::load(sessions, handle);
     let (known, n) = candidates(workload, recent, &at);
     let weights = Chain::new(workload, config, &known[..n], at.tool_runs()).weights(at.prev, at.last);
-    let services = density::Services::new(&workload.services.hazards());
-    let times = call_times(workload, &at, now_us, (None, 0.0), &services, config);
+    let times = fresh_call_times(workload, &at, now_us, config);
     for (agent, out) in agents.iter().zip(out) {
         *out = known[..n].iter().position(|a| a == agent).map_or(0.0, |i| {
             let first = &weights[i].0[0];

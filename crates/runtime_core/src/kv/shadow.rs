@@ -2,6 +2,8 @@
 //!
 //! As in vLLM's block pool: a call holds its blocks while it runs; when it ends they join the list of free blocks, the last
 //! block of the chain first, and the oldest free block makes room. Nothing is allocated after `new`.
+//!
+//! It may be of a sample of the blocks, by hash: of every chain the same ones, whoever asks.
 
 use super::index::NONE;
 use crate::ids::mix;
@@ -34,6 +36,8 @@ pub(crate) struct Shadow {
     table: Vec<u32>,
     nodes: Vec<Node>,
     capacity: usize,
+    /// Blocks are sampled of whose hash these bits are 0.
+    unsampled: u64,
     /// Blocks that it may hold now, and holds.
     limit: usize,
     len: usize,
@@ -44,13 +48,14 @@ pub(crate) struct Shadow {
 }
 
 impl Shadow {
-    /// A shadow of at most 65,536 blocks.
-    pub(crate) fn new(capacity: usize) -> Self {
+    /// A shadow of at most 65,536 blocks, which holds one block of 2^`sparse`.
+    pub(crate) fn new(capacity: usize, sparse: u32) -> Self {
         assert!(capacity < 1 << NODE_BITS, "every node has an entry that is not `NONE`");
         Self {
             table: vec![NONE; (2 * capacity).next_power_of_two()],
             nodes: Vec::with_capacity(capacity),
             capacity,
+            unsampled: !(u64::MAX >> sparse),
             limit: capacity,
             len: 0,
             vacant: NONE,
@@ -75,36 +80,58 @@ impl Shadow {
         self.limit = blocks.clamp(1, self.capacity);
     }
 
-    /// A call uses `keys` below the node `tail` (or from the root); how many of them, leading, were there.
+    #[inline]
+    fn samples(&self, key: u64) -> bool {
+        mix(key) & self.unsampled == 0
+    }
+
+    /// How many of these blocks are sampled.
+    pub(crate) fn sampled(&self, keys: &[u64]) -> usize {
+        keys.iter().filter(|&&key| self.samples(key)).count()
+    }
+
+    /// A call uses `keys` below the node `tail` (or from the root); how many of those that are sampled, leading, were there.
     ///
     /// `tail` moves to the last one. Where all blocks are held by calls the rest is left out.
     pub(crate) fn hold(&mut self, keys: &[u64], tail: &mut u32) -> usize {
-        let (mut found, mut sought) = (0, 0);
-        for (i, &key) in keys.iter().enumerate() {
-            let mut node = self.beside(*tail, key);
-            if node == NONE {
-                if i >= sought {
-                    sought = keys.len().min(i + AHEAD);
-                    self.look_for(&keys[i..sought]);
-                }
-                node = self.find(key);
+        let (mut found, mut used, mut rest) = (0, 0, keys);
+        let mut next = [0; AHEAD];
+        while !rest.is_empty() {
+            // As many of those that are sampled as are looked for at once.
+            let mut n = 0;
+            while let ([key, below @ ..], true) = (rest, n < AHEAD) {
+                next[n] = *key;
+                n += usize::from(self.samples(*key));
+                rest = below;
             }
-            if node == NONE {
-                node = self.insert(key, *tail);
+            let mut sought = false;
+            for (i, &key) in next[..n].iter().enumerate() {
+                let mut node = self.beside(*tail, key);
                 if node == NONE {
-                    break;
+                    if !sought {
+                        sought = true;
+                        self.look_for(&next[i..n]);
+                    }
+                    node = self.find(key);
                 }
-            } else if self.nodes[node as usize].parent != *tail {
-                // No hash of this prefix.
-                break;
-            } else {
-                if self.nodes[node as usize].pins == 0 {
-                    self.unlink(node);
+                if node == NONE {
+                    node = self.insert(key, *tail);
+                    if node == NONE {
+                        return found;
+                    }
+                } else if self.nodes[node as usize].parent != *tail {
+                    // No hash of this prefix.
+                    return found;
+                } else {
+                    if self.nodes[node as usize].pins == 0 {
+                        self.unlink(node);
+                    }
+                    self.nodes[node as usize].pins += 1;
+                    found += usize::from(found == used);
                 }
-                self.nodes[node as usize].pins += 1;
-                found += usize::from(found == i);
+                used += 1;
+                *tail = node;
             }
-            *tail = node;
         }
         found
     }
@@ -328,7 +355,7 @@ mod tests {
             capacity in 1usize..24,
             calls in proptest::collection::vec((0u64..4, 1u64..8, any::<bool>()), 0..200)
         ) {
-            let (mut shadow, mut model) = (Shadow::new(capacity), Model::default());
+            let (mut shadow, mut model) = (Shadow::new(capacity, 0), Model::default());
             let mut running: Vec<(Vec<u64>, u32)> = Vec::new();
             for (root, len, end) in calls {
                 if end && !running.is_empty() {

@@ -14,6 +14,7 @@ use crate::ids::mix;
 use crate::sync::{AtomicU32, Ordering::Relaxed};
 
 use super::content::ROWS;
+use super::gaps::log2;
 use super::Config;
 
 /// Age buckets.
@@ -100,7 +101,12 @@ impl Curve {
     }
 
     pub(crate) fn at(&self, age_s: f32) -> f32 {
-        let position = position(age_s);
+        self.at_position(position(age_s))
+    }
+
+    /// At a [`position`].
+    #[inline]
+    pub(crate) fn at_position(&self, position: f32) -> f32 {
         let age = position as usize;
         self.cumulative[age] + (self.cumulative[age + 1] - self.cumulative[age]) * (position - age as f32)
     }
@@ -162,12 +168,15 @@ fn bucket(age_s: f32) -> usize {
 }
 
 /// Position of an age on the bucket axis, fractional: bucket 0 is linear, then octaves.
+#[inline(always)]
 pub(crate) fn position(age_s: f32) -> f32 {
     let x = age_s * 16.0;
+    // Both are worked out, so that many ages go through vector registers.
+    let (linear, octaves) = (x.max(0.0) * 0.999, (log2(x.max(1.0)) + 1.0).min((AGES - 1) as f32 + 0.999));
     if x <= 1.0 {
-        x.max(0.0) * 0.999
+        linear
     } else {
-        (x.log2() + 1.0).min((AGES - 1) as f32 + 0.999)
+        octaves
     }
 }
 

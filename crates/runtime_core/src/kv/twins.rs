@@ -56,7 +56,7 @@ proptest! {
             let own = counts.get(&Some(agent)).unwrap_or(&none);
             let twin = refine(&all, own, &none, (2.0, 0.0, 0.98));
             // A gap on the edge between two sixteenths may round either way: one sixteenth among the fewest at risk.
-            near(&gaps.hazards(Context { agent, tool: 200, pace: 200 }, &config), &twin, 0.03);
+            near(&gaps.hazards(gaps.kind(Context { agent, tool: 200, pace: 200 }, &config)), &twin, 0.03);
         }
         prop_assert!(gaps.long_silence_s() > 0.0);
     }

@@ -4,15 +4,16 @@ Given, first match counts: ``kv_transfer_params["agentrt"]``, ``vllm_xargs`` (``
 ``session_id`` (body, ``X-Session-ID``). Names are hashed or interned and never kept as text beyond the agents' names.
 
 Inferred, where no session or no agent is given, by the core (:class:`agentrt._core.Identity`): a session is a growing
-conversation, so agents that have system prompts of their own become sessions of their own; an agent is named by the
-system prompt that many sessions start with, ``?`` without.
+conversation, and what quotes its answers: agents that have system prompts of their own are of the run whose answers
+their first prompt contains, word for word. An agent is named by the system prompt that many sessions start with;
+without one it is ``?``, or ``?1``, ``?2``, .. by its place in the run. Of answers, hashes of some pieces of twelve
+tokens are kept.
 
-Memory is bounded: the core's tables, ``AGENTS`` names and the numbers of ``SESSIONS`` names.
+Memory is bounded: the core's tables, and ``AGENTS`` names.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["Identities", "Identity", "given"]
 
 AGENTS = 4_096
-SESSIONS = 16_384
 # Names longer than this are somebody's mistake; the hash of the beginning is as good.
 NAME_CHARS = 256
 
@@ -80,17 +80,12 @@ def given(request: Any) -> Given:
     return Given(session, agent, ends)
 
 
-def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-
-
 class Identities:
     """Turns requests into session and agent numbers."""
 
     def __init__(self) -> None:
         #: Numbers by name, which :class:`agentrt._core.EngineCalls` reads.
         self.agents: dict[str, int] = {}
-        self.sessions: dict[str, int] = {}
         self.core = _core.Identity()
         self._names: list[str] = []
 
@@ -103,12 +98,17 @@ class Identities:
         says = given(request)
         if says.session is not None and says.agent is not None:
             return Identity(self.session(says.session), self.intern(says.agent), False, False, says.session_ends)
-        session, anchor, call, _ = self.core.started(np.ascontiguousarray(keys, np.uint64))
+        session, number, call, is_new = self.core.started(np.ascontiguousarray(keys, np.uint64))
         if says.session is not None:
             session = self.session(says.session)
+        elif is_new:
+            # None where the prompt is embeddings.
+            tokens = getattr(request, "prompt_token_ids", None)
+            session, number = (tokens and self.core.join(call, tokens)) or (session, number)
         name = says.agent
         if name is None:
-            name = f"anchor-{anchor}" if anchor else "?"
+            place = number - self.core.anchors
+            name = f"?{place}" if place > 0 else f"anchor-{number}" if number else "?"
         agent = self.intern(name)
         return Identity(session, agent, says.session is None, says.agent is None, says.session_ends, call)
 
@@ -129,11 +129,5 @@ class Identities:
         return number
 
     def session(self, name: str) -> int:
-        """The number of a session's name."""
-        number = self.sessions.get(name)
-        if number is None:
-            if len(self.sessions) >= SESSIONS:
-                # Those that go on come back.
-                self.sessions.clear()
-            number = self.sessions[name] = _hash(name)
-        return number
+        """The number of a session's name, as :class:`agentrt._core.EngineCalls` has it."""
+        return _core.block_key(name.encode("utf-8", "surrogatepass"))
