@@ -23,6 +23,7 @@ const VARIANTS: &[(&str, &str, fn(&mut Config))] = &[
     ("agentrt-order-1", "ablation: transitions of order 1 only", |c| c.order2 = false),
     ("agentrt-no-superseded", "ablation: misses of earlier calls are ignored", |c| c.superseded = false),
     ("agentrt-no-classes", "ablation: one content class", |c| c.content_classes = false),
+    ("agentrt-no-lost", "ablation: what was evicted does not vote on content", |c| c.lost = false),
     ("agentrt-no-session-end", "ablation: sessions never end", |c| c.session_end = false),
     ("agentrt-no-time-contexts", "ablation: gaps by agent only", |c| c.time_contexts = false),
     ("agentrt-no-density", "ablation: probability of reuse within the residence time", |c| c.density = false),

@@ -9,9 +9,6 @@
 //! - r0 = (H_k + 1/4) / (E_k + 1/2), over all agents and classes,
 //! - r1 = (H_kc + 2 r0) / (E_kc + 2), over all agents,
 //! - r2 = (H_akc + 2 q) / (E_akc + 2) with q = r1, or the mean of r1 and the agent's own rate at k where (a, k, c) is empty.
-//!
-//! The longer ago an agent called, in calls of its session, the likelier it starts anew: for k = 0 the odds of r2 are
-//! multiplied by how the agent's own at that distance differ from all its later calls'.
 
 use crate::histogram::{Ratio, UNIT};
 
@@ -22,10 +19,6 @@ pub(crate) const MISSES: usize = 8;
 /// Misses at which calls at once and later ones are told apart, and the slots that all take.
 const TOLD_APART: usize = 2;
 const SLOTS: usize = MISSES + TOLD_APART;
-/// Distances between two calls of a lane that are told apart: see [`span`].
-pub(crate) const SPANS: usize = 6;
-/// Weight of what a span's rate is expected to be.
-const SPAN_PRIOR: f32 = 4.0;
 /// Content classes.
 pub(crate) const CLASSES: usize = 12;
 /// Agents with counts of their own.
@@ -77,25 +70,6 @@ impl<T> std::ops::Deref for PerAgent<T> {
 
 /// Votes by slot and class.
 type Row = Ratio<{ SLOTS * CLASSES }>;
-/// Votes by span, of blocks that the lane's last call used.
-type SpanRow = Ratio<SPANS>;
-
-/// How much the odds of a use differ from those of all later calls of the lane, by how many calls of its session later.
-pub(crate) type Spans = [f32; SPANS];
-
-/// The span of a lane's call that comes `distance` calls of its session after the lane's last; the next one has none.
-#[inline]
-pub(crate) fn span(distance: u16) -> Option<usize> {
-    match distance {
-        0 | 1 => None,
-        2 => Some(0),
-        3 => Some(1),
-        4..=5 => Some(2),
-        6..=8 => Some(3),
-        9..=14 => Some(4),
-        15.. => Some(5),
-    }
-}
 
 /// P(the next calls of a lane use a segment).
 #[derive(Clone, Copy, Debug)]
@@ -114,8 +88,6 @@ pub(crate) struct Rates {
 pub(crate) struct Content {
     pooled: Row,
     rows: PerAgent<Row>,
-    pooled_spans: SpanRow,
-    spans: PerAgent<SpanRow>,
 }
 
 impl Content {
@@ -129,38 +101,8 @@ impl Content {
         }
     }
 
-    /// One call's vote on the blocks that the lane's last call used, `distance` calls of its session ago.
-    pub(crate) fn vote_span(&self, agent: u16, distance: u16, blocks: u32, hits: u32) {
-        let Some(span) = span(distance) else { return };
-        self.pooled_spans.vote(span, blocks, hits);
-        if let Some(row) = self.spans.get(agent as usize) {
-            row.vote(span, blocks, hits);
-        }
-    }
-
-    /// What distance says of the agent's blocks.
-    pub(crate) fn spans(&self, agent: u16) -> Spans {
-        let votes = |row: &SpanRow| std::array::from_fn::<_, SPANS, _>(|span| votes(row.get(span)));
-        let odds = |p: f32| p / (1.0 - p);
-        let of = |counts: &[(f32, f32); SPANS], prior: f32, expected: &Spans| {
-            let all = refine(counts.iter().copied().fold((0.0, 0.0), add), prior).clamp(0.02, 0.98);
-            std::array::from_fn::<_, SPANS, _>(|span| {
-                let likely = odds(all) * expected[span];
-                let (expected, hit) = counts[span];
-                let rate = (hit + SPAN_PRIOR * likely / (1.0 + likely)) / (expected + SPAN_PRIOR);
-                odds(rate.clamp(0.02, 0.98)) / odds(all)
-            })
-        };
-        let pooled = of(&votes(&self.pooled_spans), 0.5, &[1.0; SPANS]);
-        self.spans.get(agent as usize).map_or(pooled, |row| of(&votes(row), 0.5, &pooled))
-    }
-
     pub(super) fn rows(&self) -> impl Iterator<Item = &Row> {
         std::iter::once(&self.pooled).chain(self.rows.iter())
-    }
-
-    pub(super) fn span_rows(&self) -> impl Iterator<Item = &SpanRow> {
-        std::iter::once(&self.pooled_spans).chain(self.spans.iter())
     }
 
     /// Votes at `misses`, of one class or of all.
@@ -222,10 +164,7 @@ fn slot(misses: usize, later: bool) -> usize {
 }
 
 fn cell(row: &Row, slot: usize, class: usize) -> (f32, f32) {
-    votes(row.get(slot * CLASSES + class))
-}
-
-fn votes((expected, hit): (u16, u16)) -> (f32, f32) {
+    let (expected, hit) = row.get(slot * CLASSES + class);
     (f32::from(expected) / UNIT as f32, f32::from(hit) / UNIT as f32)
 }
 

@@ -56,7 +56,7 @@ use crate::sessions::SessionHandle;
 
 use calls::Calls;
 use chain::{Chain, Weights, LANES, STEPS};
-use content::{Spans, CLASSES, MISSES, SPANS};
+use content::{CLASSES, MISSES};
 use density::{CallTimes, Cycle, Foreign, Services, Silence, GRID};
 use followers::Votes;
 use guard::Guard;
@@ -119,6 +119,8 @@ pub struct Config {
     pub superseded: bool,
     /// Content by class.
     pub content_classes: bool,
+    /// What was evicted votes on content too.
+    pub lost: bool,
     /// Learn when sessions end.
     pub session_end: bool,
     /// Gaps by pace and tool beside the agent.
@@ -151,6 +153,7 @@ impl Default for Config {
             tool_order: true,
             superseded: true,
             content_classes: true,
+            lost: true,
             session_end: true,
             time_contexts: true,
             density: true,
@@ -366,7 +369,6 @@ struct View {
     n: usize,
     lanes: [u32; LANES],
     weights: [Weights; LANES],
-    spans: [Spans; LANES],
     /// Those of each of its other lanes.
     others: Weights,
     /// The agent of the session's call that waits, if one does.
@@ -384,7 +386,6 @@ struct Plan {
     n: usize,
     lanes: [u32; LANES],
     weights: [Weights; LANES],
-    spans: [Spans; LANES],
     others: Weights,
     /// Whether a call was in flight, and when the last one started and ended, when `times` were computed.
     phase: (bool, u64, u64),
@@ -509,7 +510,6 @@ impl KvCache {
                 n: 0,
                 lanes: [NONE; LANES],
                 weights: [Weights::default(); LANES],
-                spans: [[1.0; SPANS]; LANES],
                 others: Weights::default(),
                 waiting: None,
                 follower: None,
@@ -525,7 +525,6 @@ impl KvCache {
                     n: 0,
                     lanes: [NONE; LANES],
                     weights: [Weights::default(); LANES],
-                    spans: [[1.0; SPANS]; LANES],
                     others: Weights::default(),
                     phase: (false, 0, 0),
                     times_us: 0,
@@ -1079,9 +1078,7 @@ impl KvCache {
             }
         }
         self.follow(workload, slot, votes.as_ref(), leads);
-        let distance = step.wrapping_sub(called_at);
-        workload.content.vote_span(agent, distance, expected[0].iter().sum(), used[0].iter().sum());
-        let later = distance > 1;
+        let later = step.wrapping_sub(called_at) > 1;
         for (misses, (expected, used)) in expected.iter().zip(&used).enumerate() {
             for (class, (&n, &m)) in expected.iter().zip(used).enumerate() {
                 if n > 0 {
@@ -1640,8 +1637,7 @@ impl KvCache {
         }
         let Some((plan, waiting)) = self.plan(workload, sessions, slot) else { return };
         let (n, lanes, weights, times) = (plan.n, plan.lanes, plan.weights, plan.times);
-        let spans = plan.spans;
-        (self.view.spans, self.view.others) = (spans, plan.others);
+        self.view.others = plan.others;
         (self.view.n, self.view.lanes, self.view.weights, self.view.times) = (n, lanes, weights, times);
         self.view.waiting = waiting;
     }
@@ -1663,7 +1659,6 @@ impl KvCache {
             while lane != NONE && plan.n < LANES {
                 plan.lanes[plan.n] = lane;
                 agents[plan.n] = self.lanes[lane as usize].agent;
-                plan.spans[plan.n] = workload.content.spans(agents[plan.n]);
                 plan.n += 1;
                 lane = self.lanes[lane as usize].next;
             }
@@ -1739,36 +1734,31 @@ impl KvCache {
         let lane = &self.lanes[x.lane as usize];
         let mut first_use = [0.0; STEPS];
         let weights = match self.view.lanes[..self.view.n].iter().position(|&l| l == x.lane) {
-            Some(i) => Some((&self.view.weights[i], self.view.spans[i])),
+            Some(i) => Some(&self.view.weights[i]),
             None if self.view.n == LANES && lane.session == self.view.slot && lane.session != NONE => {
-                Some((&self.view.others, workload.content.spans(lane.agent)))
+                Some(&self.view.others)
             }
             None => None,
         };
-        if let Some((weights, spans)) = weights {
+        if let Some(weights) = weights {
             // A call of the lane that waits will pass over what it does not await.
             let passed = u32::from(self.view.waiting == Some(lane.agent));
             let misses = lane.calls.wrapping_sub(x.touch_call) + passed;
             let rates = workload.content.rates(lane.agent, misses, x.class, &self.config);
             let [first, second, third] = weights.0;
-            // How many calls of the session will have passed since the lane's last one when the lane's next one comes.
-            let since = match self.view.waiting {
-                Some(agent) if agent == lane.agent => 0,
-                waiting => (self.tenants[lane.session as usize].calls.wrapping_sub(lane.at))
-                    .saturating_add(u16::from(waiting.is_some())),
+            // Where the lane calls last, it may be called again at once; else others will have been called since.
+            let calls_last = match self.view.waiting {
+                Some(agent) => agent == lane.agent,
+                None => self.tenants[lane.session as usize].calls == lane.at,
             };
-            let odds = rates.later / (1.0 - rates.later).max(1e-3);
-            let rate: [f32; STEPS] = std::array::from_fn(|i| match content::span(since.saturating_add(1 + i as u16)) {
-                None => rates.at_once,
-                Some(span) if misses == 0 => odds * spans[span] / (1.0 + odds * spans[span]),
-                Some(_) => rates.later,
-            });
-            let used: f32 = first.iter().zip(&rate).map(|(first, rate)| first * rate).sum();
-            let missed = 1.0 - used / first.iter().sum::<f32>().max(1e-6);
+            let at_once = if calls_last { first[0] } else { 0.0 };
+            let calls = first.iter().sum::<f32>().max(1e-6);
+            let missed = 1.0 - rates.later - (rates.at_once - rates.later) * at_once / calls;
             let (b, c) = (missed * rates.second, missed * (1.0 - rates.second) * rates.third);
             for i in 0..STEPS {
-                first_use[i] = rate[i] * first[i] + b * second[i] + c * third[i];
+                first_use[i] = rates.later * first[i] + b * second[i] + c * third[i];
             }
+            first_use[0] += (rates.at_once - rates.later) * at_once;
         }
         let owner = self.owner(x);
         let mut foreign = Foreign::Learned {
@@ -2067,7 +2057,7 @@ impl KvCache {
         self.offers.went(self.index.published_score(segment));
         let last = self.index.key(x.tail);
         let (exposed, first) = self.take_from(segment, take, victim);
-        if !self.is_nobodys(x.lane) {
+        if self.config.lost && !self.is_nobodys(x.lane) {
             let (len, depth) = (take as u32, x.depth + x.len - take as u32);
             self.lost.add(x.lane, Piece { first, last, depth, len, touch_call: x.touch_call, class: x.class });
         }

@@ -65,7 +65,6 @@ impl Workload {
     fn rows(&self) -> Vec<&dyn Row> {
         let mut rows: Vec<&dyn Row> = vec![&self.ranks];
         self.content.rows().for_each(|row| rows.push(row));
-        self.content.span_rows().for_each(|row| rows.push(row));
         self.gaps.rows().for_each(|row| rows.push(row));
         rows.push(self.services.row());
         rows.push(self.ends.row());

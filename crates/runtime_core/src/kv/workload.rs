@@ -5,7 +5,7 @@
 //! | `transitions` | successors of (agent before last, last agent) and of (last agent), 80 sets of 8 | 5,200 |
 //! | `drift` | share of right guesses of the next agent, quick and slow | 8 |
 //! | `ranks` | rank of the next agent in the session's recency list | 16 |
-//! | `content` | promises by agent, misses (called at once or later), class; by agent and distance | 6,048 |
+//! | `content` | promises by agent, misses (called at once or later), class | 5,760 |
 //! | `gaps` | gap histograms by agent, pace, tool; skill of four chains | 3,888 |
 //! | `services` | histogram of durations of calls | 88 |
 //! | `ends` | trials and successes by agent, step, size, tool | 256 |
