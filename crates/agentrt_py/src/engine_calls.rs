@@ -497,11 +497,6 @@ impl EngineCalls {
         let one = call.borrow();
         if let Some(inferred) = one.inferred {
             self.inferring.get().ended_now(inferred, &one.output)?;
-            if one.session_inferred && one.allocated {
-                // What it says, an agent of the same run may quote.
-                let answer = request.getattr_opt(intern!(py, "output_token_ids"))?;
-                answer.map_or(Ok(()), |answer| self.inferring.get().answered_now(inferred, &answer))?;
-            }
         }
         if one.told {
             self.tell(py, EventKind::CallEnd, (one.session, 0), one.number, now_us, &one.output)?;
@@ -513,8 +508,13 @@ impl EngineCalls {
         if one.session_ends {
             self.tell(py, EventKind::SessionEnd, (one.session, 0), 0, now_us, &[])?;
         }
+        let says = one.inferred.filter(|_| one.session_inferred && one.allocated);
         drop(one);
         self.settle_up(py)?;
+        // What it says, an agent of the same run may quote. Last, so that tokens of a strange shape spoil nothing else.
+        if let (Some(inferred), Some(answer)) = (says, request.getattr_opt(intern!(py, "output_token_ids"))?) {
+            self.inferring.get().answered_now(inferred, &answer)?;
+        }
         Ok(Some(call))
     }
 

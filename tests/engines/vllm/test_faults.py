@@ -123,6 +123,29 @@ def test_requests_without_an_attribute_are_served(attribute: str) -> None:
     assert connector.guard.faults
 
 
+@pytest.mark.parametrize("attribute", ["prompt_token_ids", "output_token_ids"])
+@pytest.mark.parametrize("tokens", [None, [], ["word"] * 40, [-1, 1 << 40] * 20, 7])
+def test_tokens_of_any_shape_are_survived_and_the_core_hears_of_each_end(attribute: str, tokens: Any) -> None:
+    class Strange:
+        def __init__(self, request: Any) -> None:
+            self._request = request
+
+        def __getattr__(self, name: str) -> Any:
+            return tokens if name == attribute else getattr(self._request, name)
+
+    engine = Engine(60, SCRIPTED, named=False)
+    connector = engine.connector
+    assert connector is not None
+    assert connector.adapter is not None
+    for hook in ("on_new_request", "request_finished_all_groups"):
+        real = getattr(connector, hook)
+        setattr(connector, hook, lambda request, *rest, real=real: real(Strange(request), *rest))
+    assert len(served(engine)) == 120
+    assert not connector.adapter.calls
+    kinds = [kind for kind, _ in connector.adapter.core.events]  # type: ignore[union-attr]
+    assert kinds.count("start") == kinds.count("end")
+
+
 @pytest.mark.parametrize(
     "identity",
     [
