@@ -25,6 +25,11 @@ const POOLS: [usize; 3] = [5_000, 50_000, 1_000_000];
 /// Events of one batch.
 const BATCH: usize = 256;
 
+/// The name of a session: a hash, as those that Python makes of strings.
+fn name(thread: u64, session: u64) -> u64 {
+    mix(thread << 32 | session)
+}
+
 /// Batches of starts and ends by name alone: `sessions` sessions that call their agents mostly in turn.
 struct Batches {
     kinds: Vec<u8>,
@@ -53,8 +58,7 @@ impl Batches {
             *agent = if (random >> 32) % 8 == 0 { random >> 40 } else { *agent + 1 + session } % agents;
             for kind in [EventKind::CallStart, EventKind::CallEnd] {
                 b.kinds.push(kind as u8);
-                // Names are hashes, as those that Python makes of strings.
-                b.sessions.push(mix(thread << 32 | session));
+                b.sessions.push(name(thread, session));
                 b.agents.push(*agent as u16);
                 b.calls.push(thread << 40 | call);
                 b.times_us.push(1_000_000 + call * 2_000 + if kind == EventKind::CallEnd { 1_000 } else { 0 });
@@ -180,11 +184,15 @@ fn predict(c: &mut Criterion) {
         (0..256).for_each(|batch| input.observe(&runtime, workload, batch));
         let none = runtime_core::kv::Prediction { agent: 0, step: 0, probability: 0.0, median_s: 0.0 };
         let mut out = [none; 32];
+        let sessions = agents.clamp(16, 512);
         let mut session = 0;
+        let mut foreseen = |session| runtime.predict(workload, name(0, session), 4, &mut out).unwrap_or(0) > 0;
+        let known = (0..sessions).filter(|&session| foreseen(session)).count();
+        assert!(known > 0, "the sessions have other names");
         group.bench_function(BenchmarkId::new(format!("agents={agents}"), "steps=4"), |b| {
             b.iter(|| {
-                session = (session + 1) % agents.clamp(16, 512);
-                black_box(runtime.predict(workload, black_box(session), 4, &mut out))
+                session = (session + 1) % sessions;
+                black_box(runtime.predict(workload, black_box(name(0, session)), 4, &mut out))
             });
         });
     }
