@@ -564,6 +564,8 @@ impl KvCache {
             + self.path.capacity() * 4
             + self.offers.bytes()
             + self.lost.bytes()
+            + size_of_val(&*self.plans)
+            + size_of_val(&*self.cycles)
             + self.hints.len() * size_of::<Hint>()
             + self.starts.len() * size_of::<FutureStarts>();
         (self.index.bytes(), beside)
