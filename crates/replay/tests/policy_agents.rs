@@ -79,3 +79,37 @@ fn continuum_keeps_a_session_that_returns_soon_and_is_costly_to_recompute() {
     // Until a few returns were seen, no time to live is known.
     assert!(hits("continuum", &trace, 7).iter().sum::<u32>() > 3 * 20);
 }
+
+/// Each task is done by eight sessions: five agents in turn, each asked with the task's prompt, and what one session alone says in
+/// between, two to five calls of it.
+fn repeated_tasks() -> Trace {
+    let (tasks, sessions) = (30, 240);
+    let mut builder = TraceBuilder::new(sessions as usize, 6);
+    for session in 0..sessions {
+        let task = session % tasks;
+        for agent in 0..5 {
+            let mut prompt = vec![10 + agent, 20 + agent];
+            prompt.extend((0..24).map(|i| 1_000 + task * 500 + agent * 50 + i));
+            builder.call(session as usize, agent as u16, &prompt, &[100_000 + session]);
+            for chat in 0..2 + (session * 7 + agent * 3) % 4 {
+                let said: Vec<u32> = (0..24).map(|i| 200_000 + session * 600 + agent * 120 + chat * 24 + i).collect();
+                builder.call(session as usize, 5, &said, &[]);
+            }
+        }
+    }
+    builder.build()
+}
+
+#[test]
+fn what_a_session_on_the_same_task_is_going_to_ask_for_is_kept() {
+    let trace = repeated_tasks();
+    let more = [0, 1, 2].map(|seed| {
+        let schedule = schedule(&trace, Order::Closed, 32, 1_600, seed);
+        let hits = |policy: &str| {
+            let mut policy = policies::build(policy, &trace, &schedule).unwrap();
+            100.0 * sim::run(&trace, &schedule, policy.as_mut(), &mut |_| {}).hit_rate()
+        };
+        hits("agentrt") - hits("agentrt-no-followers")
+    });
+    assert!(more.iter().sum::<f64>() > 3.0 * 0.6, "{more:.2?} points more in three schedules");
+}

@@ -33,6 +33,8 @@ pub(crate) struct Chain<'a> {
     workload: &'a Workload,
     config: &'a Config,
     agents: &'a [u16],
+    /// The first so many have lanes; the others may be called for the first time.
+    own: usize,
     /// Whether a tool ran after the last call, where that is known.
     tool: Option<bool>,
     rows: [Row; WIDTH * WIDTH],
@@ -56,6 +58,7 @@ impl<'a> Chain<'a> {
             workload,
             config,
             agents,
+            own: agents.len(),
             tool: tool.filter(|_| config.tool_order),
             rows: [[0.0; WIDTH]; WIDTH * WIDTH],
             known: [false; WIDTH * WIDTH],
@@ -63,6 +66,12 @@ impl<'a> Chain<'a> {
             order1: [None; WIDTH],
             rank_share,
         }
+    }
+
+    /// The agents after the first `own` have not been called by the session yet.
+    pub(crate) fn of_lanes(mut self, own: usize) -> Self {
+        self.own = own;
+        self
     }
 
     /// Position of an agent among the lanes; their number stands for any other.
@@ -106,7 +115,7 @@ impl<'a> Chain<'a> {
         }
         // Recency after `prev` and `last` have spoken: last, prev, then the others as they stand.
         let mut rank = 0;
-        let order = [last, prev].into_iter().chain(0..n);
+        let order = [last, prev].into_iter().chain(0..self.own);
         for lane in order {
             if lane < n && row[lane] == 0.0 {
                 row[lane] = self.rank_share[rank.min(RANKS - 1)];
@@ -114,6 +123,13 @@ impl<'a> Chain<'a> {
             }
         }
         row[n] = (1.0 - row[..n].iter().sum::<f32>()).max(0.01);
+        // An agent without a lane has an even share of what is left for those.
+        let strangers = row[self.own..n].iter().filter(|&&p| p == 0.0).count();
+        if strangers > 0 {
+            let share = row[n] / (strangers as f32 + 1.0);
+            row[self.own..n].iter_mut().filter(|p| **p == 0.0).for_each(|p| *p = share);
+            row[n] = share;
+        }
         if last < n {
             let last_agent = AgentId(self.agents[last]);
             let first = match self.order1[last].filter(|_| tool.is_none()) {
@@ -292,6 +308,23 @@ mod tests {
         let others = chain.weights_of_others(8, 9, 3).0[0];
         assert!((0.2..0.3).contains(&others[0]), "{others:?}");
         assert!((0.35..0.75).contains(&others[..3].iter().sum::<f32>()), "{others:?}");
+    }
+
+    #[test]
+    fn an_agent_that_has_not_been_called_yet_is_expected_in_its_turn() {
+        let workload = Workload::default();
+        cycle(&workload, &[0, 1, 2, 3], 100);
+        let config = Config::default();
+        // 0 and 1 have been called; of 2 and 3 a session on the same task is known to have called them.
+        let mut chain = Chain::new(&workload, &config, &[1, 0, 2, 3], None).of_lanes(2);
+        let weights = chain.weights(0, 1);
+        assert!(weights[2].0[0][0] > 0.9 && weights[3].0[0][1] > 0.85, "{weights:?}");
+        // Where nothing is known of who follows, both share what new agents have.
+        let nobody = Workload::default();
+        let mut chain = Chain::new(&nobody, &config, &[1, 0, 2, 3], None).of_lanes(2);
+        let row = chain.row(1, 0);
+        assert!(row[2] == row[3] && row[3] == row[4] && row[2] < row[0], "{row:?}");
+        assert!((row.iter().sum::<f32>() - 1.0).abs() < 0.01, "{row:?}");
     }
 
     #[test]

@@ -354,15 +354,15 @@ pub(crate) enum Foreign<'a> {
     At(f32),
 }
 
-/// When a session that follows the owner calls next, and P(its i-th next call is the first to use the segment).
+/// When one of the owner's kin calls next, and P(its i-th next call is the first to use the segment).
 pub(crate) type Followed<'a> = (&'a CallTimes, &'a [f32; STEPS]);
 
 /// The score, in hits per second; or, with a horizon, P(reuse within it).
-pub(crate) fn score(
+pub(crate) fn score<'a>(
     times: &CallTimes,
     first_use: &[f32; STEPS],
     foreign: &Foreign<'_>,
-    follower: Option<Followed<'_>>,
+    followed: impl Iterator<Item = Followed<'a>>,
     horizon_s: Option<f32>,
 ) -> f32 {
     let grid = &*GRID_TABLE;
@@ -385,9 +385,9 @@ pub(crate) fn score(
         Foreign::At(when) => each(grid.t, |t| f32::from(u8::from(*when > t))),
     };
     let mut reuses: [f32; GRID] = std::array::from_fn(|j| (1.0 - own[j]) * not_foreign[j]);
-    if let Some((times, first)) = follower {
-        let followed = sum(times, first);
-        reuses = std::array::from_fn(|j| reuses[j] * (1.0 - followed[j]));
+    for (times, first) in followed {
+        let used = sum(times, first);
+        reuses = std::array::from_fn(|j| reuses[j] * (1.0 - used[j]));
     }
     let (mut best, mut held, mut before, mut from) = (0.0f32, 0.0f32, 0.0f32, 0.0f32);
     for (j, &t) in grid.t.iter().enumerate() {
@@ -460,7 +460,7 @@ mod tests {
     fn sooner_and_likelier_reuse_scores_higher() {
         let at = |seconds: f32, p: f32| {
             let times = known_call_times([seconds; STEPS]);
-            score(&times, &[p, 0.0, 0.0, 0.0, 0.0, 0.0], &never(), None, None)
+            score(&times, &[p, 0.0, 0.0, 0.0, 0.0, 0.0], &never(), std::iter::empty(), None)
         };
         assert!(at(1.0, 0.9) > at(10.0, 0.9));
         assert!(at(10.0, 0.9) > at(10.0, 0.3));

@@ -143,6 +143,8 @@ pub(crate) struct Segment {
     pub(crate) degree: u8,
     /// Step class of the session's call that first used it.
     pub(crate) born: u8,
+    /// Number of the lane's call that first used it, saturating; of an answer, of the call that may repeat it.
+    pub(crate) ordinal: u8,
     /// Brought back from a lower tier and not used since: the kind of offer, see `offers.rs`; else 0.
     pub(crate) restored: u8,
     /// Tickets of the first and the last waiting call that will use it, 0 for none; see `queue.rs`.
@@ -188,6 +190,7 @@ impl Segment {
         touches: 0,
         degree: 0,
         born: 0,
+        ordinal: 0,
         restored: 0,
         awaited: (0, 0),
     };

@@ -12,7 +12,7 @@
 //! | `drift.rs` | has the order of agents changed? |
 //! | `gaps.rs`, `ends.rs` | when does a session call again, if at all? |
 //! | `sharing.rs` | when does another session use a segment? |
-//! | `followers.rs` | when does a session that walks the owner's path? |
+//! | `followers.rs`, `trails.rs` | when does a session that walks the owner's path? |
 //! | `offers.rs` | does it pay to bring blocks back? |
 //! | `queue.rs` | calls that wait: whose prompts are known already |
 //! | `guard.rs`, `shadow.rs` | a shadow LRU that takes over when the learned order loses |
@@ -44,6 +44,7 @@ mod shadow;
 mod sharing;
 mod state;
 mod table;
+mod trails;
 #[cfg(test)]
 mod twins;
 pub(crate) mod workload;
@@ -58,7 +59,7 @@ use calls::Calls;
 use chain::{Chain, Weights, LANES, STEPS};
 use content::{CLASSES, MISSES};
 use density::{CallTimes, Cycle, Foreign, Services, Silence, GRID};
-use followers::Votes;
+use followers::{Kin, Votes, KIN};
 use guard::Guard;
 use index::{Index, Segment, NONE, NOT_QUEUED};
 use lost::{Lost, Piece};
@@ -66,6 +67,7 @@ use offers::{Offers, NO_KIND};
 use queue::Queue;
 use sharing::{Curves, Owner};
 use table::Table;
+use trails::Trails;
 use workload::{standing, Sessions, Standing, MAX_WORKLOADS};
 
 pub(crate) use drift::Guesses;
@@ -89,8 +91,10 @@ const FLOOR_LEAVES: usize = 256;
 const ABOVE_FLOOR: f32 = 1.4;
 /// Calls that wait for which blocks are brought back: those behind have the time until it is their turn.
 const NEXT_IN_LINE: usize = 2;
+/// Calls of a session whose starts are remembered: what its kin used before these, it has not taken from them in step.
+const RECENT: usize = 4;
 /// Sessions whose plans are remembered, direct-mapped.
-const PLANS: usize = 256;
+const PLANS: usize = 1024;
 /// Kinds of gaps whose cycles are remembered, direct-mapped.
 const CYCLES: usize = 64;
 /// Workloads whose curves of sharing are remembered, direct-mapped.
@@ -247,11 +251,10 @@ struct Tenant {
     last_lane: u32,
     /// Calls so far.
     calls: u16,
-    /// Slot and generation of the session it follows, and the number of its own call that last used anything of that.
-    leader: (u32, u16),
-    matched: u16,
-    /// The session that follows it.
-    follower: (u32, u16),
+    /// Sessions that walk the same path, one after the other; none where the first is none.
+    kin: [Kin; KIN],
+    /// Starts of its last calls, the latest first; before its first call, of that.
+    recent_us: [u64; RECENT],
     n_lanes: u8,
     generation: u16,
     workload: u16,
@@ -373,9 +376,20 @@ struct View {
     others: Weights,
     /// The agent of the session's call that waits, if one does.
     waiting: Option<u16>,
-    /// Calls of its follower, how many of these since one used anything of the session; and when it calls next.
-    follower: Option<(u16, u16)>,
-    follower_times: CallTimes,
+    /// What is expected of its kin.
+    kin: Vec<Followed>,
+}
+
+/// What is expected of a session that walks the same path as another.
+#[derive(Clone, Debug)]
+struct Followed {
+    /// Its calls since one used anything of the other's.
+    since: u16,
+    n: usize,
+    agents: [u16; LANES],
+    calls: [u32; LANES],
+    weights: [Weights; LANES],
+    times: CallTimes,
 }
 
 /// Which lane of a session calls when, as of its last call.
@@ -385,6 +399,10 @@ struct Plan {
     identity: (u32, u16, u16, Option<bool>),
     n: usize,
     lanes: [u32; LANES],
+    /// Agents and calls of these lanes, then agents of its kin that it has not called yet.
+    n_agents: usize,
+    agents: [u16; LANES],
+    calls: [u32; LANES],
     weights: [Weights; LANES],
     others: Weights,
     /// Whether a call was in flight, and when the last one started and ended, when `times` were computed.
@@ -455,6 +473,7 @@ pub(crate) struct KvCache {
     pool_blocks: usize,
     offers: Offers,
     lost: Lost,
+    trails: Trails,
     /// Curves of sharing by workload, direct-mapped.
     curves: [Curves; CURVES],
     pub(crate) repairs: Repairs,
@@ -480,9 +499,8 @@ impl KvCache {
             lanes: NONE,
             last_lane: NONE,
             calls: 0,
-            leader: (NONE, 0),
-            matched: 0,
-            follower: (NONE, 0),
+            kin: [Kin::NONE; KIN],
+            recent_us: [0; RECENT],
             n_lanes: 0,
             generation: 0,
             workload: 0,
@@ -512,8 +530,7 @@ impl KvCache {
                 weights: [Weights::default(); LANES],
                 others: Weights::default(),
                 waiting: None,
-                follower: None,
-                follower_times: [[0.0; GRID]; STEPS],
+                kin: Vec::with_capacity(KIN),
             },
             pressed: false,
             postponed: false,
@@ -524,6 +541,9 @@ impl KvCache {
                     identity: (NONE, 0, 0, None),
                     n: 0,
                     lanes: [NONE; LANES],
+                    n_agents: 0,
+                    agents: [0; LANES],
+                    calls: [0; LANES],
                     weights: [Weights::default(); LANES],
                     others: Weights::default(),
                     phase: (false, 0, 0),
@@ -540,6 +560,7 @@ impl KvCache {
             pool_blocks,
             offers: Offers::new(pool_blocks),
             lost: Lost::new(),
+            trails: Trails::new(),
             curves: std::array::from_fn(|_| Curves::new()),
             repairs: Repairs::default(),
             hints: if oracle { vec![Hint::NONE; index.n_segments()] } else { Vec::new() },
@@ -564,6 +585,8 @@ impl KvCache {
             + self.path.capacity() * 4
             + self.offers.bytes()
             + self.lost.bytes()
+            + self.trails.bytes()
+            + KIN * size_of::<Followed>()
             + size_of_val(&*self.plans)
             + size_of_val(&*self.cycles)
             + self.hints.len() * size_of::<Hint>()
@@ -607,8 +630,8 @@ impl KvCache {
         }
         let tenant = &mut self.tenants[slot];
         (tenant.lanes, tenant.last_lane, tenant.n_lanes) = (NONE, NONE, 0);
-        (tenant.calls, tenant.matched) = (0, 0);
-        (tenant.leader, tenant.follower) = ((NONE, 0), (NONE, 0));
+        tenant.calls = 0;
+        tenant.kin = [Kin::NONE; KIN];
         (tenant.next_refresh_us, tenant.session) = (u64::MAX, session);
         (tenant.generation, tenant.workload) = (handle.generation(), workload as u16);
         if let Some(starts) = self.starts.get_mut(slot) {
@@ -663,12 +686,18 @@ impl KvCache {
         }
     }
 
+    /// The lane of `agent`, [`NONE`] where it has none.
+    #[inline]
+    fn find_lane(&self, slot: u32, agent: u16) -> u32 {
+        let lanes = &self.lanes;
+        let of = |lane: u32| (lanes[lane as usize].session, lanes[lane as usize].agent) == (slot, agent);
+        self.lane_table.find(lane_hash(slot, agent), of)
+    }
+
     /// The lane of `agent`, moved to the front of its session's list.
     #[inline]
     fn lane(&mut self, slot: u32, agent: u16) -> u32 {
-        let lanes = &self.lanes;
-        let of = |lane: u32| (lanes[lane as usize].session, lanes[lane as usize].agent) == (slot, agent);
-        let lane = self.lane_table.find(lane_hash(slot, agent), of);
+        let lane = self.find_lane(slot, agent);
         if lane == NONE {
             return self.new_lane(slot, agent);
         }
@@ -844,9 +873,10 @@ impl KvCache {
         let shadow = if self.config.guard { self.guard.started(session, keys, hit) } else { NONE };
         let lane = self.lane(slot, agent);
         let mut whole = true;
+        let in_step_us = self.walk(slot, lane, run.started_us, keys);
         if !self.path.is_empty() || self.lanes[lane as usize].head != NONE || self.lost.any(lane) {
             self.refresh_curves(lane, workload);
-            whole = self.touch(workload, lane, slot, run.started_us, keys, hints);
+            whole = self.touch(workload, lane, slot, run.started_us, in_step_us, keys, hints);
         }
         let at = self.tenants[slot as usize].calls;
         let x = &mut self.lanes[lane as usize];
@@ -996,7 +1026,17 @@ impl KvCache {
     }
 
     /// Counts promises kept and broken, and makes the path the lane's. False where a segment could not be split.
-    fn touch(&mut self, workload: &Workload, lane: u32, slot: u32, now_us: u64, keys: &[u64], hints: &[Hint]) -> bool {
+    #[expect(clippy::too_many_arguments, reason = "a struct for one caller would say no more")]
+    fn touch(
+        &mut self,
+        workload: &Workload,
+        lane: u32,
+        slot: u32,
+        now_us: u64,
+        in_step_us: u64,
+        keys: &[u64],
+        hints: &[Hint],
+    ) -> bool {
         let prompt_len = keys.len() as u32;
         let Lane { agent, calls, at: called_at, .. } = self.lanes[lane as usize];
         // One vote per (misses, class) cell: all blocks of the lane, used or not, evicted or not.
@@ -1015,9 +1055,12 @@ impl KvCache {
             used[misses][class] += piece.used(keys);
         }
         self.lost.forget(lane);
-        let Tenant { leader, calls: step, .. } = self.tenants[slot as usize];
-        let mut votes = self.expected_of_leader(slot);
-        let mut leads = NONE;
+        let Tenant { kin, calls: step, .. } = self.tenants[slot as usize];
+        let mut votes = [None; KIN];
+        if kin[0] != Kin::NONE {
+            votes = kin.map(|kin| self.expected_of(kin, agent, calls + 1));
+        }
+        let mut leads = [NONE; KIN];
         let (mut at, mut previous, mut whole) = (0, NONE, true);
         while at < self.path.len() {
             let segment = self.index.segment_of(self.path[at]);
@@ -1034,13 +1077,23 @@ impl KvCache {
             let age_s = now_us.saturating_sub(old.last_use_us) as f32 / 1e6;
             let owner = self.owner(&old);
             let other = self.lanes[old.lane as usize].session;
-            if let Some(votes) = votes.as_mut().filter(|_| other == leader.0) {
-                votes.used(old.degree > 1, followers::offset(old.born, step), owner.agent, n as u32);
+            // What kin use in step with the owner is foreseen by that.
+            let mut foreseen = false;
+            if !same_session && other != NONE {
+                let votes = kin.iter().zip(&mut votes).find(|(kin, _)| kin.slot == other);
+                if let Some((_, Some(votes))) = votes {
+                    foreseen = old.last_use_us >= in_step_us;
+                    if owner.agent == agent {
+                        votes.used(old.degree > 1, old.ordinal, n as u32);
+                    }
+                }
+                if at * 3 >= prompt_len as usize && !leads.contains(&other) {
+                    leads.rotate_right(1);
+                    leads[0] = other;
+                }
             }
-            if !same_session && other != NONE && at * 3 >= prompt_len as usize {
-                leads = other;
-            }
-            workload.sharing.learn(self.curves(old.lane), owner, age_s, n as u32, !same_session);
+            let foreign = !same_session && !foreseen;
+            workload.sharing.learn(self.curves(old.lane), owner, age_s, n as u32, foreign);
             if n < old.len as usize {
                 let lower = self.split(segment, self.path[at + n - 1], n as u32);
                 if lower == NONE {
@@ -1053,6 +1106,7 @@ impl KvCache {
             if old.lane != lane {
                 self.lane_unlink(segment);
                 self.lane_link(segment, lane);
+                self.index.seg_mut(segment).ordinal = ordinal(calls.saturating_add(1));
             }
             self.offers.resolved(old.restored, n, true);
             let x = self.index.seg_mut(segment);
@@ -1079,7 +1133,7 @@ impl KvCache {
                 previous = segment;
             }
         }
-        self.follow(workload, slot, votes.as_ref(), leads);
+        self.follow(workload, slot, &votes, leads);
         let later = step.wrapping_sub(called_at) > 1;
         for (misses, (expected, used)) in expected.iter().zip(&used).enumerate() {
             for (class, (&n, &m)) in expected.iter().zip(used).enumerate() {
@@ -1091,39 +1145,91 @@ impl KvCache {
         whole
     }
 
-    /// The blocks that a session's leader holds now, which the session's call may use.
-    fn expected_of_leader(&self, slot: u32) -> Option<Votes> {
-        let Tenant { leader: (leader, generation), calls, .. } = self.tenants[slot as usize];
-        let x = self.tenants.get(leader as usize).filter(|x| x.generation == generation)?;
-        let (mut votes, mut lane) = (Votes::default(), x.lanes);
-        while lane != NONE {
-            let Lane { agent, head, next, .. } = self.lanes[lane as usize];
-            let mut segment = head;
-            while segment != NONE {
-                let x = self.index.seg(segment);
-                votes.expect(x.degree > 1, followers::offset(x.born, calls), agent, x.len);
-                segment = x.lane_next;
-            }
-            lane = next;
+    /// The blocks of `agent` that one of a session's kin holds now, which the session's call may use.
+    fn expected_of(&self, kin: Kin, agent: u16, call: u32) -> Option<Votes> {
+        self.tenants.get(kin.slot as usize).filter(|x| x.generation == kin.generation)?;
+        let mut votes = Votes::new(agent, call);
+        let mut segment = match self.find_lane(kin.slot, agent) {
+            NONE => NONE,
+            lane => self.lanes[lane as usize].head,
+        };
+        while segment != NONE {
+            let x = self.index.seg(segment);
+            votes.expect(x.degree > 1, x.ordinal, x.len);
+            segment = x.lane_next;
         }
         Some(votes)
     }
 
-    /// Counts what a session's call used of its leader's, and makes `leads` its leader if it is one.
-    fn follow(&mut self, workload: &Workload, slot: u32, votes: Option<&Votes>, leads: u32) {
-        let Tenant { leader, calls, matched, generation, .. } = self.tenants[slot as usize];
-        if let Some(votes) = votes {
-            workload.followers.learn(votes, calls.saturating_sub(matched));
-            self.mark(leader.0);
+    /// Counts what a session's call used of its kin's, and makes `leads` kin.
+    fn follow(&mut self, workload: &Workload, slot: u32, votes: &[Option<Votes>; KIN], leads: [u32; KIN]) {
+        let Tenant { kin, calls, .. } = self.tenants[slot as usize];
+        for (kin, votes) in kin.iter().zip(votes) {
+            if let Some(votes) = votes {
+                workload.followers.learn(votes, calls.saturating_sub(kin.matched));
+                self.mark(kin.slot);
+            }
         }
-        if leads != NONE && self.config.followers {
-            let tenant = &mut self.tenants[leads as usize];
-            tenant.follower = (slot, generation);
-            let leader = (leads, tenant.generation);
-            let tenant = &mut self.tenants[slot as usize];
-            (tenant.leader, tenant.matched) = (leader, calls);
-            self.mark(leads);
+        for lead in leads {
+            if lead != NONE {
+                self.relate(slot, lead);
+            }
         }
+    }
+
+    /// A call starts: who has walked along its prompt before? Gives the time since which the session has made so many calls that
+    /// what its kin have used since then, it uses in step with them.
+    #[inline]
+    fn walk(&mut self, slot: u32, lane: u32, now_us: u64, keys: &[u64]) -> u64 {
+        let tenant = &mut self.tenants[slot as usize];
+        if tenant.calls <= 1 {
+            tenant.recent_us = [now_us; RECENT];
+        }
+        let in_step_us = tenant.recent_us[RECENT - 1];
+        tenant.recent_us.rotate_right(1);
+        tenant.recent_us[0] = now_us;
+        if self.config.followers && self.lanes[lane as usize].calls == 0 {
+            let generation = tenant.generation;
+            for (lead, generation) in self.trails.walk(keys, slot, generation) {
+                if lead != NONE && self.tenants[lead as usize].generation == generation {
+                    self.relate(slot, lead);
+                }
+            }
+        }
+        in_step_us
+    }
+
+    /// The session in `slot` asks for what the one in `lead` has used: they are kin, and so are those of that.
+    fn relate(&mut self, slot: u32, lead: u32) {
+        if !self.config.followers || self.tenants[slot as usize].workload != self.tenants[lead as usize].workload {
+            return;
+        }
+        self.link(slot, lead, true);
+        self.link(lead, slot, false);
+        for kin in self.tenants[lead as usize].kin {
+            if kin.slot != slot && self.is_there(kin) {
+                self.link(slot, kin.slot, false);
+                self.link(kin.slot, slot, false);
+            }
+        }
+        self.mark(lead);
+    }
+
+    fn is_there(&self, kin: Kin) -> bool {
+        self.tenants.get(kin.slot as usize).is_some_and(|x| x.generation == kin.generation)
+    }
+
+    /// Makes the session in `other` kin of the one in `slot`, in the place of one that is gone or was used longest ago.
+    fn link(&mut self, slot: u32, other: u32, used: bool) {
+        let generation = self.tenants[other as usize].generation;
+        let Tenant { kin, calls, .. } = self.tenants[slot as usize];
+        let known = kin.iter().position(|kin| kin.slot == other && kin.generation == generation);
+        if known.is_some() && !used {
+            return;
+        }
+        let longest = || (0..KIN).max_by_key(|&at| calls.saturating_sub(kin[at].matched)).unwrap_or(0);
+        let at = known.or_else(|| kin.iter().position(|&kin| !self.is_there(kin))).unwrap_or_else(longest);
+        self.tenants[slot as usize].kin[at] = Kin { slot: other, generation, matched: calls };
     }
 
     /// Nothing tells a segment from the only one below it any more. Both were just used by the same call.
@@ -1300,6 +1406,7 @@ impl KvCache {
                 x.degree = if i < anchor_len { anchor_degree.saturating_add(1) } else { 1 };
                 x.depth = *len;
                 x.born = born;
+                x.ordinal = ordinal(touch_call.saturating_add((origin == Origin::Output).into()));
                 x.touch_call = touch_call;
                 x.last_use_us = now_us;
                 if let Some(&hint) = hints.get(i) {
@@ -1462,7 +1569,8 @@ impl KvCache {
                 let agent = self.lanes[self.view.lanes[i] as usize].agent;
                 let rate = workload.content.rates(agent, 0, content::used_class(2), &self.config).later;
                 let private = Foreign::At(f32::INFINITY);
-                let score = density::score(&self.view.times, &first.map(|p| p * rate), &private, None, None);
+                let score =
+                    density::score(&self.view.times, &first.map(|p| p * rate), &private, std::iter::empty(), None);
                 self.offers.found((slot, tenant.generation, agent), probability, score);
                 if score > ABOVE_FLOOR * floor {
                     let (session, workload) = (tenant.session, u32::from(tenant.workload));
@@ -1545,10 +1653,13 @@ impl KvCache {
     pub(crate) fn session_changed(&mut self, handle: SessionHandle) {
         let tenant = &self.tenants[handle.slot()];
         if tenant.generation == handle.generation() {
-            let leader = tenant.leader.0;
+            let kin = tenant.kin;
             self.mark(handle.slot() as u32);
-            if leader != NONE {
-                self.mark(leader);
+            for kin in kin {
+                if kin == Kin::NONE {
+                    break;
+                }
+                self.mark(kin.slot);
             }
         }
     }
@@ -1603,6 +1714,7 @@ impl KvCache {
         self.active.clear();
         self.running.clear();
         self.lane_table.clear();
+        self.trails.clear();
         self.view.slot = NONE;
         for plan in &mut self.plans {
             plan.identity = (NONE, 0, 0, None);
@@ -1623,18 +1735,22 @@ impl KvCache {
         self.view.n = 0;
         self.view.others = Weights::default();
         self.view.waiting = None;
-        self.view.follower = None;
         self.view.times = [[0.0; GRID]; STEPS];
-        if self.config.followers {
-            let (follower, generation) = self.tenants[slot as usize].follower;
-            if let Some(x) = self.tenants.get(follower as usize) {
-                if x.generation == generation && x.leader.0 == slot {
-                    let counts = (x.calls, x.calls.saturating_sub(x.matched));
-                    if let Some(times) = self.plan(workload, sessions, follower).map(|(plan, _)| plan.times) {
-                        self.view.follower = Some(counts);
-                        self.view.follower_times = times;
-                    }
-                }
+        self.view.kin.clear();
+        for kin in self.tenants[slot as usize].kin {
+            let Some(x) = self.tenants.get(kin.slot as usize).filter(|x| x.generation == kin.generation) else {
+                continue;
+            };
+            let Some(back) = x.kin.iter().find(|kin| kin.slot == slot) else { continue };
+            let since = x.calls.saturating_sub(back.matched);
+            let handle = sessions.at(kin.slot as usize).filter(|handle| handle.generation() == kin.generation);
+            if handle.and_then(|handle| standing(sessions, handle)).is_none_or(|at| at.doubted && !at.in_flight) {
+                // It has ended, as far as one can tell.
+                continue;
+            }
+            if let Some((plan, _)) = self.plan(workload, sessions, kin.slot) {
+                let &Plan { n_agents: n, agents, calls, weights, times, .. } = plan;
+                self.view.kin.push(Followed { since, n, agents, calls, weights, times });
             }
         }
         let Some((plan, waiting)) = self.plan(workload, sessions, slot) else { return };
@@ -1656,15 +1772,31 @@ impl KvCache {
             plan.identity = identity;
             plan.phase = (false, u64::MAX, u64::MAX);
             plan.n = 0;
-            let mut agents = [0u16; LANES];
+            plan.calls = [0; LANES];
             let mut lane = tenant.lanes;
             while lane != NONE && plan.n < LANES {
-                plan.lanes[plan.n] = lane;
-                agents[plan.n] = self.lanes[lane as usize].agent;
+                let x = &self.lanes[lane as usize];
+                (plan.lanes[plan.n], plan.agents[plan.n], plan.calls[plan.n]) = (lane, x.agent, x.calls);
                 plan.n += 1;
-                lane = self.lanes[lane as usize].next;
+                lane = x.next;
             }
-            let mut chain = Chain::new(workload, &self.config, &agents[..plan.n], at.tool_runs());
+            plan.n_agents = plan.n;
+            for kin in tenant.kin {
+                let Some(x) = self.tenants.get(kin.slot as usize).filter(|x| x.generation == kin.generation) else {
+                    continue;
+                };
+                let mut lane = if usize::from(tenant.n_lanes) == plan.n { x.lanes } else { NONE };
+                while lane != NONE && plan.n_agents < LANES {
+                    let agent = self.lanes[lane as usize].agent;
+                    if !plan.agents[..plan.n_agents].contains(&agent) {
+                        plan.agents[plan.n_agents] = agent;
+                        plan.n_agents += 1;
+                    }
+                    lane = self.lanes[lane as usize].next;
+                }
+            }
+            let agents = &plan.agents[..plan.n_agents];
+            let mut chain = Chain::new(workload, &self.config, agents, at.tool_runs()).of_lanes(plan.n);
             plan.weights = chain.weights(at.prev, at.last);
             plan.others = match usize::from(tenant.n_lanes) - plan.n {
                 0 => Weights::default(),
@@ -1771,12 +1903,17 @@ impl KvCache {
         if self.config.oracle.any() {
             self.foretold(segment, lane, &mut first_use, &mut foreign);
         }
-        let mut follow = [0.0; STEPS];
-        if let Some((calls, since)) = self.view.follower {
-            follow = workload.followers.first_use(x.degree > 1, x.born, calls, since, lane.agent);
+        let mut used = [[0.0; STEPS]; KIN];
+        // Nobody's leaves are scored beside whatever session's view is loaded.
+        let kin = if lane.session == self.view.slot { &self.view.kin[..] } else { &[] };
+        for (kin, used) in kin.iter().zip(&mut used) {
+            if let Some(i) = kin.agents[..kin.n].iter().position(|&agent| agent == lane.agent) {
+                let (calls, weights) = (kin.calls[i], &kin.weights[i]);
+                *used = workload.followers.first_use(x.degree > 1, x.ordinal, lane.agent, calls, kin.since, weights);
+            }
         }
-        let follower = self.view.follower.map(|_| (&self.view.follower_times, &follow));
-        let score = density::score(&self.view.times, &first_use, &foreign, follower, horizon_s);
+        let followed = kin.iter().map(|kin| &kin.times).zip(&used);
+        let score = density::score(&self.view.times, &first_use, &foreign, followed, horizon_s);
         let score = if self.config.sabotage { (1e3 * score).recip() } else { score };
         // What is awaited is worth one hit after that time, whatever else may happen.
         let awaited = |wait_s: f32| match horizon_s {
@@ -2191,6 +2328,11 @@ impl KvCache {
             (NONE, key)
         }
     }
+}
+
+/// Number of a lane's call as segments keep it.
+fn ordinal(call: u32) -> u8 {
+    call.min(u8::MAX.into()) as u8
 }
 
 fn lane_hash(slot: u32, agent: u16) -> u64 {

@@ -223,7 +223,7 @@ proptest! {
         let mut first_use = [0.0; STEPS];
         first_use[0] = p;
         let curve = Curve::new(&[hazard; AGES]);
-        let ours = density::score(&times, &first_use, &Foreign::Learned { curve: &curve, risk, age_s }, None, None);
+        let ours = density::score(&times, &first_use, &Foreign::Learned { curve: &curve, risk, age_s }, std::iter::empty(), None);
         let position = |x: f64| if x <= 1.0 { x.max(0.0) * 0.999 } else { (x.log2() + 1.0).min(AGES as f64 - 0.001) };
         let cumulative = |age: f64| -f64::from(risk) * position(16.0 * age) * (1.0 - f64::from(hazard)).ln();
         let reuse = |x: f64| {

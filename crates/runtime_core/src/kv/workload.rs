@@ -11,7 +11,7 @@
 //! | `ends` | trials and successes by agent, step, size, tool | 256 |
 //! | `sharing` | uses by other sessions by degree, depth and age, agent and step; remembered anchors | 3,232 |
 //! | `warm` | agents whose votes are drawn | 4 |
-//! | `followers` | uses by sessions that follow the owner, private or shared, by offset, lag and agent | 192 |
+//! | `followers` | uses by sessions that walk the owner's path, private or shared, by offset, lag and agent | 192 |
 //! | | padding to a cache line | |
 //! | victim queue | heads of 256 score classes (kept beside the index, counted here) | 1,056 |
 //!
