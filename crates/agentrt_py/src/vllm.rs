@@ -304,7 +304,9 @@ impl FreeQueue {
     pub(crate) fn carry_all(&mut self, keys: &[u64], ids: &[u32]) -> PyResult<Vec<u64>> {
         let mut lost = Vec::new();
         // Independent loads overlap where what follows would wait for one after the other.
-        std::hint::black_box(ids.iter().fold(0, |sum, &id| sum ^ self.at.get(id as usize).map_or(0, |at| at.number)));
+        let had = ids.iter().filter_map(|&id| self.at.get(id as usize)).map(|at| at.key ^ at.number);
+        std::hint::black_box(had.fold(0, |sum, had| sum ^ had));
+        self.look_for(keys);
         for (i, &id) in ids.iter().enumerate() {
             if id as usize >= self.at.len() {
                 return Err(value_error("block_ids", format!("has block {id}"), "pass blocks of the pool".into()));
@@ -380,6 +382,11 @@ impl FreeQueue {
         self.live += victims.len();
         self.ranked_blocks += victims.len() as u64;
         Ok(victims.len())
+    }
+
+    /// Reads where the blocks of `keys` are known to be.
+    fn look_for(&self, keys: &[u64]) {
+        std::hint::black_box(keys.iter().fold(0, |sum, key| sum ^ self.known.get(key).copied().unwrap_or(0)));
     }
 
     /// A block is no victim any more.
@@ -531,7 +538,8 @@ impl FreeQueue {
             keys.clear();
             self.ask(py, short, now_us, &mut keys)?;
             let none = keys.is_empty();
-            // In three rounds: the loads of each are independent and overlap.
+            // In rounds: the loads of each are independent and overlap.
+            self.look_for(&keys);
             let mut named: Vec<(Bound<'py, PyAny>, u32, u64)> = Vec::with_capacity(keys.len());
             for &key in &keys {
                 match self.known.remove(&key) {

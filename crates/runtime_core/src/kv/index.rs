@@ -355,11 +355,14 @@ impl Index {
         slot
     }
 
-    /// Reads the hash-table entries of `keys`, as [`Self::look_ahead`] does.
+    /// Reads the hash-table entries of `keys`, as [`Self::look_ahead`] does, and the keys of the blocks that are at home
+    /// there.
     pub(crate) fn look_for(&self, keys: &[u64]) {
+        let published = &*self.published;
         let sum = keys.iter().fold(0, |sum, &key| {
-            let home = self.published.home(nonzero(key));
-            sum ^ self.published.table[home].load(Relaxed)
+            let entry = published.table[published.home(nonzero(key))].load(Relaxed);
+            let at_home = entry != NONE && published.distance(entry) == 0;
+            sum ^ if at_home { self.key(published.slot(entry)) } else { u64::from(entry) }
         });
         std::hint::black_box(sum);
     }
