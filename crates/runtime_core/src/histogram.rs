@@ -255,6 +255,13 @@ impl<const N: usize, const HALVE_AT: u32> Ratio<N, HALVE_AT> {
         let word = self.cells.get(index).map_or(0, |cell| cell.load(Relaxed));
         ((word >> 16) as u16, word as u16)
     }
+
+    /// The sum of [`Self::get`] over `n` cells from `first`.
+    #[inline]
+    pub fn sum(&self, first: usize, n: usize) -> (u32, u32) {
+        let words = self.cells.iter().skip(first).take(n).map(|cell| cell.load(Relaxed));
+        words.fold((0, 0), |(expected, hits), word| (expected + (word >> 16), hits + (word & 0xFFFF)))
+    }
 }
 
 #[cfg(test)]
@@ -274,6 +281,13 @@ mod tests {
         counters.snapshot(&mut counts);
         assert_eq!(counts, [1, 0, 0, 2, 1, 0, 0, 3]);
         assert_eq!((counters.get(7), counters.get(8), counters.total()), (3, 0, 7));
+    }
+
+    #[test]
+    fn a_sum_is_that_of_its_cells() {
+        let ratio = Ratio::<8>::default();
+        (0..8).for_each(|cell| ratio.add(cell, 16, cell as u32));
+        assert_eq!((ratio.sum(2, 3), ratio.sum(6, 9), ratio.sum(8, 1)), ((48, 9), (32, 13), (0, 0)));
     }
 
     #[test]

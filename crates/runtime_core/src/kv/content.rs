@@ -132,7 +132,7 @@ impl Content {
     }
 
     fn rate(&self, agent: u16, misses: usize, later: bool, class: Option<usize>) -> f32 {
-        let of_slot = |row: &Row| (0..CLASSES).map(|class| cell(row, slot(misses, later), class)).fold((0.0, 0.0), add);
+        let of_slot = |row: &Row| of_slot(row, slot(misses, later));
         let told = |row: &Row| class.map_or_else(|| of_slot(row), |class| cell(row, slot(misses, later), class));
         let (expected, hit) = of_slot(&self.pooled);
         let all = (hit + 0.25) / (expected + 0.5);
@@ -161,6 +161,12 @@ fn slot(misses: usize, later: bool) -> usize {
     } else {
         misses + TOLD_APART
     }
+}
+
+/// Votes of all classes: in integers, which come to the same as the sum of the [`cell`]s, exactly.
+fn of_slot(row: &Row, slot: usize) -> (f32, f32) {
+    let (expected, hit) = row.sum(slot * CLASSES, CLASSES);
+    (expected as f32 / UNIT as f32, hit as f32 / UNIT as f32)
 }
 
 fn cell(row: &Row, slot: usize, class: usize) -> (f32, f32) {
