@@ -1732,10 +1732,6 @@ impl KvCache {
         }
         self.view.slot = slot;
         self.view.now_us = self.now_us;
-        self.view.n = 0;
-        self.view.others = Weights::default();
-        self.view.waiting = None;
-        self.view.times = [[0.0; GRID]; STEPS];
         self.view.kin.clear();
         for kin in self.tenants[slot as usize].kin {
             let Some(x) = self.tenants.get(kin.slot as usize).filter(|x| x.generation == kin.generation) else {
@@ -1748,25 +1744,30 @@ impl KvCache {
                 // It has ended, as far as one can tell.
                 continue;
             }
-            if let Some((plan, _)) = self.plan(workload, sessions, kin.slot) {
-                let &Plan { n_agents: n, agents, calls, weights, times, .. } = plan;
+            if let Some((at, _)) = self.plan(workload, sessions, kin.slot) {
+                let Plan { n_agents: n, agents, calls, weights, times, .. } = self.plans[at];
                 self.view.kin.push(Followed { since, n, agents, calls, weights, times });
             }
         }
-        let Some((plan, waiting)) = self.plan(workload, sessions, slot) else { return };
-        let (n, lanes, weights, times) = (plan.n, plan.lanes, plan.weights, plan.times);
-        self.view.others = plan.others;
-        (self.view.n, self.view.lanes, self.view.weights, self.view.times) = (n, lanes, weights, times);
-        self.view.waiting = waiting;
+        let Some((at, waiting)) = self.plan(workload, sessions, slot) else {
+            (self.view.n, self.view.others, self.view.waiting) = (0, Weights::default(), None);
+            self.view.times = [[0.0; GRID]; STEPS];
+            return;
+        };
+        let (view, plan) = (&mut self.view, &self.plans[at]);
+        view.weights[..plan.n].copy_from_slice(&plan.weights[..plan.n]);
+        (view.n, view.lanes, view.others, view.times) = (plan.n, plan.lanes, plan.others, plan.times);
+        view.waiting = waiting;
     }
 
-    /// What is expected of a session, and the agent of its waiting call.
-    fn plan(&mut self, workload: &Workload, sessions: &Sessions, slot: u32) -> Option<(&Plan, Option<u16>)> {
+    /// Where it stands what is expected of a session, and the agent of its waiting call.
+    fn plan(&mut self, workload: &Workload, sessions: &Sessions, slot: u32) -> Option<(usize, Option<u16>)> {
         let tenant = self.tenants[slot as usize];
         let handle = sessions.at(slot as usize).filter(|h| h.generation() == tenant.generation)?;
         let at = standing(sessions, handle)?;
         // Who speaks next changes with the session's calls only, when it speaks with every moment.
-        let plan = &mut self.plans[slot as usize % PLANS];
+        let place = slot as usize % PLANS;
+        let plan = &mut self.plans[place];
         let identity = (slot, handle.generation(), at.features.steps, at.tool_runs());
         if plan.identity != identity {
             plan.identity = identity;
@@ -1813,7 +1814,7 @@ impl KvCache {
                 u64::MAX => f32::INFINITY,
                 start => start.saturating_sub(now_us) as f32 / 1e6,
             }));
-            return Some((plan, waiting));
+            return Some((place, waiting));
         }
         // Times hold for as long as the silence has hardly grown.
         let phase = (at.in_flight, at.last_start_us, at.last_finish_us);
@@ -1832,7 +1833,7 @@ impl KvCache {
             let services = if runs { self.services.renew(&workload.services.hazards()) } else { &self.services };
             plan.times = call_times(workload, &at, now_us, wait_s, &known.cycle, services, &self.config);
         }
-        Some((plan, waiting))
+        Some((place, waiting))
     }
 
     /// Scores a leaf whose session's view is loaded, or that is nobody's, and queues it accordingly.
