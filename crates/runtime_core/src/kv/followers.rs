@@ -1,6 +1,6 @@
 //! Sessions that walk the same path: what will they ask of each other?
 //!
-//! Sessions that have used the same blocks beyond the first third of a prompt are *kin*: they do the same task. Each call
+//! Sessions that have used the same blocks beyond the first third of a prompt are *kin*, unless sixteen have: they do the same task. Each call
 //! of a session is a trial for the segments of its kin that were last used by the same agent, by how the number of the
 //! lane's call that first used a segment compares with the number of this call of the same agent in its own session
 //! (the agents of two runs of one task are called with the same prompts in the same order, whatever comes between), and by how many calls
@@ -11,6 +11,8 @@ use crate::histogram::{Counters, Often, UNIT};
 
 use super::chain::{Weights, STEPS};
 
+/// What so many sessions have used is a system prompt, and makes nobody kin.
+pub(crate) const COMMON: u8 = 16;
 /// Kin that a session remembers.
 pub(crate) const KIN: usize = 6;
 /// Calls since the session last used anything of the other's: 1, 2-3, more.

@@ -59,7 +59,7 @@ use calls::Calls;
 use chain::{Chain, Weights, LANES, STEPS};
 use content::{CLASSES, MISSES};
 use density::{CallTimes, Cycle, Foreign, Services, Silence, GRID};
-use followers::{Kin, Votes, KIN};
+use followers::{Kin, Votes, COMMON, KIN};
 use guard::Guard;
 use index::{Index, Segment, NONE, NOT_QUEUED};
 use lost::{Lost, Piece};
@@ -1087,7 +1087,7 @@ impl KvCache {
                         votes.used(old.degree > 1, old.ordinal, n as u32);
                     }
                 }
-                if at * 3 >= prompt_len as usize && !leads.contains(&other) {
+                if at * 3 >= prompt_len as usize && old.degree < COMMON && !leads.contains(&other) {
                     leads.rotate_right(1);
                     leads[0] = other;
                 }

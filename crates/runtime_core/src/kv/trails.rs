@@ -4,7 +4,7 @@
 //! chosen by their keys so that equal prompts choose the same, are kept with the session. Who walks there later is kin, see
 //! `followers.rs`. A direct-mapped table; the latest stays.
 
-use super::followers::KIN;
+use super::followers::{COMMON, KIN};
 use super::NONE;
 use crate::ids::spread;
 
@@ -20,6 +20,8 @@ struct Trail {
     key: u64,
     slot: u32,
     generation: u16,
+    /// Sessions that have walked here, one after the other, saturating.
+    walkers: u8,
 }
 
 /// See the module's page.
@@ -28,7 +30,7 @@ pub(super) struct Trails(Box<[Trail]>);
 
 impl Trails {
     pub(super) fn new() -> Self {
-        Self(vec![Trail { key: 0, slot: NONE, generation: 0 }; TRAILS].into())
+        Self(vec![Trail { key: 0, slot: NONE, generation: 0, walkers: 0 }; TRAILS].into())
     }
 
     pub(super) fn bytes(&self) -> usize {
@@ -49,11 +51,14 @@ impl Trails {
             }
             let trail = &mut self.0[hash as usize & (TRAILS - 1)];
             let last = (trail.slot, trail.generation);
-            if trail.key == key && last.0 != NONE && last.0 != slot && n < KIN && !before[..n].contains(&last) {
+            let known = trail.key == key && last.0 != NONE;
+            let other = known && last != (slot, generation);
+            if other && trail.walkers < COMMON && n < KIN && !before[..n].contains(&last) {
                 before[n] = last;
                 n += 1;
             }
-            *trail = Trail { key, slot, generation };
+            let walkers = if known { trail.walkers.saturating_add(other.into()) } else { 1 };
+            *trail = Trail { key, slot, generation, walkers };
             marked += 1;
             if marked == MARKED {
                 break;
@@ -81,6 +86,13 @@ mod tests {
         assert_eq!(trails.walk(&prompt(1), 9, 2), [(NONE, 0); KIN]);
         trails.clear();
         assert_eq!(trails.walk(&prompt(2), 9, 2), [(NONE, 0); KIN]);
+    }
+
+    #[test]
+    fn what_many_sessions_have_walked_along_makes_nobody_kin() {
+        let mut trails = Trails::new();
+        let found: Vec<bool> = (0..40).map(|slot| trails.walk(&prompt(1), slot, 0)[0].0 != NONE).collect();
+        assert!(!found[0] && found[1..16].iter().all(|&found| found) && !found[16..].contains(&true), "{found:?}");
     }
 
     #[test]
