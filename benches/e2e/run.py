@@ -47,7 +47,9 @@ from benches.e2e.workloads import (
     GENERATED,
     RECORDED,
     SCALED_BLOCK,
+    GENERATED_CALLS,
     TRACE_BLOCK,
+    calls_of,
     capacities,
     orders_of,
 )
@@ -185,7 +187,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workloads", help=f"of {','.join((*RECORDED, *GENERATED))}")
     parser.add_argument("--policies", help=f"of {','.join(CORES)}")
     parser.add_argument("--repetitions", type=int, help="3 by default")
-    parser.add_argument("--calls", type=int, help=f"of a run; {CALLS} by default")
+    parser.add_argument("--calls", type=int, help=f"of a run; {CALLS} by default, at most {GENERATED_CALLS} of a generated workload")
     parser.add_argument("--sessions", type=int, default=CONCURRENCY, help="at a time")
     parser.add_argument("--model", choices=("tiny", "small", "medium"))
     parser.add_argument("--pause-every", type=int, default=0, metavar="N", help="calls, after which all sessions pause")
@@ -227,7 +229,7 @@ def main() -> None:
     results = Results(asked.json, shape)
     pools = {}
     for name in names:
-        orders = orders_of(name, asked.traces, shape["concurrency"], shape["calls"])
+        orders = orders_of(name, asked.traces, shape["concurrency"], calls_of(name, shape["calls"]))
         pools[name] = found = capacities(orders, name, shape["concurrency"], shape["batch"])
         print(
             f"{name}: {found.pressure:,} blocks, where the replay says LRU {found.lru:.1%}, MIN {found.optimal:.1%}; "
@@ -278,6 +280,7 @@ def main() -> None:
                     {
                         **job,
                         "workload": name,
+                        "calls": calls_of(name, shape["calls"]),
                         "pool_blocks": blocks,
                         "seed": repetition,
                         "core": CORES[policy],
