@@ -45,9 +45,9 @@ from benches.e2e.workloads import (
     CONCURRENCY,
     ENGINE_BLOCK,
     GENERATED,
+    GENERATED_CALLS,
     RECORDED,
     SCALED_BLOCK,
-    GENERATED_CALLS,
     TRACE_BLOCK,
     calls_of,
     capacities,
@@ -187,7 +187,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workloads", help=f"of {','.join((*RECORDED, *GENERATED))}")
     parser.add_argument("--policies", help=f"of {','.join(CORES)}")
     parser.add_argument("--repetitions", type=int, help="3 by default")
-    parser.add_argument("--calls", type=int, help=f"of a run; {CALLS} by default, at most {GENERATED_CALLS} of a generated workload")
+    parser.add_argument(
+        "--calls", type=int, help=f"of a run; {CALLS} by default, at most {GENERATED_CALLS} of a generated workload"
+    )
     parser.add_argument("--sessions", type=int, default=CONCURRENCY, help="at a time")
     parser.add_argument("--model", choices=("tiny", "small", "medium"))
     parser.add_argument("--pause-every", type=int, default=0, metavar="N", help="calls, after which all sessions pause")
