@@ -1,6 +1,7 @@
 //! Sessions that walk the same path: what will they ask of each other?
 //!
-//! Sessions that have used the same blocks beyond the first third of a prompt are *kin*, unless sixteen have: they do the same task. Each call
+//! Sessions that have used the same blocks beyond the first third of a prompt are *kin*: they do the same task. Blocks that have gone from
+//! session to session sixteen times are a system prompt, and make nobody kin. Each call
 //! of a session is a trial for the segments of its kin that were last used by the same agent, by how the number of the
 //! lane's call that first used a segment compares with the number of this call of the same agent in its own session
 //! (the agents of two runs of one task are called with the same prompts in the same order, whatever comes between), and by how many calls
@@ -11,7 +12,7 @@ use crate::histogram::{Counters, Often, UNIT};
 
 use super::chain::{Weights, STEPS};
 
-/// What so many sessions have used is a system prompt, and makes nobody kin.
+/// What has gone from one session to another so often is a system prompt, and makes nobody kin.
 pub(crate) const COMMON: u8 = 16;
 /// Kin that a session remembers.
 pub(crate) const KIN: usize = 6;
@@ -43,7 +44,7 @@ pub(crate) struct Kin {
     /// Where it sits, `u32::MAX` for none, and which of those that have sat there it is.
     pub(crate) slot: u32,
     pub(crate) generation: u16,
-    /// Number of the own call that last used anything of it.
+    /// Number of the own call that last used anything of it, or that it became kin at.
     pub(crate) matched: u16,
 }
 
@@ -53,21 +54,24 @@ impl Kin {
 
 /// How a segment first used by its lane's call `ordinal` compares with the agent's call number `call` in another session.
 fn offset(ordinal: u8, call: u32) -> usize {
-    match u32::from(ordinal).cmp(&call) {
+    match u32::from(ordinal).cmp(&call.min(u8::MAX.into())) {
         std::cmp::Ordering::Less => 0,
         std::cmp::Ordering::Equal => DUE[usize::from(call == 1)],
         std::cmp::Ordering::Greater => 3,
     }
 }
 
-fn cell(shared: bool, offset: usize, since: u16) -> usize {
-    let lag = match since {
+fn lag(since: u16) -> usize {
+    match since {
         0 | 1 => 0,
         2..=3 => 1,
         _ => 2,
-    };
+    }
+}
+
+fn cell(shared: bool, offset: usize, since: u16) -> usize {
     let group = usize::from(shared);
-    (group * OFFSETS + offset) * LAGS + lag
+    (group * OFFSETS + offset) * LAGS + lag(since)
 }
 
 fn row(shared: bool, agent: u16) -> usize {
@@ -141,10 +145,18 @@ impl Followers {
         let (mut left, mut out) = (1.0, [0.0; STEPS]);
         for (further, weights) in (1u16..).zip(&weights.0) {
             let offset = offset(ordinal, calls.saturating_add(further.into()));
-            let (expected, used) = of_cell(cell(shared, offset, since.saturating_add(further)));
-            let rate = ((used + 0.1) / (expected + 2.0) * risk).min(0.95);
-            out.iter_mut().zip(weights).for_each(|(out, weight)| *out += left * rate * weight);
-            left *= 1.0 - rate;
+            let rates: [f32; LAGS] = std::array::from_fn(|lag| {
+                let (expected, used) = of_cell(cell(shared, offset, 0) + lag);
+                ((used + 0.1) / (expected + 2.0) * risk).min(0.95)
+            });
+            // Votes are by the session's calls: at its i-th next one, the last that used anything is i calls longer ago.
+            let (mut uses, mut calls) = (0.0, 1e-6);
+            for ((i, out), weight) in (1u16..).zip(&mut out).zip(weights) {
+                let use_then = rates[lag(since.saturating_add(i))] * weight;
+                *out += left * use_then;
+                (uses, calls) = (uses + use_then, calls + weight);
+            }
+            left *= 1.0 - uses / calls;
         }
         out
     }

@@ -253,7 +253,7 @@ struct Tenant {
     calls: u16,
     /// Sessions that walk the same path, one after the other; none where the first is none.
     kin: [Kin; KIN],
-    /// Starts of its last calls, the latest first; before its first call, of that.
+    /// Starts of its last calls, the latest first, or of its first; `u64::MAX` before that.
     recent_us: [u64; RECENT],
     n_lanes: u8,
     generation: u16,
@@ -500,7 +500,7 @@ impl KvCache {
             last_lane: NONE,
             calls: 0,
             kin: [Kin::NONE; KIN],
-            recent_us: [0; RECENT],
+            recent_us: [u64::MAX; RECENT],
             n_lanes: 0,
             generation: 0,
             workload: 0,
@@ -632,6 +632,7 @@ impl KvCache {
         (tenant.lanes, tenant.last_lane, tenant.n_lanes) = (NONE, NONE, 0);
         tenant.calls = 0;
         tenant.kin = [Kin::NONE; KIN];
+        tenant.recent_us = [u64::MAX; RECENT];
         (tenant.next_refresh_us, tenant.session) = (u64::MAX, session);
         (tenant.generation, tenant.workload) = (handle.generation(), workload as u16);
         if let Some(starts) = self.starts.get_mut(slot) {
@@ -873,11 +874,13 @@ impl KvCache {
         let shadow = if self.config.guard { self.guard.started(session, keys, hit) } else { NONE };
         let lane = self.lane(slot, agent);
         let mut whole = true;
-        let in_step_us = self.walk(slot, lane, run.started_us, keys);
-        if !self.path.is_empty() || self.lanes[lane as usize].head != NONE || self.lost.any(lane) {
+        let in_step_us = self.in_step_since(slot, run.started_us);
+        let has_kin = self.tenants[slot as usize].kin[0] != Kin::NONE;
+        if !self.path.is_empty() || has_kin || self.lanes[lane as usize].head != NONE || self.lost.any(lane) {
             self.refresh_curves(lane, workload);
             whole = self.touch(workload, lane, slot, run.started_us, in_step_us, keys, hints);
         }
+        self.walk(slot, lane, keys);
         let at = self.tenants[slot as usize].calls;
         let x = &mut self.lanes[lane as usize];
         (x.calls, x.at) = (x.calls.wrapping_add(1), at);
@@ -1082,8 +1085,8 @@ impl KvCache {
             if !same_session && other != NONE {
                 let votes = kin.iter().zip(&mut votes).find(|(kin, _)| kin.slot == other);
                 if let Some((_, Some(votes))) = votes {
-                    foreseen = old.last_use_us >= in_step_us;
                     if owner.agent == agent {
+                        foreseen = old.last_use_us >= in_step_us;
                         votes.used(old.degree > 1, old.ordinal, n as u32);
                     }
                 }
@@ -1177,26 +1180,30 @@ impl KvCache {
         }
     }
 
-    /// A call starts: who has walked along its prompt before? Gives the time since which the session has made so many calls that
-    /// what its kin have used since then, it uses in step with them.
+    /// A call starts: what the session's kin have used since this time, it uses in step with them.
     #[inline]
-    fn walk(&mut self, slot: u32, lane: u32, now_us: u64, keys: &[u64]) -> u64 {
-        let tenant = &mut self.tenants[slot as usize];
-        if tenant.calls <= 1 {
-            tenant.recent_us = [now_us; RECENT];
+    fn in_step_since(&mut self, slot: u32, now_us: u64) -> u64 {
+        let recent_us = &mut self.tenants[slot as usize].recent_us;
+        if recent_us[0] == u64::MAX {
+            *recent_us = [now_us; RECENT];
         }
-        let in_step_us = tenant.recent_us[RECENT - 1];
-        tenant.recent_us.rotate_right(1);
-        tenant.recent_us[0] = now_us;
+        let since_us = recent_us[RECENT - 1];
+        recent_us.rotate_right(1);
+        recent_us[0] = now_us;
+        since_us
+    }
+
+    /// An agent is called for the first time: who has walked along its prompt before is kin from now on.
+    #[inline]
+    fn walk(&mut self, slot: u32, lane: u32, keys: &[u64]) {
         if self.config.followers && self.lanes[lane as usize].calls == 0 {
-            let generation = tenant.generation;
+            let generation = self.tenants[slot as usize].generation;
             for (lead, generation) in self.trails.walk(keys, slot, generation) {
                 if lead != NONE && self.tenants[lead as usize].generation == generation {
                     self.relate(slot, lead);
                 }
             }
         }
-        in_step_us
     }
 
     /// The session in `slot` asks for what the one in `lead` has used: they are kin, and so are those of that.
@@ -1204,12 +1211,12 @@ impl KvCache {
         if !self.config.followers || self.tenants[slot as usize].workload != self.tenants[lead as usize].workload {
             return;
         }
-        self.link(slot, lead, true);
-        self.link(lead, slot, false);
+        self.link(slot, lead, true, true);
+        self.link(lead, slot, false, true);
         for kin in self.tenants[lead as usize].kin {
             if kin.slot != slot && self.is_there(kin) {
-                self.link(slot, kin.slot, false);
-                self.link(kin.slot, slot, false);
+                self.link(slot, kin.slot, false, false);
+                self.link(kin.slot, slot, false, false);
             }
         }
         self.mark(lead);
@@ -1219,17 +1226,20 @@ impl KvCache {
         self.tenants.get(kin.slot as usize).is_some_and(|x| x.generation == kin.generation)
     }
 
-    /// Makes the session in `other` kin of the one in `slot`, in the place of one that is gone or was used longest ago.
-    fn link(&mut self, slot: u32, other: u32, used: bool) {
+    /// Makes the session in `other` kin of the one in `slot`, which has just `used` something of it or may soon; in the place of
+    /// one that is gone, or if need be (`certain`) of the one whose blocks were used longest ago.
+    fn link(&mut self, slot: u32, other: u32, used: bool, certain: bool) {
         let generation = self.tenants[other as usize].generation;
         let Tenant { kin, calls, .. } = self.tenants[slot as usize];
         let known = kin.iter().position(|kin| kin.slot == other && kin.generation == generation);
         if known.is_some() && !used {
             return;
         }
-        let longest = || (0..KIN).max_by_key(|&at| calls.saturating_sub(kin[at].matched)).unwrap_or(0);
-        let at = known.or_else(|| kin.iter().position(|&kin| !self.is_there(kin))).unwrap_or_else(longest);
-        self.tenants[slot as usize].kin[at] = Kin { slot: other, generation, matched: calls };
+        let longest = || (0..KIN).max_by_key(|&at| calls.saturating_sub(kin[at].matched)).filter(|_| certain);
+        let gone = || kin.iter().position(|&kin| !self.is_there(kin));
+        if let Some(at) = known.or_else(gone).or_else(longest) {
+            self.tenants[slot as usize].kin[at] = Kin { slot: other, generation, matched: calls };
+        }
     }
 
     /// Nothing tells a segment from the only one below it any more. Both were just used by the same call.
@@ -1406,7 +1416,7 @@ impl KvCache {
                 x.degree = if i < anchor_len { anchor_degree.saturating_add(1) } else { 1 };
                 x.depth = *len;
                 x.born = born;
-                x.ordinal = ordinal(touch_call.saturating_add((origin == Origin::Output).into()));
+                x.ordinal = ordinal(touch_call.saturating_add((!matches!(origin, Origin::Prompt(_))).into()));
                 x.touch_call = touch_call;
                 x.last_use_us = now_us;
                 if let Some(&hint) = hints.get(i) {
@@ -1653,14 +1663,14 @@ impl KvCache {
     pub(crate) fn session_changed(&mut self, handle: SessionHandle) {
         let tenant = &self.tenants[handle.slot()];
         if tenant.generation == handle.generation() {
-            let kin = tenant.kin;
-            self.mark(handle.slot() as u32);
-            for kin in kin {
+            // The last one marked is the first one scored.
+            for kin in tenant.kin {
                 if kin == Kin::NONE {
                     break;
                 }
                 self.mark(kin.slot);
             }
+            self.mark(handle.slot() as u32);
         }
     }
 

@@ -20,7 +20,7 @@ struct Trail {
     key: u64,
     slot: u32,
     generation: u16,
-    /// Sessions that have walked here, one after the other, saturating.
+    /// How often another session than the one before has walked here, saturating.
     walkers: u8,
 }
 
