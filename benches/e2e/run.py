@@ -3,8 +3,8 @@
 Two engines run side by side and take turns: stock vLLM without the connector, and one with it, whose policy is set
 for every run. Each run starts from an empty cache and an untaught policy; within a repetition all policies are given
 the same calls, and which of them comes first changes from one repetition to the next. The pool of a workload is the one
-at which the replay says MIN - LRU is largest; a second pool holds everything. Finished runs are kept in the result
-file, so an interrupted benchmark goes on where it stopped.
+at which the replay says MIN - LRU is largest; a second pool, for which both engines are started anew, holds everything.
+Finished runs are kept in the result file, so an interrupted benchmark goes on where it stopped.
 
     make e2e E2E_JSON=results.json         all workloads
     make e2e-smoke                         one small workload, after the adapter's tests
@@ -177,6 +177,31 @@ def turns(policies: list[str], repetition: int) -> list[str]:
     return order
 
 
+def started(kinds: set[bool], folder: Path, blocks: int, job: dict[str, Any]) -> dict[bool, Engine]:
+    """Engines without and with the connector, by whether they are stock, that have done their first calls."""
+    engines = {}
+    for stock in sorted(kinds):
+        name = "stock" if stock else "connector"
+        options = {
+            "stock": stock,
+            "model": job["model"],
+            "model_folder": str(folder / name),
+            "batch": job["batch"],
+            "blocks": blocks,
+        }
+        engines[stock] = Engine(name, options, folder)
+    try:
+        for stock, engine in engines.items():
+            engine.answer()
+            # The first calls of a process pay for what is made once.
+            engine.run({**job, "pool_blocks": blocks, "calls": 30, "core": "stock" if stock else "lru"})
+    except BaseException:
+        for engine in engines.values():
+            engine.stop()
+        raise
+    return engines
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=ROOT / "e2e.json", help="result file, also read to resume")
@@ -250,26 +275,19 @@ def main() -> None:
         engines: dict[bool, Engine] = {}
         try:
             largest = max(pool.fits for pool in pools.values())
-            for stock in sorted({policy == "stock" for *_, policy in todo}):
-                options = {
-                    "stock": stock,
-                    "model": shape["model"],
-                    "model_folder": str(folder / ("stock" if stock else "connector")),
-                    "batch": shape["batch"],
-                    "blocks": largest,
-                }
-                engines[stock] = Engine("stock" if stock else "connector", options, folder)
             job = {
                 **shape, "traces": str(asked.traces), "named": True, "future": None, "abort_every": 0, "extra": {},
                 "seed": 0,
             }  # fmt: skip
-            for stock, engine in engines.items():
-                engine.answer()
-                # The first calls of a process pay for what is made once.
-                warm = {"workload": names[0], "pool_blocks": largest, "calls": 30, "core": "stock" if stock else "lru"}
-                engine.run({**job, **warm})
-            start = time.monotonic()
+            start, under = time.monotonic(), None
             for done, (name, pressure, repetition, policy) in enumerate(todo):
+                if pressure != under:
+                    # Fresh ones for each pool: that with the connector has done far more by then.
+                    for engine in engines.values():
+                        engine.stop()
+                    kinds = {policy == "stock" for _, pool, _, policy in todo if pool == pressure}
+                    engines = started(kinds, folder, largest, {**job, "workload": names[0]})
+                    under = pressure
                 blocks = pools[name].pressure if pressure else pools[name].fits
                 key = results.key(name, pressure, repetition)
                 recording = folder / "recording.jsonl"
