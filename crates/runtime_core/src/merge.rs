@@ -24,7 +24,8 @@ use crate::ids::mix;
 use std::collections::BTreeMap;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"agrt");
-const FORMAT: u32 = 1;
+/// Counts of another format mean something else. 2: followers by calls of an agent instead of steps of a session.
+const FORMAT: u32 = 2;
 const HEADER_BYTES: usize = 24;
 
 /// Counts of one kind.
