@@ -23,7 +23,7 @@
 //! | operation | progress | allocates | worst case |
 //! |---|---|---|---|
 //! | [`Runtime::observe`], events without blocks | lock-free; never refused | no | a start 4 exchanges and, while counts are small, 14 additions (later, in one of four, by load and store, and 3 exchanges), an end 1 exchange and 2 additions (where the pool is taken, 256 loads); every 32nd gap, 4 histograms; every eighth start, a word that all share; two hash probes |
-//! | [`Runtime::observe`], [`Runtime::observe_each`] and [`Runtime::observe_scoring`], events with blocks; [`Runtime::call_started`], [`Runtime::stored`], [`Runtime::call_ended`] | one writer | no | two hash probes a block (two more for the guard's shadow), one visit a segment of the agent's |
+//! | [`Runtime::observe`], [`Runtime::observe_each`] and [`Runtime::observe_scoring`], events with blocks; [`Runtime::call_started`], [`Runtime::stored`], [`Runtime::call_ended`] | one writer | no | two hash probes a block (two more for the guard's shadow), one visit a segment of the agent's, there and in up to six sessions on the same task |
 //! | of these: `CallQueued`; [`Runtime::call_queued`] | one writer | no | one hash probe a block, one visit a segment of the prompt |
 //! | of these, while calls wait: a start, a call that gives up | | no | 1,024 calls that wait |
 //! | of these: `SessionEnd` | | no | 4,096 calls in flight and 1,024 that wait |

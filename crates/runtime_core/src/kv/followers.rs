@@ -1,12 +1,12 @@
 //! Sessions that walk the same path: what will they ask of each other?
 //!
-//! Sessions that have used the same blocks beyond the first third of a prompt are *kin*: they do the same task. Blocks that have gone from
-//! session to session sixteen times are a system prompt, and make nobody kin. Each call
-//! of a session is a trial for the segments of its kin that were last used by the same agent, by how the number of the
-//! lane's call that first used a segment compares with the number of this call of the same agent in its own session
-//! (the agents of two runs of one task are called with the same prompts in the same order, whatever comes between), and by how many calls
-//! ago the session last used anything of that one's. Private and shared segments are told apart: where a system prompt alone is
-//! asked for, the rest is not. One vote per cell and call, worth the share of the blocks that the call used.
+//! Sessions that have used the same blocks beyond the first third of a prompt are *kin*: they do the same task. Blocks
+//! that have gone from session to session sixteen times are a system prompt, and make nobody kin. The agents of two runs
+//! of one task are called with the same prompts in the same order, whatever comes between. So each call of a session is a
+//! trial for the segments of its kin that were last used by the same agent, by how the number of the lane's call that
+//! first used a segment compares with the number of this call of the agent in its own session, and by how many calls ago
+//! the session last used anything of that one's. Private and shared segments are told apart: where a system prompt alone
+//! is asked for, the rest is not. One vote per cell and call, worth the share of the blocks that the call used.
 
 use crate::histogram::{Counters, Often, UNIT};
 
@@ -150,13 +150,13 @@ impl Followers {
                 ((used + 0.1) / (expected + 2.0) * risk).min(0.95)
             });
             // Votes are by the session's calls: at its i-th next one, the last that used anything is i calls longer ago.
-            let (mut uses, mut calls) = (0.0, 1e-6);
+            let (mut uses, mut called) = (0.0, 1e-6);
             for ((i, out), weight) in (1u16..).zip(&mut out).zip(weights) {
                 let use_then = rates[lag(since.saturating_add(i))] * weight;
                 *out += left * use_then;
-                (uses, calls) = (uses + use_then, calls + weight);
+                (uses, called) = (uses + use_then, called + weight);
             }
-            left *= 1.0 - uses / calls;
+            left *= 1.0 - uses / called;
         }
         out
     }

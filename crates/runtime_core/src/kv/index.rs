@@ -143,7 +143,8 @@ pub(crate) struct Segment {
     pub(crate) degree: u8,
     /// Step class of the session's call that first used it.
     pub(crate) born: u8,
-    /// Number of the lane's call that first used it, saturating; of an answer, of the call that may repeat it.
+    /// Number of the lane's call that first used it since it has been in the pool, saturating; of an answer, and of what
+    /// was brought back, of the lane's next call.
     pub(crate) ordinal: u8,
     /// Brought back from a lower tier and not used since: the kind of offer, see `offers.rs`; else 0.
     pub(crate) restored: u8,

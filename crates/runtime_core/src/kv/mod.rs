@@ -1226,8 +1226,8 @@ impl KvCache {
         self.tenants.get(kin.slot as usize).is_some_and(|x| x.generation == kin.generation)
     }
 
-    /// Makes the session in `other` kin of the one in `slot`, which has just `used` something of it or may soon; in the place of
-    /// one that is gone, or if need be (`certain`) of the one whose blocks were used longest ago.
+    /// Makes the session in `other` kin of the one in `slot`, which has just `used` something of it or may soon; in the
+    /// place of one that is gone, or if need be (`certain`) of the one whose blocks were used longest ago.
     fn link(&mut self, slot: u32, other: u32, used: bool, certain: bool) {
         let generation = self.tenants[other as usize].generation;
         let Tenant { kin, calls, .. } = self.tenants[slot as usize];
