@@ -1,10 +1,20 @@
 //! `kv_cache` (CacheSage): which blocks to keep.
 //!
+//! What calls do to the pool:
+//!
 //! | file | what it owns |
 //! |---|---|
-//! | `mod.rs` | the pool: what calls touch, and what goes |
+//! | `mod.rs` | the pool: what it is made of |
+//! | `kin.rs` | which sessions do the same task? |
 //! | `index.rs` | residency index, segments, victim queue |
 //! | `calls.rs`, `table.rs` | calls in flight; finding them, and lanes, by hash |
+//! | `queue.rs` | calls that wait: whose prompts are known already |
+//! | `audit.rs` | is the pool consistent? for tests |
+//!
+//! What they teach:
+//!
+//! | file | what it owns |
+//! |---|---|
 //! | `workload.rs` | learned state of one workload, and how identities teach it |
 //! | `content.rs` | will the owner's next call use a segment again? |
 //! | `lost.rs` | would it have used what was evicted? |
@@ -13,12 +23,16 @@
 //! | `gaps.rs`, `ends.rs` | when does a session call again, if at all? |
 //! | `sharing.rs` | when does another session use a segment? |
 //! | `followers.rs`, `trails.rs` | when does a session that walks the owner's path? |
-//! | `offers.rs` | does it pay to bring blocks back? |
-//! | `queue.rs` | calls that wait: whose prompts are known already |
-//! | `guard.rs`, `shadow.rs` | a shadow LRU that takes over when the learned order loses |
 //! | `state.rs` | learned state between processes |
-//! | `density.rs` | the decision: hit density |
 //! | `explain.rs` | what has been learned, for reports |
+//!
+//! What is decided:
+//!
+//! | file | what it owns |
+//! |---|---|
+//! | `density.rs` | the decision: hit density |
+//! | `guard.rs`, `shadow.rs` | a shadow LRU that takes over when the learned order loses |
+//! | `offers.rs` | does it pay to bring blocks back? |
 //!
 //! The pool has one writer at a time. An event marks its session; at its end the leaves of marked sessions, and of some
 //! whose silence has grown by a fifth, are scored. Until the first eviction nothing is scored. An engine that goes by
@@ -37,6 +51,7 @@ mod followers;
 mod gaps;
 mod guard;
 pub(crate) mod index;
+mod kin;
 mod lost;
 mod offers;
 mod queue;
@@ -59,9 +74,10 @@ use calls::Calls;
 use chain::{Chain, Weights, LANES, STEPS};
 use content::{CLASSES, MISSES};
 use density::{CallTimes, Cycle, Foreign, Services, Silence, GRID};
-use followers::{Kin, Votes, COMMON, KIN};
+use followers::{Kin, COMMON, KIN};
 use guard::Guard;
 use index::{Index, Segment, NONE, NOT_QUEUED};
+use kin::RECENT;
 use lost::{Lost, Piece};
 use offers::{Offers, NO_KIND};
 use queue::Queue;
@@ -91,8 +107,6 @@ const FLOOR_LEAVES: usize = 256;
 const ABOVE_FLOOR: f32 = 1.4;
 /// Calls that wait for which blocks are brought back: those behind have the time until it is their turn.
 const NEXT_IN_LINE: usize = 2;
-/// Calls of a session whose starts are remembered: what its kin used before these, it has not taken from them in step.
-const RECENT: usize = 4;
 /// Sessions whose plans are remembered, direct-mapped.
 const PLANS: usize = 1024;
 /// Kinds of gaps whose cycles are remembered, direct-mapped.
@@ -1146,100 +1160,6 @@ impl KvCache {
             }
         }
         whole
-    }
-
-    /// The blocks of `agent` that one of a session's kin holds now, which the session's call may use.
-    fn expected_of(&self, kin: Kin, agent: u16, call: u32) -> Option<Votes> {
-        self.tenants.get(kin.slot as usize).filter(|x| x.generation == kin.generation)?;
-        let mut votes = Votes::new(agent, call);
-        let mut segment = match self.find_lane(kin.slot, agent) {
-            NONE => NONE,
-            lane => self.lanes[lane as usize].head,
-        };
-        while segment != NONE {
-            let x = self.index.seg(segment);
-            votes.expect(x.degree > 1, x.ordinal, x.len);
-            segment = x.lane_next;
-        }
-        Some(votes)
-    }
-
-    /// Counts what a session's call used of its kin's, and makes `leads` kin.
-    fn follow(&mut self, workload: &Workload, slot: u32, votes: &[Option<Votes>; KIN], leads: [u32; KIN]) {
-        let Tenant { kin, calls, .. } = self.tenants[slot as usize];
-        for (kin, votes) in kin.iter().zip(votes) {
-            if let Some(votes) = votes {
-                workload.followers.learn(votes, calls.saturating_sub(kin.matched));
-                self.mark(kin.slot);
-            }
-        }
-        for lead in leads {
-            if lead != NONE {
-                self.relate(slot, lead);
-            }
-        }
-    }
-
-    /// A call starts: what the session's kin have used since this time, it uses in step with them.
-    #[inline]
-    fn in_step_since(&mut self, slot: u32, now_us: u64) -> u64 {
-        let recent_us = &mut self.tenants[slot as usize].recent_us;
-        if recent_us[0] == u64::MAX {
-            *recent_us = [now_us; RECENT];
-        }
-        let since_us = recent_us[RECENT - 1];
-        recent_us.rotate_right(1);
-        recent_us[0] = now_us;
-        since_us
-    }
-
-    /// An agent is called for the first time: who has walked along its prompt before is kin from now on.
-    #[inline]
-    fn walk(&mut self, slot: u32, lane: u32, keys: &[u64]) {
-        if self.config.followers && self.lanes[lane as usize].calls == 0 {
-            let generation = self.tenants[slot as usize].generation;
-            for (lead, generation) in self.trails.walk(keys, slot, generation) {
-                if lead != NONE && self.tenants[lead as usize].generation == generation {
-                    self.relate(slot, lead);
-                }
-            }
-        }
-    }
-
-    /// The session in `slot` asks for what the one in `lead` has used: they are kin, and so are those of that.
-    fn relate(&mut self, slot: u32, lead: u32) {
-        if !self.config.followers || self.tenants[slot as usize].workload != self.tenants[lead as usize].workload {
-            return;
-        }
-        self.link(slot, lead, true, true);
-        self.link(lead, slot, false, true);
-        for kin in self.tenants[lead as usize].kin {
-            if kin.slot != slot && self.is_there(kin) {
-                self.link(slot, kin.slot, false, false);
-                self.link(kin.slot, slot, false, false);
-            }
-        }
-        self.mark(lead);
-    }
-
-    fn is_there(&self, kin: Kin) -> bool {
-        self.tenants.get(kin.slot as usize).is_some_and(|x| x.generation == kin.generation)
-    }
-
-    /// Makes the session in `other` kin of the one in `slot`, which has just `used` something of it or may soon; in the
-    /// place of one that is gone, or if need be (`certain`) of the one whose blocks were used longest ago.
-    fn link(&mut self, slot: u32, other: u32, used: bool, certain: bool) {
-        let generation = self.tenants[other as usize].generation;
-        let Tenant { kin, calls, .. } = self.tenants[slot as usize];
-        let known = kin.iter().position(|kin| kin.slot == other && kin.generation == generation);
-        if known.is_some() && !used {
-            return;
-        }
-        let longest = || (0..KIN).max_by_key(|&at| calls.saturating_sub(kin[at].matched)).filter(|_| certain);
-        let gone = || kin.iter().position(|&kin| !self.is_there(kin));
-        if let Some(at) = known.or_else(gone).or_else(longest) {
-            self.tenants[slot as usize].kin[at] = Kin { slot: other, generation, matched: calls };
-        }
     }
 
     /// Nothing tells a segment from the only one below it any more. Both were just used by the same call.
