@@ -5,6 +5,7 @@
 //! | file | what it owns |
 //! |---|---|
 //! | `mod.rs` | the pool: what it is made of |
+//! | `config.rs` | which mechanisms are on |
 //! | `kin.rs` | which sessions do the same task? |
 //! | `index.rs` | residency index, segments, victim queue |
 //! | `calls.rs`, `table.rs` | calls in flight; finding them, and lanes, by hash |
@@ -42,6 +43,7 @@
 pub mod audit;
 mod calls;
 mod chain;
+mod config;
 mod content;
 mod density;
 mod drift;
@@ -86,6 +88,7 @@ use table::Table;
 use trails::Trails;
 use workload::{standing, Sessions, Standing, MAX_WORKLOADS};
 
+pub use config::{Config, FutureStarts, Hint, Oracle};
 pub(crate) use drift::Guesses;
 pub use explain::{Promise, SilenceCurve};
 pub(crate) use workload::Workloads;
@@ -123,102 +126,6 @@ const STEP_DIRTY: usize = 8;
 const MAX_PATH: usize = 1 << 16;
 /// Score class of a leaf that has not been scored yet: it goes last.
 const UNSCORED: u16 = (index::CLASSES - 1) as u16;
-
-/// Switches of the policy's mechanisms; all on by default. For ablations.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Config {
-    /// Predict the next agent; off: every agent of the session is equally likely.
-    pub prediction: bool,
-    /// Transitions of order 2 over order 1.
-    pub order2: bool,
-    /// Transitions by whether a tool runs.
-    pub tool_order: bool,
-    /// Content by misses since the last use (superseded tails).
-    pub superseded: bool,
-    /// Content by class.
-    pub content_classes: bool,
-    /// What was evicted votes on content too.
-    pub lost: bool,
-    /// Learn when sessions end.
-    pub session_end: bool,
-    /// Gaps by pace and tool beside the agent.
-    pub time_contexts: bool,
-    /// Hit density; off: P(reuse within the residence horizon).
-    pub density: bool,
-    /// Sharing by degree and depth; off: private or shared.
-    pub sharing_classes: bool,
-    /// Sessions that walk another's path.
-    pub followers: bool,
-    /// Sharing by the agent and step of the last user.
-    pub sharing_agents: bool,
-    /// Remember anchors beyond their eviction.
-    pub anchors: bool,
-    /// Believe the engine's waiting queue.
-    pub queue: bool,
-    /// Let LRU take over while the learned order loses against it.
-    pub guard: bool,
-    /// Turn all scores upside down; to try the guard.
-    pub sabotage: bool,
-    /// Respects in which hints are believed; for offline studies.
-    pub oracle: Oracle,
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        Self {
-            prediction: true,
-            order2: true,
-            tool_order: true,
-            superseded: true,
-            content_classes: true,
-            lost: true,
-            session_end: true,
-            time_contexts: true,
-            density: true,
-            sharing_classes: true,
-            sharing_agents: true,
-            followers: true,
-            anchors: true,
-            queue: true,
-            guard: true,
-            sabotage: false,
-            oracle: Oracle::default(),
-        }
-    }
-}
-
-/// Which [`Hint`]s and foretold starts are believed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Oracle {
-    /// In how many calls of its session a block is used again.
-    pub content: bool,
-    /// When a session calls next.
-    pub time: bool,
-    /// When another session uses a block.
-    pub sharing: bool,
-}
-
-impl Oracle {
-    fn any(self) -> bool {
-        self.content || self.time || self.sharing
-    }
-}
-
-/// The future of one block at the moment of its use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hint {
-    /// Number (from 0) of the session's call that uses it next, `u32::MAX` for none.
-    pub next_step: u32,
-    /// Time at which another session uses it, microseconds, `u64::MAX` for never.
-    pub shared_us: u64,
-}
-
-impl Hint {
-    const NONE: Self = Self { next_step: u32::MAX, shared_us: u64::MAX };
-}
-
-/// Starts of a session's next calls in microseconds, `u64::MAX` for none.
-pub type FutureStarts = [u64; STEPS];
 
 /// Repairs that were necessary, by kind; each leaves the pool consistent and sane.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
