@@ -183,7 +183,7 @@ impl KvCache {
             for lane in lanes {
                 let x = self.lanes[lane as usize];
                 assert_eq!((x.session, x.before), (slot as u32, before), "session and links of lane {lane}");
-                let found = self.lane_table.find(super::lane_hash(x.session, x.agent), |other| other == lane);
+                let found = self.lane_table.find(super::lanes::lane_hash(x.session, x.agent), |other| other == lane);
                 assert_eq!(found, lane, "lane {lane} is not in the table");
                 before = lane;
                 assert!(known.insert(lane), "lane {lane} is in two lists");
