@@ -5,13 +5,55 @@
 
 use std::ops::{Index, IndexMut};
 
+use super::index;
 use super::table::{Homes, Table, EMPTY};
-use super::Running;
 use crate::ids::spread;
+use crate::sessions::SessionHandle;
 
 /// Calls in flight that are tracked; the oldest gives way.
 pub(super) const MAX_CALLS: usize = 4096;
 const NONE: u16 = u16::MAX;
+
+/// A call in flight.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Running {
+    pub(super) call: u64,
+    pub(super) started_us: u64,
+    pub(super) handle: SessionHandle,
+    pub(super) workload: u32,
+    /// Its lane, as long as that is this agent's ([`index::NONE`] before the session's first blocks): see
+    /// `KvCache::lane_of`.
+    pub(super) lane: u32,
+    pub(super) agent: u16,
+    /// Last block of the call that is indexed, always the last of its segment, which is pinned; and how many there are.
+    pub(super) tail: u32,
+    pub(super) len: u32,
+    pub(super) prompt_len: u32,
+    /// Blocks that could not be indexed: nothing may be hung below.
+    pub(super) cut: bool,
+    /// Where the guard's shadow holds it.
+    pub(super) shadow: u32,
+}
+
+impl Running {
+    /// A call without blocks.
+    #[inline(always)]
+    pub(super) const fn new(call: u64, started_us: u64, handle: SessionHandle, workload: u32, agent: u16) -> Self {
+        Self {
+            call,
+            started_us,
+            handle,
+            workload,
+            lane: index::NONE,
+            agent,
+            tail: index::NONE,
+            len: 0,
+            prompt_len: 0,
+            cut: false,
+            shadow: index::NONE,
+        }
+    }
+}
 
 /// A call, and where it stands in line.
 #[derive(Clone, Copy, Debug)]
@@ -163,7 +205,7 @@ mod tests {
 
     fn run(call: u64) -> Running {
         let handle = Sessions::new(8).unwrap().enter(crate::ids::SessionKey(1)).0;
-        let (tail, len, prompt_len, shadow) = (super::super::NONE, 0, 0, super::super::NONE);
+        let (tail, len, prompt_len, shadow) = (index::NONE, 0, 0, index::NONE);
         Running {
             call,
             started_us: 0,

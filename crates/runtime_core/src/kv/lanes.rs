@@ -6,12 +6,14 @@
 //! is *nobody's*: each workload has one such lane, behind all others. Whatever happens to a session marks it: its leaves
 //! are scored again, see `settle.rs`.
 
+use super::calls::Running;
+use super::chain::STEPS;
 use super::followers::{Kin, KIN};
-use super::index::Segment;
+use super::index::{Segment, NONE};
 use super::kin::RECENT;
 use super::sharing::{Curves, Owner};
 use super::workload::{Workload, MAX_WORKLOADS};
-use super::{KvCache, Running, CURVES, NONE, STEPS};
+use super::{KvCache, CURVES};
 use crate::ids::spread;
 use crate::sessions::SessionHandle;
 
