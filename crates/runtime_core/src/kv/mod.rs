@@ -35,6 +35,7 @@
 //!
 //! | file | what it owns |
 //! |---|---|
+//! | `plan.rs` | what is expected of a session: who calls when |
 //! | `density.rs` | the decision: hit density |
 //! | `guard.rs`, `shadow.rs` | a shadow LRU that takes over when the learned order loses |
 //! | `offers.rs` | does it pay to bring blocks back? |
@@ -62,6 +63,7 @@ mod kin;
 mod lanes;
 mod lost;
 mod offers;
+mod plan;
 mod queue;
 mod segments;
 mod shadow;
@@ -81,14 +83,15 @@ use crate::ids::spread;
 use crate::sessions::SessionHandle;
 
 use calls::Calls;
-use chain::{Chain, Weights, LANES, STEPS};
-use density::{CallTimes, Cycle, Foreign, Services, Silence, GRID};
+use chain::{Chain, LANES, STEPS};
+use density::{CallTimes, Cycle, Foreign, Services, GRID};
 use followers::KIN;
 use guard::Guard;
 use index::{Index, Segment, NONE, NOT_QUEUED};
 use lanes::{free_lanes, Lane, Tenant};
 use lost::{Lost, Piece};
 use offers::{Offers, NO_KIND};
+use plan::{call_times, Followed, KnownCycle, Plan, View, CYCLES, PLANS};
 use queue::Queue;
 use segments::{Origin, LOOK_AHEAD, MAX_PATH};
 use sharing::Curves;
@@ -117,16 +120,13 @@ const FLOOR_LEAVES: usize = 256;
 const ABOVE_FLOOR: f32 = 1.4;
 /// Calls that wait for which blocks are brought back: those behind have the time until it is their turn.
 const NEXT_IN_LINE: usize = 2;
-/// Sessions whose plans are remembered, direct-mapped.
-const PLANS: usize = 1024;
-/// Kinds of gaps whose cycles are remembered, direct-mapped.
-const CYCLES: usize = 64;
 /// Workloads whose curves of sharing are remembered, direct-mapped.
 const CURVES: usize = 4;
 /// Sessions scored per eviction because something happened to them.
 const MAX_DIRTY: usize = 64;
 /// The same by step: the latest few, so that no step pays for many; those left over have theirs in a later step.
 const STEP_DIRTY: usize = 8;
+
 /// Repairs that were necessary, by kind; each leaves the pool consistent and sane.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Repairs {
@@ -168,62 +168,6 @@ impl Expected {
     /// Nobody; to fill arrays with.
     pub const NOBODY: Self =
         Self { session: 0, workload: 0, agent: 0, waits: false, probability: 0.0, score: 0.0, room: 0 };
-}
-
-/// What is known of one session at one moment.
-#[derive(Clone, Debug)]
-struct View {
-    slot: u32,
-    now_us: u64,
-    times: CallTimes,
-    n: usize,
-    lanes: [u32; LANES],
-    weights: [Weights; LANES],
-    /// Those of each of its other lanes.
-    others: Weights,
-    /// The agent of the session's call that waits, if one does.
-    waiting: Option<u16>,
-    /// What is expected of its kin.
-    kin: Vec<Followed>,
-}
-
-/// What is expected of a session that walks the same path as another.
-#[derive(Clone, Debug)]
-struct Followed {
-    /// Its calls since one used anything of the other's.
-    since: u16,
-    n: usize,
-    agents: [u16; LANES],
-    calls: [u32; LANES],
-    weights: [Weights; LANES],
-    times: CallTimes,
-}
-
-/// Which lane of a session calls when, as of its last call.
-#[derive(Clone, Debug)]
-struct Plan {
-    /// Slot, generation and step of the session.
-    identity: (u32, u16, u16, Option<bool>),
-    n: usize,
-    lanes: [u32; LANES],
-    /// Agents and calls of these lanes, then agents of its kin that it has not called yet.
-    n_agents: usize,
-    agents: [u16; LANES],
-    calls: [u32; LANES],
-    weights: [Weights; LANES],
-    others: Weights,
-    /// Whether a call was in flight, and when the last one started and ended, when `times` were computed.
-    phase: (bool, u64, u64),
-    times_us: u64,
-    times: CallTimes,
-}
-
-/// A cycle of calls, as of some gaps ago: it changes slowly and costs a microsecond.
-#[derive(Clone, Debug)]
-struct KnownCycle {
-    /// Workload, kind of gap, seconds that calls wait, and when it was worked out.
-    identity: Option<(u16, gaps::Kind, f32, u32)>,
-    cycle: Cycle,
 }
 
 /// What threads that are not in the pool know of the calls that it keeps.
@@ -314,37 +258,12 @@ impl KvCache {
             guard: Guard::new(pool_blocks),
             ticket: 0,
             path: Vec::with_capacity(pool_blocks.min(MAX_PATH)),
-            view: View {
-                slot: NONE,
-                now_us: 0,
-                times: [[0.0; GRID]; STEPS],
-                n: 0,
-                lanes: [NONE; LANES],
-                weights: [Weights::default(); LANES],
-                others: Weights::default(),
-                waiting: None,
-                kin: Vec::with_capacity(KIN),
-            },
+            view: View::new(),
             pressed: false,
             postponed: false,
             services,
             cycles: vec![KnownCycle { identity: None, cycle }; CYCLES],
-            plans: vec![
-                Plan {
-                    identity: (NONE, 0, 0, None),
-                    n: 0,
-                    lanes: [NONE; LANES],
-                    n_agents: 0,
-                    agents: [0; LANES],
-                    calls: [0; LANES],
-                    weights: [Weights::default(); LANES],
-                    others: Weights::default(),
-                    phase: (false, 0, 0),
-                    times_us: 0,
-                    times: [[0.0; GRID]; STEPS],
-                };
-                PLANS
-            ],
+            plans: vec![Plan::vacant(); PLANS],
             hand: 0,
             expected_hand: 0,
             now_us: 0,
@@ -582,116 +501,6 @@ impl KvCache {
     }
 
     // ---- scores ----
-
-    fn look(&mut self, workload: &Workload, sessions: &Sessions, slot: u32) {
-        if self.view.slot == slot && self.view.now_us == self.now_us {
-            return;
-        }
-        self.view.slot = slot;
-        self.view.now_us = self.now_us;
-        self.view.kin.clear();
-        for kin in self.tenants[slot as usize].kin {
-            let Some(x) = self.tenants.get(kin.slot as usize).filter(|x| x.generation == kin.generation) else {
-                continue;
-            };
-            let Some(back) = x.kin.iter().find(|kin| kin.slot == slot) else { continue };
-            let since = x.calls.saturating_sub(back.matched);
-            let handle = sessions.at(kin.slot as usize).filter(|handle| handle.generation() == kin.generation);
-            if handle.and_then(|handle| standing(sessions, handle)).is_none_or(|at| at.doubted && !at.in_flight) {
-                // It has ended, as far as one can tell.
-                continue;
-            }
-            if let Some((at, _)) = self.plan(workload, sessions, kin.slot) {
-                let Plan { n_agents: n, agents, calls, weights, times, .. } = self.plans[at];
-                self.view.kin.push(Followed { since, n, agents, calls, weights, times });
-            }
-        }
-        let Some((at, waiting)) = self.plan(workload, sessions, slot) else {
-            (self.view.n, self.view.others, self.view.waiting) = (0, Weights::default(), None);
-            self.view.times = [[0.0; GRID]; STEPS];
-            return;
-        };
-        let (view, plan) = (&mut self.view, &self.plans[at]);
-        view.weights[..plan.n].copy_from_slice(&plan.weights[..plan.n]);
-        (view.n, view.lanes, view.others, view.times) = (plan.n, plan.lanes, plan.others, plan.times);
-        view.waiting = waiting;
-    }
-
-    /// Where it stands what is expected of a session, and the agent of its waiting call.
-    fn plan(&mut self, workload: &Workload, sessions: &Sessions, slot: u32) -> Option<(usize, Option<u16>)> {
-        let tenant = self.tenants[slot as usize];
-        let handle = sessions.at(slot as usize).filter(|h| h.generation() == tenant.generation)?;
-        let at = standing(sessions, handle)?;
-        // Who speaks next changes with the session's calls only, when it speaks with every moment.
-        let place = slot as usize % PLANS;
-        let plan = &mut self.plans[place];
-        let identity = (slot, handle.generation(), at.features.steps, at.tool_runs());
-        if plan.identity != identity {
-            plan.identity = identity;
-            plan.phase = (false, u64::MAX, u64::MAX);
-            plan.n = 0;
-            plan.calls = [0; LANES];
-            let mut lane = tenant.lanes;
-            while lane != NONE && plan.n < LANES {
-                let x = &self.lanes[lane as usize];
-                (plan.lanes[plan.n], plan.agents[plan.n], plan.calls[plan.n]) = (lane, x.agent, x.calls);
-                plan.n += 1;
-                lane = x.next;
-            }
-            plan.n_agents = plan.n;
-            for kin in tenant.kin {
-                let Some(x) = self.tenants.get(kin.slot as usize).filter(|x| x.generation == kin.generation) else {
-                    continue;
-                };
-                let mut lane = if usize::from(tenant.n_lanes) == plan.n { x.lanes } else { NONE };
-                while lane != NONE && plan.n_agents < LANES {
-                    let agent = self.lanes[lane as usize].agent;
-                    if !plan.agents[..plan.n_agents].contains(&agent) {
-                        plan.agents[plan.n_agents] = agent;
-                        plan.n_agents += 1;
-                    }
-                    lane = self.lanes[lane as usize].next;
-                }
-            }
-            let agents = &plan.agents[..plan.n_agents];
-            let mut chain = Chain::new(workload, &self.config, agents, at.tool_runs()).of_lanes(plan.n);
-            plan.weights = chain.weights(at.prev, at.last);
-            plan.others = match usize::from(tenant.n_lanes) - plan.n {
-                0 => Weights::default(),
-                others => chain.weights_of_others(at.prev, at.last, others),
-            };
-        }
-        let waiting = if at.in_flight && !self.queue.is_empty() { self.queue.first_of(handle) } else { None };
-        let wait_s = waiting.and_then(|waiting| self.queue.wait_s(waiting.ticket));
-        let queue_s = self.queue.length_s();
-        let now_us = self.now_us;
-        let waiting = waiting.map(|waiting| waiting.agent);
-        if self.config.oracle.time {
-            plan.times = density::known_call_times(self.starts[slot as usize].map(|start| match start {
-                u64::MAX => f32::INFINITY,
-                start => start.saturating_sub(now_us) as f32 / 1e6,
-            }));
-            return Some((place, waiting));
-        }
-        // Times hold for as long as the silence has hardly grown.
-        let phase = (at.in_flight, at.last_start_us, at.last_finish_us);
-        let since_us = now_us.saturating_sub(if at.in_flight { at.last_start_us } else { at.last_finish_us });
-        if plan.phase != phase || now_us.saturating_sub(plan.times_us) > since_us / 16 {
-            (plan.phase, plan.times_us) = (phase, now_us);
-            let kind = workload.gaps.kind(at.context, &self.config);
-            let identity = workload.gaps.age().map(|age| (tenant.workload, kind, queue_s, age));
-            let known = &mut self.cycles[kind.place() % CYCLES];
-            if identity.is_none() || known.identity != identity {
-                let services = self.services.renew(&workload.services.hazards());
-                known.identity = identity;
-                known.cycle = Cycle::new(&workload.gaps.hazards(kind), services, queue_s);
-            }
-            let runs = wait_s.is_some() || at.in_flight;
-            let services = if runs { self.services.renew(&workload.services.hazards()) } else { &self.services };
-            plan.times = call_times(workload, &at, now_us, wait_s, &known.cycle, services, &self.config);
-        }
-        Some((place, waiting))
-    }
 
     /// Scores a leaf whose session's view is loaded, or that is nobody's, and queues it accordingly.
     fn score_leaf(&mut self, segment: u32, workload: &Workload) {
@@ -1190,34 +999,6 @@ fn candidates(workload: &Workload, recent: workload::Recent, at: &Standing) -> (
     }
     recent[3..].iter().for_each(|&agent| add(agent));
     (agents, n)
-}
-
-/// `queued_s`: a call of the session waits and will start after so many seconds.
-fn call_times(
-    workload: &Workload,
-    at: &Standing,
-    now_us: u64,
-    queued_s: Option<f32>,
-    cycle: &Cycle,
-    services: &Services,
-    config: &Config,
-) -> CallTimes {
-    let since_s = |from_us: u64| now_us.saturating_sub(from_us) as f32 / 1e6;
-    let (age_s, running_s) = if queued_s.is_some() {
-        (0.0, Some(0.0))
-    } else if at.in_flight {
-        (0.0, Some(since_s(at.last_start_us)))
-    } else {
-        (since_s(at.last_finish_us), None)
-    };
-    density::call_times(&Silence {
-        cycle,
-        age_s,
-        running: running_s.map(|since_s| (since_s, services)),
-        queued_s: queued_s.unwrap_or(0.0),
-        continues: workload.ends.continues(at.features, config),
-        continues_later: workload.ends.later(at.features.steps, config),
-    })
 }
 
 /// As [`call_times`], for those who keep nothing and know of no queue.
