@@ -37,6 +37,7 @@
 //! |---|---|
 //! | `plan.rs` | what is expected of a session: who calls when |
 //! | `density.rs` | the decision: hit density |
+//! | `score.rs` | what a leaf is worth |
 //! | `guard.rs`, `shadow.rs` | a shadow LRU that takes over when the learned order loses |
 //! | `offers.rs` | does it pay to bring blocks back? |
 //!
@@ -65,6 +66,7 @@ mod lost;
 mod offers;
 mod plan;
 mod queue;
+mod score;
 mod segments;
 mod shadow;
 mod sharing;
@@ -87,7 +89,7 @@ use chain::{Chain, LANES, STEPS};
 use density::{CallTimes, Cycle, Foreign, Services, GRID};
 use followers::KIN;
 use guard::Guard;
-use index::{Index, Segment, NONE, NOT_QUEUED};
+use index::{Index, NONE, NOT_QUEUED};
 use lanes::{free_lanes, Lane, Tenant};
 use lost::{Lost, Piece};
 use offers::{Offers, NO_KIND};
@@ -500,120 +502,6 @@ impl KvCache {
         }
     }
 
-    // ---- scores ----
-
-    /// Scores a leaf whose session's view is loaded, or that is nobody's, and queues it accordingly.
-    fn score_leaf(&mut self, segment: u32, workload: &Workload) {
-        self.refresh_curves(self.index.seg(segment).lane, workload);
-        let score = self.score(segment, self.index.seg(segment), workload, self.horizon_s());
-        self.queue_scored(segment, score);
-    }
-
-    /// The horizon of decisions; none with hit density.
-    fn horizon_s(&self) -> Option<f32> {
-        (!self.config.density).then_some(self.residence_s())
-    }
-
-    /// Queues a leaf by its score.
-    fn queue_scored(&mut self, segment: u32, score: f32) {
-        let bucket = density::bucket(score);
-        if self.index.seg(segment).bucket != bucket {
-            self.index.dequeue(segment);
-            self.index.enqueue(segment, bucket);
-        }
-        // What keeps a leaf keeps everything above it.
-        self.index.publish_score(segment, score);
-        let mut above = self.index.parent_segment(segment);
-        while above != NONE && self.index.published_score(above) < score {
-            self.index.publish_score(above, score);
-            above = self.index.parent_segment(above);
-        }
-    }
-
-    /// Hits per second of holding the segment; with a horizon, P(use within it).
-    fn score(&self, segment: u32, x: &Segment, workload: &Workload, horizon_s: Option<f32>) -> f32 {
-        let lane = &self.lanes[x.lane as usize];
-        let mut first_use = [0.0; STEPS];
-        let weights = match self.view.lanes[..self.view.n].iter().position(|&l| l == x.lane) {
-            Some(i) => Some(&self.view.weights[i]),
-            None if self.view.n == LANES && lane.session == self.view.slot && lane.session != NONE => {
-                Some(&self.view.others)
-            }
-            None => None,
-        };
-        if let Some(weights) = weights {
-            // A call of the lane that waits will pass over what it does not await.
-            let passed = u32::from(self.view.waiting == Some(lane.agent));
-            let misses = lane.calls.wrapping_sub(x.touch_call) + passed;
-            let rates = workload.content.rates(lane.agent, misses, x.class, &self.config);
-            let [first, second, third] = weights.0;
-            // Where the lane calls last, it may be called again at once; else others will have been called since.
-            let calls_last = match self.view.waiting {
-                Some(agent) => agent == lane.agent,
-                None => self.tenants[lane.session as usize].calls == lane.at,
-            };
-            let at_once = if calls_last { first[0] } else { 0.0 };
-            let calls = first.iter().sum::<f32>().max(1e-6);
-            let missed = 1.0 - rates.later - (rates.at_once - rates.later) * at_once / calls;
-            let (b, c) = (missed * rates.second, missed * (1.0 - rates.second) * rates.third);
-            for i in 0..STEPS {
-                first_use[i] = rates.later * first[i] + b * second[i] + c * third[i];
-            }
-            first_use[0] += (rates.at_once - rates.later) * at_once;
-        }
-        let owner = self.owner(x);
-        let mut foreign = Foreign::Learned {
-            curve: self.curves(x.lane).of(owner.class()),
-            risk: workload.sharing.risk(owner, &self.config),
-            age_s: self.now_us.saturating_sub(x.last_use_us) as f32 / 1e6,
-        };
-        if self.config.oracle.any() {
-            self.foretold(segment, lane, &mut first_use, &mut foreign);
-        }
-        let mut used = [[0.0; STEPS]; KIN];
-        // Nobody's leaves are scored beside whatever session's view is loaded.
-        let kin = if lane.session == self.view.slot { &self.view.kin[..] } else { &[] };
-        for (kin, used) in kin.iter().zip(&mut used) {
-            if let Some(i) = kin.agents[..kin.n].iter().position(|&agent| agent == lane.agent) {
-                let (calls, weights) = (kin.calls[i], &kin.weights[i]);
-                *used = workload.followers.first_use(x.degree > 1, x.ordinal, lane.agent, calls, kin.since, weights);
-            }
-        }
-        let followed = kin.iter().map(|kin| &kin.times).zip(&used);
-        let score = density::score(&self.view.times, &first_use, &foreign, followed, horizon_s);
-        let score = if self.config.sabotage { (1e3 * score).recip() } else { score };
-        // What is awaited is worth one hit after that time, whatever else may happen.
-        let awaited = |wait_s: f32| match horizon_s {
-            None => wait_s.recip(),
-            Some(horizon_s) => density::waited(horizon_s / wait_s),
-        };
-        self.queue.wait_s(x.awaited.0).map_or(score, |wait_s| score.max(awaited(wait_s)))
-    }
-
-    fn foretold(&self, segment: u32, lane: &Lane, first_use: &mut [f32; STEPS], foreign: &mut Foreign<'_>) {
-        let hint = self.hints[segment as usize];
-        if self.config.oracle.content {
-            *first_use = [0.0; STEPS];
-            // All lanes of the session together have made as many calls as the session.
-            let mut steps = 0;
-            let mut other = if lane.session == NONE { NONE } else { self.tenants[lane.session as usize].lanes };
-            while other != NONE {
-                steps += self.lanes[other as usize].calls;
-                other = self.lanes[other as usize].next;
-            }
-            if hint.next_step != u32::MAX && hint.next_step >= steps {
-                first_use[((hint.next_step - steps) as usize).min(STEPS - 1)] = 1.0;
-            }
-        }
-        if self.config.oracle.sharing {
-            *foreign = Foreign::At(if hint.shared_us == u64::MAX {
-                f32::INFINITY
-            } else {
-                hint.shared_us.saturating_sub(self.now_us) as f32 / 1e6
-            });
-        }
-    }
-
     /// Scores all leaves of a session, and counts its end if it has been silent for long. False where nothing of it is
     /// left to score or to count.
     ///
@@ -941,22 +829,6 @@ impl KvCache {
             }
         }
         std::hint::black_box(sum);
-    }
-
-    fn score_exposed(&mut self, workloads: &Workloads, sessions: &Sessions, segment: u32) {
-        let x = self.index.seg(segment);
-        let (lane, own_score) = (x.lane, x.own_score());
-        if let Some(score) = own_score.filter(|_| !self.is_nobodys(lane)) {
-            self.mark(self.lanes[lane as usize].session);
-            return self.queue_scored(segment, score);
-        }
-        self.queue_unscored(segment);
-        if let Some(workload) = workloads.get(self.workload_of(lane) as usize) {
-            if !self.is_nobodys(lane) {
-                self.look(workload, sessions, self.lanes[lane as usize].session);
-            }
-            self.score_leaf(segment, workload);
-        }
     }
 }
 
