@@ -76,11 +76,6 @@ impl Workload {
 }
 
 impl KvCache {
-    /// For how long a block stays on average, as the pace of evictions has it.
-    pub(crate) fn residence_s(&self) -> f32 {
-        self.eviction_interval_s * self.pool_blocks as f32
-    }
-
     /// P(a resident block is used within the residence time), and the seconds that were meant; `None` where it is not
     /// resident or nothing has been evicted yet. Leaves no trace: what is remembered of sessions is as before.
     pub(crate) fn survival(
