@@ -92,7 +92,7 @@ use std::sync::Arc;
 use crate::ids::spread;
 
 use calls::Calls;
-use chain::{LANES, STEPS};
+use chain::STEPS;
 use density::{Cycle, Services};
 use followers::KIN;
 use guard::Guard;

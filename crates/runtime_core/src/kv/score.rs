@@ -1,13 +1,13 @@
 //! What a leaf is worth: what is expected of its owner, of the owner's kin and of all others, brought together by
 //! `density.rs`; and its place in the victim queue by that.
 
-use super::chain::STEPS;
+use super::chain::{LANES, STEPS};
 use super::density::{self, Foreign};
 use super::followers::KIN;
 use super::index::{Segment, NONE};
 use super::lanes::Lane;
 use super::workload::{Sessions, Workload, Workloads};
-use super::{KvCache, LANES};
+use super::KvCache;
 
 impl KvCache {
     /// Scores a leaf whose session's view is loaded, or that is nobody's, and queues it accordingly.
