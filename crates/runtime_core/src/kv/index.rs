@@ -18,6 +18,7 @@
 
 use std::sync::Arc;
 
+use super::tagged::{Tagged, ANY};
 use crate::ids::mix;
 use crate::protocol::PublishedEntry;
 use crate::sync::{AtomicU32, Ordering::Relaxed};
@@ -34,10 +35,8 @@ pub(crate) const QUEUE_BYTES: usize = CLASSES * 4 + CLASSES / 8;
 /// The part of the index that any thread may read.
 #[derive(Debug)]
 pub(crate) struct Published {
-    /// Block slots by hash, [`NONE`] where empty; linear probing. The bits that slots leave free hold the distance from
-    /// the entry's home, so that probes and deletions load the keys of entries with the same home only.
-    table: Box<[AtomicU32]>,
-    slot_bits: u32,
+    /// Block slots by hash.
+    table: Tagged<ANY>,
     /// Key and segment of each slot.
     entries: Box<[PublishedEntry]>,
     /// Score of each segment, `f32` bits.
@@ -50,54 +49,12 @@ impl Published {
         ((u128::from(mix(key)) * self.table.len() as u128) >> 64) as usize
     }
 
-    #[inline]
-    fn after(&self, at: usize) -> usize {
-        if at + 1 == self.table.len() {
-            0
-        } else {
-            at + 1
-        }
-    }
-
-    #[inline]
-    fn most_distance(&self) -> usize {
-        (1 << (32 - self.slot_bits)) - 1
-    }
-
-    /// A table entry: a slot at `distance` from its home, as far as that can be told.
-    #[inline]
-    fn entry(&self, slot: u32, distance: usize) -> u32 {
-        (u64::from(slot) | (distance.min(self.most_distance()) as u64) << self.slot_bits) as u32
-    }
-
-    #[inline]
-    fn slot(&self, entry: u32) -> u32 {
-        (u64::from(entry) & ((1 << self.slot_bits) - 1)) as u32
-    }
-
-    #[inline]
-    fn distance(&self, entry: u32) -> usize {
-        (u64::from(entry) >> self.slot_bits) as usize
-    }
-
     /// The published score of a block: `None` where it is not resident, or is being moved this moment. Wait-free.
     pub(crate) fn score(&self, key: u64) -> Option<f32> {
         let key = nonzero(key);
-        let (mut at, most) = (self.home(key), self.most_distance());
-        for distance in 0..self.table.len() {
-            let entry = self.table[at].load(Relaxed);
-            if entry == NONE {
-                return None;
-            }
-            if self.distance(entry) == distance.min(most) {
-                if let Some(segment) = self.entries[self.slot(entry) as usize].get(key) {
-                    let bits = self.scores.get(segment as usize)?.load(Relaxed);
-                    return Some(f32::from_bits(bits));
-                }
-            }
-            at = self.after(at);
-        }
-        None
+        let segment = self.table.find_meanwhile(self.home(key), |slot| self.entries[slot as usize].get(key))?;
+        let bits = self.scores.get(segment as usize)?.load(Relaxed);
+        Some(f32::from_bits(bits))
     }
 }
 
@@ -222,13 +179,10 @@ impl Index {
 
     /// An index with room for `segments` segments.
     pub(crate) fn with_segments(blocks: usize, segments: usize) -> Self {
-        let table = (blocks + blocks / 3).max(16);
         let list = |n: usize| (0..n as u32).map(move |i| if i as usize + 1 == n { NONE } else { i + 1 });
         Self {
             published: Arc::new(Published {
-                table: (0..table).map(|_| AtomicU32::new(NONE)).collect(),
-                // Wide enough for one slot more than there are, so that no entry is `NONE`.
-                slot_bits: usize::BITS - blocks.leading_zeros(),
+                table: Tagged::new((blocks + blocks / 3).max(16), blocks),
                 entries: (0..blocks).map(|_| PublishedEntry::default()).collect(),
                 scores: (0..segments).map(|_| AtomicU32::new(0)).collect(),
             }),
@@ -247,7 +201,7 @@ impl Index {
 
     pub(crate) fn bytes(&self) -> usize {
         self.parents.len() * (4 + size_of::<PublishedEntry>())
-            + self.published.table.len() * 4
+            + self.published.table.bytes()
             + self.segments.len() * (size_of::<Segment>() + 4)
     }
 
@@ -261,9 +215,7 @@ impl Index {
         for entry in &published.entries {
             entry.retract();
         }
-        for at in &published.table {
-            at.store(NONE, Relaxed);
-        }
+        published.table.clear();
         let (blocks, segments) = (self.parents.len(), self.segments.len());
         let list = |n: usize| (0..n as u32).map(move |i| if i as usize + 1 == n { NONE } else { i + 1 });
         for (parent, next) in self.parents.iter_mut().zip(list(blocks)) {
@@ -283,7 +235,7 @@ impl Index {
 
     /// Entries of the hash table in use.
     pub(super) fn audit_table(&self) -> usize {
-        self.published.table.iter().filter(|at| at.load(Relaxed) != NONE).count()
+        self.published.table.audit()
     }
 
     // ---- blocks ----
@@ -311,19 +263,7 @@ impl Index {
     pub(crate) fn find(&self, key: u64) -> u32 {
         let key = nonzero(key);
         let published = &*self.published;
-        let (mut at, mut distance, most) = (published.home(key), 0, published.most_distance());
-        loop {
-            let entry = published.table[at].load(Relaxed);
-            if entry == NONE {
-                return NONE;
-            }
-            let slot = published.slot(entry);
-            if published.distance(entry) == distance && self.key(slot) == key {
-                return slot;
-            }
-            at = published.after(at);
-            distance = (distance + 1).min(most);
-        }
+        published.table.find(published.home(key), |slot| self.key(slot) == key)
     }
 
     /// The slot of `key`, trying the slot after `hint` first: blocks stored together lie side by side.
@@ -346,12 +286,7 @@ impl Index {
         self.free_block = self.parents[slot as usize];
         self.parents[slot as usize] = parent;
         self.published.entries[slot as usize].publish(key, segment);
-        let (mut at, mut distance) = (self.published.home(key), 0);
-        while self.published.table[at].load(Relaxed) != NONE {
-            at = self.published.after(at);
-            distance += 1;
-        }
-        self.published.table[at].store(self.published.entry(slot, distance), Relaxed);
+        self.published.table.insert(self.published.home(key), slot);
         self.resident += 1;
         slot
     }
@@ -361,9 +296,8 @@ impl Index {
     pub(crate) fn look_for(&self, keys: &[u64]) {
         let published = &*self.published;
         let sum = keys.iter().fold(0, |sum, &key| {
-            let entry = published.table[published.home(nonzero(key))].load(Relaxed);
-            let at_home = entry != NONE && published.distance(entry) == 0;
-            sum ^ if at_home { self.key(published.slot(entry)) } else { u64::from(entry) }
+            let (at_home, entry) = published.table.at_home(published.home(nonzero(key)));
+            sum ^ at_home.map_or(u64::from(entry), |slot| self.key(slot))
         });
         std::hint::black_box(sum);
     }
@@ -376,7 +310,7 @@ impl Index {
             if slot == NONE {
                 break;
             }
-            sum ^= self.published.table[self.published.home(self.key(slot))].load(Relaxed);
+            sum ^= self.published.table.at_home(self.published.home(self.key(slot))).1;
             slot = self.parent(slot);
         }
         std::hint::black_box(sum);
@@ -384,34 +318,7 @@ impl Index {
 
     pub(crate) fn remove_block(&mut self, slot: u32) {
         let published = &*self.published;
-        let len = published.table.len();
-        let between = |from: usize, to: usize| if to >= from { to - from } else { to + len - from };
-        let most = published.most_distance();
-        let mut at = published.home(self.key(slot));
-        while published.slot(published.table[at].load(Relaxed)) != slot {
-            at = published.after(at);
-        }
-        // Backward-shift deletion keeps probe sequences short without tombstones.
-        let mut hole = at;
-        let mut next = published.after(at);
-        loop {
-            let moved = published.table[next].load(Relaxed);
-            if moved == NONE {
-                break;
-            }
-            let slot = published.slot(moved);
-            let mut distance = published.distance(moved);
-            if distance == most {
-                distance = between(published.home(self.key(slot)), next);
-            }
-            let gap = between(hole, next);
-            if distance >= gap {
-                published.table[hole].store(published.entry(slot, distance - gap), Relaxed);
-                hole = next;
-            }
-            next = published.after(next);
-        }
-        published.table[hole].store(NONE, Relaxed);
+        published.table.remove(published.home(self.key(slot)), slot, |other| published.home(self.key(other)));
         published.entries[slot as usize].retract();
         self.parents[slot as usize] = self.free_block;
         self.free_block = slot;

@@ -13,6 +13,7 @@
 //! | `kin.rs` | which sessions do the same task? |
 //! | `index.rs` | residency index, segments, victim queue |
 //! | `calls.rs`, `table.rs` | calls in flight; finding them, and lanes, by hash |
+//! | `tagged.rs` | blocks by hash, for the index and for the guard's shadow |
 //! | `queue.rs` | calls that wait: whose prompts are known already |
 //! | `audit.rs` | is the pool consistent? for tests |
 //!
@@ -80,6 +81,7 @@ mod shadow;
 mod sharing;
 mod state;
 mod table;
+mod tagged;
 mod touch;
 mod trails;
 #[cfg(test)]

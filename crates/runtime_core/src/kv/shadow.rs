@@ -6,16 +6,15 @@
 //! It may be of a sample of the blocks, by hash: of every chain the same ones, whoever asks.
 
 use super::index::NONE;
+use super::tagged::Tagged;
 use crate::ids::mix;
 
 /// Keys that are looked for at once, and blocks that make room.
 const AHEAD: usize = 32;
 /// The parent of a node that is not in use.
 const GONE: u32 = NONE - 1;
-/// Bits of a table entry that say which node; the others say how far it lies from its home.
+/// Bits of a table entry that say which node.
 const NODE_BITS: u32 = 17;
-/// As far as they can; the home of what lies as far or farther is worked out.
-const MOST_DISTANCE: usize = (1 << (32 - NODE_BITS)) - 1;
 
 #[derive(Clone, Copy, Debug)]
 struct Node {
@@ -31,9 +30,8 @@ struct Node {
 /// The shadow of a pool.
 #[derive(Debug)]
 pub(crate) struct Shadow {
-    /// Node by hash of its key, [`NONE`] where vacant; linear probing at half load. With the distance from the entry's home,
-    /// so that probes load nodes with the same home only, and deletions none.
-    table: Vec<u32>,
+    /// Node by hash of its key, at half load.
+    table: Tagged<NODE_BITS>,
     nodes: Vec<Node>,
     capacity: usize,
     /// Blocks are sampled of whose hash these bits are 0.
@@ -50,9 +48,8 @@ pub(crate) struct Shadow {
 impl Shadow {
     /// A shadow of at most 65,536 blocks, which holds one block of 2^`sparse`.
     pub(crate) fn new(capacity: usize, sparse: u32) -> Self {
-        assert!(capacity < 1 << NODE_BITS, "every node has an entry that is not `NONE`");
         Self {
-            table: vec![NONE; (2 * capacity).next_power_of_two()],
+            table: Tagged::new((2 * capacity).next_power_of_two(), capacity),
             nodes: Vec::with_capacity(capacity),
             capacity,
             unsampled: !(u64::MAX >> sparse),
@@ -65,11 +62,11 @@ impl Shadow {
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.table.len() * 4 + self.capacity * size_of::<Node>()
+        self.table.bytes() + self.capacity * size_of::<Node>()
     }
 
     pub(crate) fn clear(&mut self) {
-        self.table.fill(NONE);
+        self.table.clear();
         self.nodes.clear();
         self.len = 0;
         (self.oldest, self.newest, self.vacant) = (NONE, NONE, NONE);
@@ -149,15 +146,14 @@ impl Shadow {
     /// Reads where the keys are: independent loads overlap where what follows would wait for one after the other.
     fn look_for(&self, keys: &[u64]) {
         let sum = keys.iter().fold(0, |sum, &key| {
-            let entry = self.table[self.home(key)];
-            let at_home = entry >> NODE_BITS == 0;
-            sum ^ self.nodes.get(entry as usize).filter(|_| at_home).map_or(entry, |node| node.parent)
+            let (at_home, entry) = self.table.at_home(self.home(key));
+            sum ^ at_home.map_or(entry, |node| self.nodes[node as usize].parent)
         });
         // As many blocks make room for those that are not there.
         let (mut oldest, mut homes) = (self.oldest, 0);
         for _ in keys {
             let Some(node) = self.nodes.get(oldest as usize) else { break };
-            homes ^= self.table[self.home(node.key)];
+            homes ^= self.table.at_home(self.home(node.key)).1;
             oldest = node.newer;
         }
         std::hint::black_box(sum ^ homes);
@@ -185,7 +181,8 @@ impl Shadow {
             if oldest == NONE {
                 return NONE;
             }
-            self.vacate(oldest);
+            let home_of = |node: u32| self.home(self.nodes[node as usize].key);
+            self.table.remove(home_of(oldest), oldest, home_of);
             self.unlink(oldest);
             (self.nodes[oldest as usize].older, self.nodes[oldest as usize].parent) = (self.vacant, GONE);
             self.vacant = oldest;
@@ -201,12 +198,7 @@ impl Shadow {
             self.nodes[node as usize] = new;
             node
         };
-        let home = self.home(key);
-        let mut at = home;
-        while self.table[at] != NONE {
-            at = self.after(at);
-        }
-        self.table[at] = Self::entry(node, self.distance(home, at));
+        self.table.insert(self.home(key), node);
         node
     }
 
@@ -214,41 +206,9 @@ impl Shadow {
         mix(key) as usize & (self.table.len() - 1)
     }
 
-    #[inline]
-    fn after(&self, at: usize) -> usize {
-        (at + 1) & (self.table.len() - 1)
-    }
-
-    #[inline]
-    fn distance(&self, from: usize, to: usize) -> usize {
-        to.wrapping_sub(from) & (self.table.len() - 1)
-    }
-
-    #[inline]
-    fn entry(node: u32, distance: usize) -> u32 {
-        node | (distance.min(MOST_DISTANCE) as u32) << NODE_BITS
-    }
-
-    #[inline]
-    fn node(entry: u32) -> u32 {
-        entry & ((1 << NODE_BITS) - 1)
-    }
-
     /// The node of a key, [`NONE`] where it is not there.
     fn find(&self, key: u64) -> u32 {
-        let (mut at, mut distance) = (self.home(key), 0);
-        loop {
-            let entry = self.table[at];
-            if entry == NONE {
-                return NONE;
-            }
-            let near = (entry >> NODE_BITS) as usize == distance.min(MOST_DISTANCE);
-            if near && self.nodes[Self::node(entry) as usize].key == key {
-                return Self::node(entry);
-            }
-            at = self.after(at);
-            distance += 1;
-        }
+        self.table.find(self.home(key), |node| self.nodes[node as usize].key == key)
     }
 
     fn link(&mut self, node: u32) {
@@ -271,32 +231,6 @@ impl Shadow {
             NONE => self.newest = older,
             newer => self.nodes[newer as usize].older = older,
         }
-    }
-
-    /// Empties the place of a node; what probed past it moves up (Knuth 6.4, algorithm R).
-    fn vacate(&mut self, node: u32) {
-        let mut hole = self.home(self.nodes[node as usize].key);
-        while Self::node(self.table[hole]) != node {
-            hole = self.after(hole);
-        }
-        let mut at = hole;
-        loop {
-            at = self.after(at);
-            let entry = self.table[at];
-            if entry == NONE {
-                break;
-            }
-            let mut distance = (entry >> NODE_BITS) as usize;
-            if distance == MOST_DISTANCE {
-                distance = self.distance(self.home(self.nodes[Self::node(entry) as usize].key), at);
-            }
-            let gap = self.distance(hole, at);
-            if distance >= gap {
-                self.table[hole] = Self::entry(Self::node(entry), distance - gap);
-                hole = at;
-            }
-        }
-        self.table[hole] = NONE;
     }
 }
 
