@@ -53,10 +53,10 @@ impl<const SLOT_BITS: u32> Tagged<SLOT_BITS> {
 
     #[inline]
     fn slot_bits(&self) -> u32 {
-        if SLOT_BITS != ANY {
-            SLOT_BITS
-        } else {
+        if SLOT_BITS == ANY {
             self.slot_bits
+        } else {
+            SLOT_BITS
         }
     }
 
