@@ -1,5 +1,5 @@
-//! Which mechanisms are on, and what an oracle is told: for ablations and offline studies. An engine has all of them on and
-//! no oracle.
+//! Which mechanisms are on, and what an oracle is told: for ablations and offline studies. An engine has all of them on
+//! and no oracle.
 
 use super::chain::STEPS;
 

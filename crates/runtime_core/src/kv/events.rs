@@ -1,5 +1,5 @@
-//! Calls arrive, start, store and end; sessions end; the engine drops blocks. What happens to the pool then, and in which
-//! order. Learning what a call's use of its blocks teaches is in `touch.rs`.
+//! Calls arrive, start, store and end; sessions end; the engine drops blocks. What happens to the pool then, and in
+//! which order. Learning what a call's use of its blocks teaches is in `touch.rs`.
 
 use super::calls::Running;
 use super::followers::Kin;

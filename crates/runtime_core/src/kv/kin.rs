@@ -1,9 +1,9 @@
 //! Which sessions do the same task, and what do their calls use of each other's blocks?
 //!
-//! Sessions become kin where a call uses what another session has used beyond the first third of the prompt
-//! (`touch` finds that), or where it calls an agent for the first time with a prompt that another has walked along
-//! (`trails.rs`, which remembers that beyond an eviction); so do the kin of these. Kin stand with the session, in both
-//! directions, at most [`KIN`] of each; the seat of one that is gone is taken first. What kin teach is in `followers.rs`.
+//! Sessions become kin where a call uses what another session has used beyond the first third of the prompt (`touch`
+//! finds that), or where it calls an agent for the first time with a prompt that another has walked along (`trails.rs`,
+//! which remembers that beyond an eviction); so do the kin of these. Kin stand with the session, in both directions, at
+//! most [`KIN`] of each; the seat of one that is gone is taken first. What kin teach is in `followers.rs`.
 
 use super::followers::{Kin, Votes, KIN};
 use super::{KvCache, Tenant, Workload, NONE};

@@ -2,9 +2,9 @@
 //!
 //! A *lane* is an agent of a session: the list of the segments that its calls used last. The *tenant* of a slot is the
 //! session that has it now. Lanes come from one list of free ones; where there is none, the session's own least recent
-//! one gives way, or another session's. What a lane loses that way, and what a session leaves whose slot goes to another,
-//! is *nobody's*: each workload has one such lane, behind all others. Whatever happens to a session marks it: its leaves
-//! are scored again, see `settle.rs`.
+//! one gives way, or another session's. What a lane loses that way, and what a session leaves whose slot goes to
+//! another, is *nobody's*: each workload has one such lane, behind all others. Whatever happens to a session marks it:
+//! its leaves are scored again, see `settle.rs`.
 
 use super::calls::Running;
 use super::chain::STEPS;

@@ -1,5 +1,5 @@
-//! What comes back from a lower tier: which sessions are expected to call and for whom there is room, and what happens to
-//! blocks that are back. Whether that pays is learned in `offers.rs`.
+//! What comes back from a lower tier: which sessions are expected to call and for whom there is room, and what happens
+//! to blocks that are back. Whether that pays is learned in `offers.rs`.
 
 use super::density::{self, Foreign, GRID};
 use super::index::NONE;

@@ -1,6 +1,6 @@
-//! Segments found, pinned, cut, extended and taken apart, on behalf of calls. What they are is in `index.rs`; whose they
-//! are, in `lanes.rs`. Here both are kept in step: a segment is in one lane's list, and in the victim queue where it has
-//! become a leaf.
+//! Segments found, pinned, cut, extended and taken apart, on behalf of calls. What they are is in `index.rs`; whose
+//! they are, in `lanes.rs`. Here both are kept in step: a segment is in one lane's list, and in the victim queue where
+//! it has become a leaf.
 
 use super::index::{self, NONE, NOT_QUEUED};
 use super::offers::NO_KIND;

@@ -1,8 +1,8 @@
 //! Which leaves are scored again, and when.
 //!
 //! Scores are worked out before they are needed: at the end of an event, or once in an engine's step and before its
-//! evictions, those of sessions that events have marked, and of some whose silence has grown by a fifth. Each is bounded
-//! by a constant below, so that no event and no step pays for many.
+//! evictions, those of sessions that events have marked, and of some whose silence has grown by a fifth. Each is
+//! bounded by a constant below, so that no event and no step pays for many.
 
 use super::index::{NONE, NOT_QUEUED};
 use super::segments::LOOK_AHEAD;

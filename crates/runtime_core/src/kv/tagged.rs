@@ -1,11 +1,11 @@
-//! A hash table of slot numbers that loads few keys: the keys stay where the slots are, and each entry says how far it lies
-//! from its home.
+//! A hash table of slot numbers that loads few keys: the keys stay where the slots are, and each entry says how far it
+//! lies from its home.
 //!
 //! Linear probing, deletion by backward shift: no tombstones, nothing is ever rehashed. The bits of an entry that slot
-//! numbers leave free hold its distance, so that a probe loads the keys of entries with the same home only, and a deletion
-//! none; what lies farther than they can say has its home worked out. The caller knows where the home of a key is, and
-//! sees to it that some entries stay vacant. This is for tables of a block each, of whose keys few are in the cache; see
-//! `table.rs` for small ones.
+//! numbers leave free hold its distance, so that a probe loads the keys of entries with the same home only, and a
+//! deletion none; what lies farther than they can say has its home worked out. The caller knows where the home of a key
+//! is, and sees to it that some entries stay vacant. This is for tables of a block each, of whose keys few are in the
+//! cache; see `table.rs` for small ones.
 //!
 //! One writer. Other threads may look for a key meanwhile, and may miss one that is being moved. One word, one fact:
 //! `Relaxed`.
@@ -16,8 +16,8 @@ use crate::sync::{AtomicU32, Ordering::Relaxed};
 /// As many slot bits as the slots need, and any length.
 pub(super) const ANY: u32 = 0;
 
-/// See the module's page. Where it is known when compiling how many bits of an entry say which slot, the length is a power
-/// of two as well: that saves the guard's shadow an eighth of its instructions.
+/// See the module's page. Where it is known when compiling how many bits of an entry say which slot, the length is a
+/// power of two as well: that saves the guard's shadow an eighth of its instructions.
 #[derive(Debug)]
 pub(super) struct Tagged<const SLOT_BITS: u32> {
     /// [`NONE`] where vacant.
@@ -121,8 +121,8 @@ impl<const SLOT_BITS: u32> Tagged<SLOT_BITS> {
         }
     }
 
-    /// What `of` says of the first slot with this home of which it says anything; for threads that do not write: it ends,
-    /// whatever is moved meanwhile. Wait-free.
+    /// What `of` says of the first slot with this home of which it says anything; for threads that do not write: it
+    /// ends, whatever is moved meanwhile. Wait-free.
     pub(super) fn find_meanwhile<T>(&self, home: usize, of: impl Fn(u32) -> Option<T>) -> Option<T> {
         let (mut at, most) = (home, self.most_distance());
         for distance in 0..self.entries.len() {
@@ -140,8 +140,8 @@ impl<const SLOT_BITS: u32> Tagged<SLOT_BITS> {
         None
     }
 
-    /// The slot at this home, if what is there is at home as far as it can say; and the word that was read. For loads that
-    /// are to overlap.
+    /// The slot at this home, if what is there is at home as far as it can say; and the word that was read. For loads
+    /// that are to overlap.
     #[inline]
     pub(super) fn at_home(&self, home: usize) -> (Option<u32>, u32) {
         let entry = self.entries[home].load(Relaxed);
