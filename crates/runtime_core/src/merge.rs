@@ -24,8 +24,9 @@ use crate::ids::mix;
 use std::collections::BTreeMap;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"agrt");
-/// Counts of another format mean something else. 2: followers by calls of an agent instead of steps of a session.
-const FORMAT: u32 = 2;
+/// Counts of another format mean something else. 2: followers by calls of an agent instead of steps of a session;
+/// 3: with odds of content.
+const FORMAT: u32 = 3;
 const HEADER_BYTES: usize = 24;
 
 /// Counts of one kind.

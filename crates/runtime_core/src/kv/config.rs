@@ -16,6 +16,8 @@ pub struct Config {
     pub superseded: bool,
     /// Content by class.
     pub content_classes: bool,
+    /// Content by what the lane did at its last call, and by place and sessions of the block.
+    pub content_odds: bool,
     /// What was evicted votes on content too.
     pub lost: bool,
     /// Learn when sessions end.
@@ -50,6 +52,7 @@ impl Default for Config {
             tool_order: true,
             superseded: true,
             content_classes: true,
+            content_odds: true,
             lost: true,
             session_end: true,
             time_contexts: true,

@@ -120,7 +120,7 @@ impl Content {
 
     /// Rates of `agent` for `class` at `misses`, by whether the agent's next call is the session's next after its last.
     pub(crate) fn rates(&self, agent: u16, misses: u32, class: u8, config: &Config) -> Rates {
-        let at = |misses: u32| if config.superseded { (misses as usize).min(MISSES - 1) } else { 0 };
+        let at = |misses| row(misses, config);
         let class = config.content_classes.then_some(usize::from(class));
         let (first, second, third) = (at(misses), at(misses.saturating_add(1)), at(misses.saturating_add(2)));
         Rates {
@@ -129,6 +129,11 @@ impl Content {
             second: self.rate(agent, second, true, class),
             third: self.rate(agent, third, true, class),
         }
+    }
+
+    /// Rate of `agent` for `class` at `misses` at a call that comes at once, or later.
+    pub(crate) fn rate_now(&self, agent: u16, misses: u32, later: bool, class: u8, config: &Config) -> f32 {
+        self.rate(agent, row(misses, config), later, config.content_classes.then_some(usize::from(class)))
     }
 
     fn rate(&self, agent: u16, misses: usize, later: bool, class: Option<usize>) -> f32 {
@@ -153,6 +158,14 @@ fn refine((expected, hit): (f32, f32), prior: f32) -> f32 {
 
 fn add(sum: (f32, f32), more: (f32, f32)) -> (f32, f32) {
     (sum.0 + more.0, sum.1 + more.1)
+}
+
+fn row(misses: u32, config: &Config) -> usize {
+    if config.superseded {
+        (misses as usize).min(MISSES - 1)
+    } else {
+        0
+    }
 }
 
 fn slot(misses: usize, later: bool) -> usize {

@@ -69,7 +69,7 @@ impl KvCache {
         self.walk(slot, lane, keys);
         let at = self.tenants[slot as usize].calls;
         let x = &mut self.lanes[lane as usize];
-        (x.calls, x.at) = (x.calls.wrapping_add(1), at);
+        (x.calls, x.at, x.prompt_len) = (x.calls.wrapping_add(1), at, keys.len() as u32);
         self.ticket = 0;
         let tail = match self.path.last() {
             Some(&block) => self.pin(block),

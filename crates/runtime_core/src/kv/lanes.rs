@@ -13,7 +13,7 @@ use super::index::{Segment, NONE};
 use super::kin::RECENT;
 use super::sharing::{Curves, Owner};
 use super::workload::{Workload, MAX_WORKLOADS};
-use super::{KvCache, CURVES};
+use super::{odds, KvCache, CURVES};
 use crate::ids::spread;
 use crate::sessions::SessionHandle;
 
@@ -34,9 +34,22 @@ pub(super) struct Lane {
     pub(super) before: u32,
     /// Calls of its session when it called last.
     pub(super) at: u16,
+    /// What that call used of what the one before had used, see `odds.rs`; and the blocks of its prompt.
+    pub(super) kept: u8,
+    pub(super) prompt_len: u32,
 }
 
-const VACANT: Lane = Lane { session: NONE, agent: 0, calls: 0, head: NONE, next: NONE, before: NONE, at: 0 };
+const VACANT: Lane = Lane {
+    session: NONE,
+    agent: 0,
+    calls: 0,
+    head: NONE,
+    next: NONE,
+    before: NONE,
+    at: 0,
+    kept: odds::NEW,
+    prompt_len: 0,
+};
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Tenant {

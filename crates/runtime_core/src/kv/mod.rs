@@ -23,6 +23,7 @@
 //! |---|---|
 //! | `workload.rs` | learned state of one workload, and how identities teach it |
 //! | `content.rs` | will the owner's next call use a segment again? |
+//! | `odds.rs` | how much likelier than others of its kind? |
 //! | `lost.rs` | would it have used what was evicted? |
 //! | `chain.rs` | which agent of a session calls when? |
 //! | `drift.rs` | has the order of agents changed? |
@@ -69,6 +70,7 @@ pub(crate) mod index;
 mod kin;
 mod lanes;
 mod lost;
+mod odds;
 mod offers;
 mod plan;
 mod predict;

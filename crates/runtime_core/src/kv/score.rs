@@ -7,7 +7,7 @@ use super::followers::KIN;
 use super::index::{Segment, NONE};
 use super::lanes::Lane;
 use super::workload::{Sessions, Workload, Workloads};
-use super::KvCache;
+use super::{odds, KvCache};
 
 impl KvCache {
     /// Scores a leaf whose session's view is loaded, or that is nobody's, and queues it accordingly.
@@ -78,12 +78,27 @@ impl KvCache {
             };
             let at_once = if calls_last { first[0] } else { 0.0 };
             let calls = first.iter().sum::<f32>().max(1e-6);
-            let missed = 1.0 - rates.later - (rates.at_once - rates.later) * at_once / calls;
-            let (b, c) = (missed * rates.second, missed * (1.0 - rates.second) * rates.third);
-            for i in 0..STEPS {
-                first_use[i] = rates.later * first[i] + b * second[i] + c * third[i];
+            let odds = |misses| workload.odds.of_block(misses, x.depth, lane.prompt_len, x.degree, &self.config);
+            let now = odds(misses);
+            let then = if misses == 0 { odds(1) } else { now };
+            let since = self.tenants[lane.session as usize].calls.wrapping_sub(lane.at);
+            let mut used = 0.0;
+            for (i, use_then) in (0u16..).zip(&mut first_use) {
+                let habit = match misses {
+                    0 => workload.odds.of_habit(lane.kept, since.saturating_add(i), &self.config),
+                    _ => 1.0,
+                };
+                let rate = |rate| odds::adjusted(rate, now * habit);
+                let once = if i == 0 { at_once } else { 0.0 };
+                *use_then = rate(rates.later) * (first[usize::from(i)] - once) + rate(rates.at_once) * once;
+                used += *use_then;
             }
-            first_use[0] += (rates.at_once - rates.later) * at_once;
+            let missed = 1.0 - used / calls;
+            let second_rate = odds::adjusted(rates.second, then);
+            let (b, c) = (missed * second_rate, missed * (1.0 - second_rate) * odds::adjusted(rates.third, then));
+            for i in 0..STEPS {
+                first_use[i] += b * second[i] + c * third[i];
+            }
         }
         let owner = self.owner(x);
         let mut foreign = Foreign::Learned {

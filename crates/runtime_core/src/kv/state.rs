@@ -73,6 +73,7 @@ impl Workload {
         let (cells, agents) = self.followers.rows();
         rows.push(cells);
         rows.push(agents);
+        self.odds.rows().for_each(|row| rows.push(row));
         rows
     }
 

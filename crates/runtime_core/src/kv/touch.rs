@@ -1,6 +1,6 @@
 //! A call uses what of its prompt is there: promises kept and broken are counted, and the path becomes its lane's.
 //!
-//! Everything that a use teaches is taught here: content (`content.rs`, and of what was evicted `lost.rs`), sharing
+//! Everything that a use teaches is taught here: content (`content.rs` and `odds.rs`, and of what was evicted `lost.rs`), sharing
 //! (`sharing.rs`), kin (`kin.rs`, `followers.rs`), and offers (`offers.rs`).
 
 use super::content::{CLASSES, MISSES};
@@ -10,7 +10,7 @@ use super::lanes::{Lane, Tenant};
 use super::offers::NO_KIND;
 use super::segments::ordinal;
 use super::workload::Workload;
-use super::{content, sharing, Hint, KvCache};
+use super::{content, odds, sharing, Hint, KvCache};
 
 impl KvCache {
     /// Counts promises kept and broken, and makes the path the lane's. False where a segment could not be split.
@@ -26,24 +26,34 @@ impl KvCache {
         hints: &[Hint],
     ) -> bool {
         let prompt_len = keys.len() as u32;
-        let Lane { agent, calls, at: called_at, .. } = self.lanes[lane as usize];
+        let Lane { agent, calls, at: called_at, kept, prompt_len: last_len, .. } = self.lanes[lane as usize];
+        let Tenant { kin, calls: step, .. } = self.tenants[slot as usize];
+        // Calls of others since the lane's last one.
+        let since = step.wrapping_sub(called_at).saturating_sub(1);
+        let later = since > 0;
+        let rate = |misses, class| workload.content.rate_now(agent, misses, later, class, &self.config);
         // One vote per (misses, class) cell: all blocks of the lane, used or not, evicted or not.
         let mut expected = [[0u32; CLASSES]; MISSES];
         let mut used = [[0u32; CLASSES]; MISSES];
-        let misses = |touch_call: u32| (calls.wrapping_sub(touch_call) as usize).min(MISSES - 1);
+        let mut compared = odds::Votes::new(&workload.odds, kept, since, last_len);
+        let misses = |touch_call: u32| calls.wrapping_sub(touch_call);
+        let row = |misses: u32| (misses as usize).min(MISSES - 1);
         let mut segment = self.lanes[lane as usize].head;
         while segment != NONE {
             let x = self.index.seg(segment);
-            expected[misses(x.touch_call)][x.class as usize] += x.len;
+            let misses = misses(x.touch_call);
+            expected[row(misses)][x.class as usize] += x.len;
+            compared.expect(misses, x.depth, x.degree, rate(misses, x.class), x.len);
             segment = x.lane_next;
         }
         for piece in self.lost.of(lane) {
-            let (misses, class) = (misses(piece.touch_call), piece.class as usize);
-            expected[misses][class] += piece.len;
-            used[misses][class] += piece.used(keys);
+            let (misses, class, n) = (misses(piece.touch_call), piece.class as usize, piece.used(keys));
+            expected[row(misses)][class] += piece.len;
+            used[row(misses)][class] += n;
+            compared.expect(misses, piece.depth, 1, rate(misses, piece.class), piece.len);
+            compared.used(misses, piece.depth, 1, n);
         }
         self.lost.forget(lane);
-        let Tenant { kin, calls: step, .. } = self.tenants[slot as usize];
         let mut votes = [None; KIN];
         if kin[0] != Kin::NONE {
             votes = kin.map(|kin| self.expected_of(kin, agent, calls + 1));
@@ -60,7 +70,9 @@ impl KvCache {
             }
             let same_session = self.lanes[old.lane as usize].session == slot;
             if old.lane == lane {
-                used[misses(old.touch_call)][old.class as usize] += n as u32;
+                let misses = misses(old.touch_call);
+                used[row(misses)][old.class as usize] += n as u32;
+                compared.used(misses, old.depth, old.degree, n as u32);
             }
             let age_s = now_us.saturating_sub(old.last_use_us) as f32 / 1e6;
             let owner = self.owner(&old);
@@ -122,7 +134,10 @@ impl KvCache {
             }
         }
         self.follow(workload, slot, &votes, leads);
-        let later = step.wrapping_sub(called_at) > 1;
+        workload.odds.learn(&compared, now_us);
+        if let Some(kept) = compared.kept() {
+            self.lanes[lane as usize].kept = kept;
+        }
         for (misses, (expected, used)) in expected.iter().zip(&used).enumerate() {
             for (class, (&n, &m)) in expected.iter().zip(used).enumerate() {
                 if n > 0 {
