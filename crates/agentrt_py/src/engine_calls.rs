@@ -63,8 +63,11 @@ pub(crate) struct EngineCall {
     low: usize,
     #[pyo3(get)]
     allocated: bool,
-    /// Blocks that its prompt will still take.
-    left: usize,
+    /// Tokens that it is admitted with, and how many of them it has slots for.
+    tokens: usize,
+    computed: usize,
+    /// Where it stands among [`Decoding`], once its prompt is computed.
+    decodes: Option<usize>,
     request_id: Py<PyAny>,
 }
 
@@ -90,6 +93,11 @@ impl EngineCall {
 }
 
 impl EngineCall {
+    /// Blocks that its prompt will still take.
+    fn left(&self, block_size: usize) -> usize {
+        self.tokens.div_ceil(block_size).saturating_sub(self.computed.div_ceil(block_size))
+    }
+
     fn after(&self, from: usize) -> &[u64] {
         self.keys.get(from..).unwrap_or(&[])
     }
@@ -174,6 +182,31 @@ impl Pending {
     }
 }
 
+/// How many calls that decode will take a block in which step: each takes one every `block_size` steps, since it computes
+/// a token a step. Of those that compute several only the average is known.
+struct Decoding {
+    /// By step, modulo the size of a block.
+    takers: Vec<usize>,
+    /// The step that is scheduled next.
+    next: usize,
+}
+
+impl Decoding {
+    /// From the next step on a call decodes that has slots for so many tokens.
+    fn join(&mut self, computed: usize) -> usize {
+        let size = self.takers.len();
+        let at = (self.next + (size - computed % size)) % size;
+        self.takers[at] += 1;
+        at
+    }
+
+    fn leave(&mut self, at: Option<usize>) {
+        if let Some(takers) = at.and_then(|at| self.takers.get_mut(at)) {
+            *takers = takers.saturating_sub(1);
+        }
+    }
+}
+
 /// Who a request says it is of.
 struct Named {
     session: u64,
@@ -216,6 +249,7 @@ pub(crate) struct EngineCalls {
     untold_calls: usize,
     /// Admitted calls whose prompts will take more blocks.
     prefilling: Vec<Py<EngineCall>>,
+    decoding: Decoding,
     pending: Pending,
     numbers: u64,
     /// The latest time a hook has been called at.
@@ -260,6 +294,7 @@ impl EngineCalls {
             untold: Vec::new(),
             untold_calls: 0,
             prefilling: Vec::new(),
+            decoding: Decoding { takers: vec![0; block_size.max(1)], next: 0 },
             pending: Pending::default(),
             numbers: 0,
             now_us: 0,
@@ -348,9 +383,14 @@ impl EngineCalls {
             Vec::new()
         };
         self.prefilling.retain(|other| !other.bind(py).is(&call));
-        let others: usize = self.prefilling.iter().map(|other| other.bind(py).borrow().left).sum();
-        queue.borrow_mut().prepare_now(py, need + others, now_us, &spare)?;
-        call.borrow_mut().left = need;
+        // What others still need is named at the end of the step, whichever of these blocks they have taken until then.
+        queue.borrow_mut().prepare_now(py, need, now_us, &spare)?;
+        {
+            let mut one = call.borrow_mut();
+            (one.tokens, one.computed) = (tokens, hit * self.block_size);
+            // Where it has been preempted, it decodes no more.
+            self.decoding.leave(one.decodes.take());
+        }
         self.prefilling.push(call.unbind());
         Ok(())
     }
@@ -373,9 +413,6 @@ impl EngineCalls {
             Some(group) if group.is_truthy()? => Some(group),
             _ => None,
         };
-        if let Some(group) = &group {
-            self.has_blocks(request, &call, group.len()?)?;
-        }
         let (core_hit, hit) = {
             let mut one = call.borrow_mut();
             let core_hit = one.core_hit.unwrap_or(0);
@@ -437,13 +474,21 @@ impl EngineCalls {
         if running == 0 || !self.acting {
             return Ok(());
         }
-        let waiting = if self.prefilling.is_empty() { 0 } else { self.still_waiting(scheduled)? };
+        self.decoding.next = (self.decoding.next + 1) % self.block_size;
+        let mut prefilled = (0, 0);
+        let waiting = if self.prefilling.is_empty() { 0 } else { self.still_waiting(scheduled, &mut prefilled)? };
+        let decoding = running.saturating_sub(prefilled.0);
+        let decoded = match scheduler_output.getattr_opt(intern!(py, "total_num_scheduled_tokens"))? {
+            Some(tokens) => tokens.extract::<usize>()?.saturating_sub(prefilled.1),
+            None => decoding,
+        };
+        let takers = self.decoding.takers[self.decoding.next];
+        let average = if decoded > decoding { decoded.div_ceil(self.block_size) } else { decoding / self.block_size };
+        let soon = waiting + takers.max(average);
         match &self.queue {
-            Some(queue) => {
-                let soon = waiting + running / self.block_size + 1;
-                queue.bind(py).borrow_mut().prepare_now(py, soon, now_us, &[]).map(drop)
-            }
-            None => Ok(()),
+            // No more than that: a block named in vain is one that the cache does without.
+            Some(queue) if soon > 0 => queue.bind(py).borrow_mut().prepare_now(py, soon, now_us, &[]).map(drop),
+            _ => Ok(()),
         }
     }
 
@@ -468,6 +513,7 @@ impl EngineCalls {
             if std::mem::take(&mut one.untold) {
                 self.untold_calls -= 1;
             }
+            self.decoding.leave(one.decodes.take());
         }
         let (prompt, mut computed) = (call.borrow().keys.len(), call.borrow().keys.len());
         if call.borrow().allocated {
@@ -549,11 +595,12 @@ impl EngineCalls {
             queue.bind(py).borrow_mut().forget_all();
         }
         self.prefilling.clear();
+        self.decoding.takers.fill(0);
         add(&self.counts.get().resets, 1);
         for call in self.calls.bind(py).values() {
             // They are queued again and start anew.
             let mut one = call.cast::<EngineCall>()?.borrow_mut();
-            (one.core_hit, one.allocated, one.low) = (None, false, one.keys.len());
+            (one.core_hit, one.allocated, one.low, one.decodes) = (None, false, one.keys.len(), None);
         }
         self.tell(py, EventKind::Reset, (0, 0), 0, now_us, &[])?;
         self.flush(py)?;
@@ -647,7 +694,9 @@ impl EngineCalls {
                 core_hit: None,
                 hit: 0,
                 allocated: false,
-                left: 0,
+                tokens: 0,
+                computed: 0,
+                decodes: None,
                 request_id: request_id.clone().unbind(),
             },
         )?;
@@ -884,35 +933,25 @@ impl EngineCalls {
         Ok(ids)
     }
 
-    /// Of an admitted prompt, only what later chunks take is still to come.
-    fn has_blocks(&mut self, request: &Bound<'_, PyAny>, call: &Bound<'_, EngineCall>, blocks: usize) -> PyResult<()> {
-        let py = call.py();
-        let Some(at) = self.prefilling.iter().position(|other| other.bind(py).is(call)) else { return Ok(()) };
-        let tokens: usize = request.getattr(intern!(py, "num_tokens"))?.extract()?;
-        let left = tokens.div_ceil(self.block_size).saturating_sub(blocks);
-        call.borrow_mut().left = left;
-        if left == 0 {
-            self.prefilling.remove(at);
-        }
-        Ok(())
-    }
-
-    /// Blocks that admitted prompts will take after this step.
-    fn still_waiting(&mut self, scheduled: &Bound<'_, PyDict>) -> PyResult<usize> {
-        let (py, size, mut waiting) = (scheduled.py(), self.block_size, 0);
+    /// Blocks that admitted prompts will take after this step; those that are computed decode from the next one on.
+    /// Counts the scheduled ones and their tokens.
+    fn still_waiting(&mut self, scheduled: &Bound<'_, PyDict>, counts: &mut (usize, usize)) -> PyResult<usize> {
+        let (py, mut waiting) = (scheduled.py(), 0);
         let mut at = 0;
         while let Some(call) = self.prefilling.get(at) {
             let mut one = call.bind(py).borrow_mut();
             if let Some(tokens) = scheduled.get_item(one.request_id.bind(py))? {
                 let tokens: usize = tokens.extract()?;
-                if one.left * size <= tokens + size {
+                *counts = (counts.0 + 1, counts.1 + tokens);
+                one.computed += tokens;
+                if one.computed >= one.tokens {
+                    one.decodes = Some(self.decoding.join(one.computed));
                     drop(one);
-                    self.prefilling.remove(at);
+                    self.prefilling.swap_remove(at);
                     continue;
                 }
-                one.left -= tokens / size;
             }
-            waiting += one.left;
+            waiting += one.left(self.block_size);
             at += 1;
         }
         Ok(waiting)

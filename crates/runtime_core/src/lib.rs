@@ -31,8 +31,8 @@
 //! | of these: `Removed` | | no | 16 n probes |
 //! | of these: `Reset` | | no | once the pool |
 //! | of these, once anything was evicted, but for [`Scoring::ByStep`](runtime::Scoring) | | no | 64 sessions that changed and 4 that aged scored, each 5 s steps; 16 segments above the next victims |
-//! | [`Runtime::settle_step`] | one writer | no | 8 sessions that changed and 4 that aged scored, each 5 s steps |
-//! | [`Runtime::evict`] | one writer | no | n hash deletions; a note of what each lane loses; one scoring for each segment that loses its last child and was not prepared for; after events by step, 8 sessions that changed scored |
+//! | [`Runtime::settle_step`] | one writer | no | 64 sessions that changed and 4 that aged scored, each 5 s steps |
+//! | [`Runtime::evict`] | one writer | no | n hash deletions; a note of what each lane loses; one scoring for each segment that loses its last child and was not prepared for; after events by step, 64 sessions that changed and 4 that aged scored |
 //! | [`Runtime::evict_oldest`], and [`Runtime::evict`] while LRU has taken over | one writer | no | n hash deletions, two list steps a segment; a segment that calls in flight need is passed over once |
 //! | [`Runtime::evict_blocks`] | one writer | no | a hash probe and a deletion a block |
 //! | [`Runtime::expected`] | one writer | no | 64 sessions, 256 leaves; while calls wait 256 leaves |

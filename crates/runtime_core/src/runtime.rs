@@ -8,7 +8,7 @@
 //! |---|---|---|---|
 //! | [`Runtime::observe`], events without blocks | lock-free | no | 4 exchanges and at most 14 additions an event, per retry; an end while the pool is taken, 256 loads |
 //! | [`Runtime::observe`], events with blocks | one writer; a second one gets [`Error::Busy`], nothing applied | no | one hash probe a block, one visit a segment of the lane; from the first eviction on, one scoring per session that the batch changed (at most 64) and 4 for age; with [`Scoring::ByStep`] none |
-//! | [`Runtime::settle_step`] | one writer, as above | no | one scoring per session that changed (at most 8) and 4 for age |
+//! | [`Runtime::settle_step`] | one writer, as above | no | one scoring per session that changed (at most 64) and 4 for age |
 //! | [`Runtime::score_blocks`] | wait-free | no | one hash probe a block |
 //! | [`Runtime::score_agents`], [`Runtime::predict`] | wait-free | no | 64 rows of 8 |
 //! | [`Runtime::evict`] | one writer, as above | no | a hash probe and a list step a block, one scoring a segment that loses its last child |

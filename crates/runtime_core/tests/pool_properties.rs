@@ -103,7 +103,7 @@ fn scores_by_step_are_there_when_they_are_asked_for() {
     use runtime_core::runtime::{EventKind, Events, Options, Scoring};
     use runtime_core::Runtime;
 
-    let runtime = Runtime::new(Options::for_pool(100)).unwrap();
+    let runtime = Runtime::new(Options::for_pool(400)).unwrap();
     let workload = runtime.workload("steps").unwrap();
     let block = |session: u64, i: u64| session * 10 + i;
     let call = |session: u64, now_us: u64| {
@@ -129,17 +129,18 @@ fn scores_by_step_are_there_when_they_are_asked_for() {
     call(1, 10_000);
     runtime.settle_step(12_000).unwrap();
     assert!(score(1) == 0.0);
-    (2..=14).for_each(|session| call(session, 20_000 + session * 1_000));
-    assert!((1..=14).all(|session| score(session) == 0.0));
-    // A step scores a few, the latest first; then the others have their turn.
-    runtime.settle_step(40_000).unwrap();
-    assert!(score(14) > 0.0 && score(1) == 0.0);
-    runtime.settle_step(70_000).unwrap();
-    assert!((1..=14).all(|session| score(session) > 0.0));
+    (2..=90).for_each(|session| call(session, 20_000 + session * 1_000));
+    assert!((1..=90).all(|session| score(session) == 0.0));
+    // A step scores the latest 64: a leaf without a score goes last, so few would be too few. Then the others have
+    // their turn.
+    runtime.settle_step(112_000).unwrap();
+    assert!((27..=90).all(|session| score(session) > 0.0) && score(1) == 0.0);
+    runtime.settle_step(140_000).unwrap();
+    assert!((1..=90).all(|session| score(session) > 0.0));
     // An eviction does not wait for the end of the step.
-    call(15, 80_000);
-    assert!(score(15) == 0.0);
-    assert_eq!(runtime.evict(1, 82_000, |_| {}).unwrap(), 1);
-    assert!(score(15) > 0.0);
+    call(91, 150_000);
+    assert!(score(91) == 0.0);
+    assert_eq!(runtime.evict(1, 152_000, |_| {}).unwrap(), 1);
+    assert!(score(91) > 0.0);
     runtime.audit().unwrap();
 }

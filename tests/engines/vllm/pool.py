@@ -181,7 +181,8 @@ class Engine:
     def step(self, scheduled: dict[str, int]) -> None:
         """Ends a scheduling step."""
         if self.connector is not None:
-            self.connector.build_connector_meta(SimpleNamespace(num_scheduled_tokens=scheduled))
+            output = {"num_scheduled_tokens": scheduled, "total_num_scheduled_tokens": sum(scheduled.values())}
+            self.connector.build_connector_meta(SimpleNamespace(**output))
 
     def prefill(self, request: Any, tokens: int) -> bool:
         """Schedules the next chunk of a running request."""
@@ -202,7 +203,7 @@ class Engine:
                 return False
             request.num_computed_tokens += n
             tokens -= n
-            self.step(dict.fromkeys(self.running, 1))
+            self.step({request.request_id: n})
         return True
 
     def finish(self, request: Any) -> None:

@@ -189,6 +189,34 @@ def test_decoding_takes_victims_too() -> None:
     made.check()
 
 
+def test_calls_that_take_a_block_in_the_same_step_find_victims_for_all_and_none_before() -> None:
+    made, core = engine(15)
+    for n in range(3):
+        made.call(Call(f"s{n}", "a", [10 * n, 10 * n + 1, 10 * n + 2], []))
+    step, made.step = made.step, lambda scheduled: None  # type: ignore[method-assign]
+    running = [made.request(Call(f"t{n}", "a", [100 + n], [])) for n in range(3)]
+    assert all(made.admit(request) for request in running)
+    scheduled = {request.request_id: request.num_tokens for request in running}
+    core.victims = [key(b) for b in (2, 12, 22, 1, 11, 21)]
+    for tokens in range(1, 2 * BLOCK + 1):
+        core.asked.clear()
+        made.evicted.clear()
+        step(scheduled)
+        # A prompt has a token beyond its block, so a block is full at the 16th token of the answer.
+        takes_one = tokens % BLOCK == 0
+        assert core.asked == ([3] if takes_one else [])
+        for request in running:
+            request.append_output_token_ids([1])
+            assert made.manager.allocate_slots(request, 1) is not None
+            request.num_computed_tokens += 1
+        assert len(made.evicted) == (3 if takes_one else 0)
+        scheduled = dict.fromkeys(scheduled, 1)
+    assert [cached(made, 10 * n) for n in range(3)] == [True] * 3
+    for request in running:
+        made.finish(request)
+    made.check()
+
+
 def test_victims_stay_named_while_unhashed_blocks_stand_before_them() -> None:
     made, core = engine(16)
     made.call(Call("s", "a", [0, 1, 2, 3], []))
