@@ -60,11 +60,10 @@ class Server:
             skip_tokenizer_init=True,
             dtype="bfloat16",
             block_size=BLOCK,
-            max_model_len=blocks * BLOCK,
             enable_prefix_caching=True,
             num_gpu_blocks_override=blocks + 1,
             kv_transfer_config=kv_transfer,
-            **{"max_num_seqs": 16, "max_num_batched_tokens": 2048, **options},
+            **{"max_num_seqs": 16, "max_num_batched_tokens": 2048, "max_model_len": blocks * BLOCK, **options},
         ).create_engine_config()
         self.config.cache_config.num_gpu_blocks = blocks + 1
         shape = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 64, "dtype": torch.bfloat16}
