@@ -24,7 +24,7 @@ const VARIANTS: &[(&str, &str, fn(&mut Config))] = &[
     ("agentrt-no-superseded", "ablation: misses of earlier calls are ignored", |c| c.superseded = false),
     ("agentrt-no-classes", "ablation: one content class", |c| c.content_classes = false),
     ("agentrt-no-content-odds", "ablation: content by the cell alone, not by habit, place and sessions", |c| {
-        c.content_odds = false
+        c.content_odds = false;
     }),
     ("agentrt-no-lost", "ablation: what was evicted does not vote on content", |c| c.lost = false),
     ("agentrt-no-session-end", "ablation: sessions never end", |c| c.session_end = false),
