@@ -265,7 +265,7 @@ fn act(c: &mut Criterion) {
 
 fn merge(c: &mut Criterion) {
     let mut group = c.benchmark_group("merge");
-    for pairs in [64u64, 632] {
+    for pairs in [64u64, 640] {
         let shapes = vec![Shape::Dense(1024), Shape::Keyed(1024)];
         let publications: Vec<Vec<u8>> = (0..8)
             .map(|replica| {
