@@ -903,6 +903,9 @@ class EngineCalls:
     @property
     def prefilling_calls(self) -> int:
         """Admitted calls whose prompts will take more blocks."""
+    @property
+    def arrived_calls(self) -> int:
+        """Calls that arrived since the last step, whether the core has heard of them or not."""
     def new_request(self, request: object, now_us: int, /) -> EngineCall | None:
         """A request has been queued; None where it is known."""
     def asked(self, request: object, num_computed_tokens: int, now_us: int, /) -> EngineCall:

@@ -308,6 +308,12 @@ impl EngineCalls {
         self.prefilling.len()
     }
 
+    /// Calls that arrived since the last step, whether the core has heard of them or not.
+    #[getter]
+    fn arrived_calls(&self) -> usize {
+        self.untold.len()
+    }
+
     /// A request has been queued; None where it is known.
     #[pyo3(signature = (request, now_us, /))]
     fn new_request<'py>(
@@ -466,6 +472,9 @@ impl EngineCalls {
         self.check_reset_now(py)?;
         if self.untold_calls > 0 {
             self.tell_queued(py, None)?;
+        } else {
+            // All that have arrived have started: where nobody ever waits, nothing else lets go of them.
+            self.untold.clear();
         }
         self.flush(py)?;
         if let Core::Workload(workload) = &self.core {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +23,13 @@ def adapter_of(made: Engine) -> Adapter:
 
 
 def quiet(made: Engine) -> None:
-    """No fault, no request left behind, a whole queue."""
+    """A step later: no fault, no request left behind, a whole queue."""
     assert made.connector is not None
+    made.step({})
     assert not faults(made.connector)
     assert not adapter_of(made).calls
     assert not adapter_of(made).held.prefilling_calls
+    assert not adapter_of(made).held.arrived_calls
     made.check()
 
 
@@ -265,9 +268,15 @@ def test_the_entry_point_registers_the_connector_once_or_twice() -> None:
 
 def test_memory_stays_bounded_over_many_requests() -> None:
     made, _ = engine(64)
-    for i in range(3000):
-        made.call(Call(f"s{i}", "a", [i * 10, i * 10 + 1, i * 10 + 2], []))
     adapter = adapter_of(made)
+    for i in range(3000):
+        request = made.request(Call(f"s{i}", "a", [i * 10, i * 10 + 1, i * 10 + 2], []))
+        call = adapter.calls[request.request_id]
+        assert made.admit(request)
+        made.finish(request)
+        made.step({})
+        # Nobody but this test and the call of `getrefcount` still has it: it did not wait, so nothing was told of it.
+        assert sys.getrefcount(call) == 2
     assert adapter.ranker.known_blocks <= made.pool.num_gpu_blocks
     assert adapter.ranker.pending_blocks <= made.pool.num_gpu_blocks
     quiet(made)
