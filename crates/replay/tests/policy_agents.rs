@@ -61,6 +61,21 @@ fn anchors_shared_by_two_sessions_outlive_later_session_tails_once_repaired() {
 }
 
 #[test]
+fn who_knows_which_session_is_over_keeps_the_other() {
+    // Room for two of three sessions; the first or the second one calls again, the others never.
+    let kept = |policy, again: u32| {
+        let mut builder = TraceBuilder::new(3, 1);
+        for session in [0, 1, 2, again] {
+            builder.call(session as usize, 0, &[10 * session + 1, 10 * session + 2], &[]);
+        }
+        hits(policy, &builder.build(), 4)[3]
+    };
+    assert_eq!([0, 1].map(|again| kept("oracle-ends", again)), [2, 2]);
+    // Nobody else can tell them apart.
+    assert_ne!([0, 1].map(|again| kept("agentrt", again)), [2, 2]);
+}
+
+#[test]
 fn continuum_keeps_a_session_that_returns_soon_and_is_costly_to_recompute() {
     let mut builder = TraceBuilder::new(61, 2);
     for round in 0..30 {

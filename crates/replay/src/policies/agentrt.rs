@@ -46,9 +46,10 @@ const VARIANTS: &[(&str, &str, fn(&mut Config))] = &[
         c.oracle.content = true;
     }),
     ("oracle-time", "agentrt that knows when a session calls next", |c| c.oracle.time = true),
+    ("oracle-ends", "agentrt that knows whether a session calls again, but not when", |c| c.oracle.ends = true),
     ("oracle-sharing", "agentrt that knows when another session uses a block", |c| c.oracle.sharing = true),
     ("oracle-all", "agentrt that knows all three", |c| {
-        c.oracle = Oracle { content: true, time: true, sharing: true };
+        c.oracle = Oracle { content: true, time: true, ends: true, sharing: true };
     }),
 ];
 

@@ -76,13 +76,15 @@ pub struct Oracle {
     pub content: bool,
     /// When a session calls next.
     pub time: bool,
+    /// Whether a session calls again, and how often, but not when.
+    pub ends: bool,
     /// When another session uses a block.
     pub sharing: bool,
 }
 
 impl Oracle {
     pub(super) fn any(self) -> bool {
-        self.content || self.time || self.sharing
+        self.content || self.time || self.ends || self.sharing
     }
 }
 

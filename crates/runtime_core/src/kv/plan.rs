@@ -9,7 +9,7 @@ use super::density::{CallTimes, Cycle, Services, Silence, GRID};
 use super::followers::KIN;
 use super::index::NONE;
 use super::workload::{standing, Sessions, Standing, Workload};
-use super::{density, gaps, Config, KvCache};
+use super::{density, gaps, Config, FutureStarts, KvCache};
 
 /// Sessions whose plans are remembered, direct-mapped.
 pub(super) const PLANS: usize = 1024;
@@ -213,21 +213,38 @@ impl KvCache {
             }
             let runs = wait_s.is_some() || at.in_flight;
             let services = if runs { self.services.renew(&workload.services.hazards()) } else { &self.services };
-            plan.times = call_times(workload, &at, now_us, wait_s, &known.cycle, services, &self.config);
+            let ends = if self.config.oracle.ends {
+                known_ends(&self.starts[slot as usize])
+            } else {
+                expected_ends(workload, &at, &self.config)
+            };
+            plan.times = call_times(&at, now_us, wait_s, &known.cycle, services, ends);
         }
         Some((place, waiting))
     }
 }
 
+/// P(next call) of a session, and after each of its next calls.
+type Ends = (f32, [f32; STEPS - 1]);
+
+pub(super) fn expected_ends(workload: &Workload, at: &Standing, config: &Config) -> Ends {
+    (workload.ends.continues(at.features, config), workload.ends.later(at.features.steps, config))
+}
+
+/// As an oracle knows them.
+fn known_ends(starts: &FutureStarts) -> Ends {
+    let chance = |start: u64| if start == u64::MAX { 0.0001 } else { 0.9999 };
+    (chance(starts[0]), std::array::from_fn(|i| chance(starts[i + 1])))
+}
+
 /// `queued_s`: a call of the session waits and will start after so many seconds.
 pub(super) fn call_times(
-    workload: &Workload,
     at: &Standing,
     now_us: u64,
     queued_s: Option<f32>,
     cycle: &Cycle,
     services: &Services,
-    config: &Config,
+    (continues, continues_later): Ends,
 ) -> CallTimes {
     let since_s = |from_us: u64| now_us.saturating_sub(from_us) as f32 / 1e6;
     let (age_s, running_s) = if queued_s.is_some() {
@@ -242,7 +259,7 @@ pub(super) fn call_times(
         age_s,
         running: running_s.map(|since_s| (since_s, services)),
         queued_s: queued_s.unwrap_or(0.0),
-        continues: workload.ends.continues(at.features, config),
-        continues_later: workload.ends.later(at.features.steps, config),
+        continues,
+        continues_later,
     })
 }

@@ -3,7 +3,7 @@
 
 use super::chain::{Chain, LANES, STEPS};
 use super::density::{self, CallTimes, Cycle, Services};
-use super::plan::call_times;
+use super::plan::{call_times, expected_ends};
 use super::workload::{self, standing, Sessions, Standing, Workload};
 use super::Config;
 use crate::sessions::SessionHandle;
@@ -53,7 +53,8 @@ fn candidates(workload: &Workload, recent: workload::Recent, at: &Standing) -> (
 fn fresh_call_times(workload: &Workload, at: &Standing, now_us: u64, config: &Config) -> CallTimes {
     let services = Services::new(&workload.services.hazards());
     let hazards = workload.gaps.hazards(workload.gaps.kind(at.context, config));
-    call_times(workload, at, now_us, None, &Cycle::new(&hazards, &services, 0.0), &services, config)
+    let ends = expected_ends(workload, at, config);
+    call_times(at, now_us, None, &Cycle::new(&hazards, &services, 0.0), &services, ends)
 }
 
 /// Fills `out` with the likeliest agents of the session's next `steps` calls, by step, likeliest first. Wait-free.
