@@ -70,7 +70,9 @@ fn who_knows_which_session_is_over_keeps_the_other() {
         }
         hits(policy, &builder.build(), 4)[3]
     };
-    assert_eq!([0, 1].map(|again| kept("oracle-ends", again)), [2, 2]);
+    for policy in ["oracle-ends", "agentrt-told-ends"] {
+        assert_eq!([0, 1].map(|again| kept(policy, again)), [2, 2], "{policy}");
+    }
     // Nobody else can tell them apart.
     assert_ne!([0, 1].map(|again| kept("agentrt", again)), [2, 2]);
 }

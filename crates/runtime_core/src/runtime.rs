@@ -27,7 +27,7 @@ use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use crate::error::{Error, Result};
 use crate::ids::{mix, SessionKey, WorkloadId};
 use crate::kv::index::Published;
-use crate::kv::workload::{self, Sessions, MAX_WORKLOADS};
+use crate::kv::workload::{Sessions, MAX_WORKLOADS};
 use crate::kv::{
     self, CallStart, Config, Expected, FutureStarts, Guesses, Hint, Kept, KvCache, Prediction, Repairs, Workload,
     Workloads,
@@ -543,9 +543,7 @@ impl Runtime {
             }
             EventKind::SessionEnd => {
                 if let Some(handle) = self.sessions.find(event.session) {
-                    if let Some(at) = workload::standing(&self.sessions, handle) {
-                        learned.session_ended(&self.sessions, handle, &at);
-                    }
+                    Workload::session_over(&self.sessions, handle);
                     self.sessions.retire(handle);
                     if let Some(pool) = pool {
                         pool.session_over(handle);

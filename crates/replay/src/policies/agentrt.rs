@@ -2,7 +2,7 @@
 
 use runtime_core::ids::WorkloadId;
 use runtime_core::kv::{Config, Expected, FutureStarts, Hint, Oracle, Prediction, Workload};
-use runtime_core::runtime::Options;
+use runtime_core::runtime::{self, Events, Options};
 use runtime_core::Runtime;
 use rustc_hash::{FxHashMap, FxHashSet};
 
@@ -36,6 +36,7 @@ const VARIANTS: &[(&str, &str, fn(&mut Config))] = &[
     ("agentrt-no-tool-order", "ablation: the next agent regardless of tools", |c| c.tool_order = false),
     ("agentrt-no-anchors", "ablation: anchors are forgotten with their eviction", |c| c.anchors = false),
     ("agentrt-no-queue", "ablation: calls that wait are not heard of before they start", |c| c.queue = false),
+    (TOLD_ENDS, "agentrt where applications say when a session is over", |_| {}),
     (NO_QUOTES, "ablation, with --strip-identity: agents of a run are not linked by the answers they quote", |_| {}),
     ("agentrt-no-guard", "ablation: no shadow LRU that takes over", |c| c.guard = false),
     ("agentrt-sabotaged", "agentrt with all scores upside down: what the guard saves", |c| c.sabotage = true),
@@ -84,6 +85,8 @@ impl HostUse {
 
 const HOST_LRU: &str = "agentrt-host-lru";
 const NO_PREFETCH: &str = "agentrt-no-prefetch";
+/// Not by default, as few applications say so.
+pub const TOLD_ENDS: &str = "agentrt-told-ends";
 /// With inferred identities: by blocks alone.
 pub const NO_QUOTES: &str = "agentrt-no-quotes";
 
@@ -100,6 +103,8 @@ pub struct AgentRt {
     victims: Vec<u32>,
     future: Option<Future>,
     host: HostUse,
+    /// Whether the core is told when sessions end.
+    pub told_ends: bool,
     config: Config,
     name: String,
     /// Where there is a host tier.
@@ -216,6 +221,7 @@ impl AgentRt {
             victims: Vec::new(),
             future,
             host,
+            told_ends: false,
             config,
             name: trace.workload.clone(),
             both: None,
@@ -252,6 +258,21 @@ impl AgentRt {
 }
 
 impl CachePolicy for AgentRt {
+    fn session_end(&mut self, session: u32, now_us: u64) {
+        if self.told_ends {
+            let events = Events {
+                kinds: &[runtime::EventKind::SessionEnd as u8],
+                sessions: &[u64::from(session)],
+                agents: &[0],
+                calls: &[0],
+                times_us: &[now_us],
+                offsets: &[],
+                blocks: &[],
+            };
+            self.runtime.observe(self.workload, &events).expect(ONE_THREAD);
+        }
+    }
+
     fn host_tier(&mut self, pool_blocks: usize, host_blocks: usize) {
         self.both = self.host.order.then(|| BothTiers::new(pool_blocks + host_blocks, self.config, &self.name));
     }

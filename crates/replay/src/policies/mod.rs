@@ -98,7 +98,16 @@ pub fn names() -> &'static [&'static str] {
 pub fn needs_identity(name: &str) -> bool {
     let oracle = agentrt::config(name).is_some_and(|config| config.oracle != runtime_core::kv::Oracle::default());
     oracle
-        || matches!(name, "lru-session-end" | "kvflow" | "continuum" | "cachesage" | "cachescout" | "cachescout-fixed")
+        || matches!(
+            name,
+            agentrt::TOLD_ENDS
+                | "lru-session-end"
+                | "kvflow"
+                | "continuum"
+                | "cachesage"
+                | "cachescout"
+                | "cachescout-fixed"
+        )
 }
 
 /// Makes the policy called `name` for one run of `trace` in the order of `schedule`.
@@ -123,7 +132,9 @@ pub fn build(name: &str, trace: &Trace, schedule: &Schedule) -> Result<Box<dyn C
         name if agentrt::config(name).is_some() => {
             let config = agentrt::config(name).expect("just found");
             let host = agentrt::HostUse::of(name);
-            Box::new(AgentRt::new(schedule.options.capacity_blocks, config, host, trace, schedule))
+            let mut policy = AgentRt::new(schedule.options.capacity_blocks, config, host, trace, schedule);
+            policy.told_ends = name == agentrt::TOLD_ENDS;
+            Box::new(policy)
         }
         _ => return Err(Error::UnknownPolicy { name: name.into(), known: names().join(", ") }),
     })

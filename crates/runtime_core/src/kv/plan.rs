@@ -8,7 +8,7 @@ use super::chain::{Chain, Weights, LANES, STEPS};
 use super::density::{CallTimes, Cycle, Services, Silence, GRID};
 use super::followers::KIN;
 use super::index::NONE;
-use super::workload::{standing, Sessions, Standing, Workload};
+use super::workload::{standing_of_live, Sessions, Standing, Workload};
 use super::{density, gaps, Config, FutureStarts, KvCache};
 
 /// Sessions whose plans are remembered, direct-mapped.
@@ -122,7 +122,8 @@ impl KvCache {
             let Some(back) = x.kin.iter().find(|kin| kin.slot == slot) else { continue };
             let since = x.calls.saturating_sub(back.matched);
             let handle = sessions.at(kin.slot as usize).filter(|handle| handle.generation() == kin.generation);
-            if handle.and_then(|handle| standing(sessions, handle)).is_none_or(|at| at.doubted && !at.in_flight) {
+            if handle.and_then(|handle| standing_of_live(sessions, handle)).is_none_or(|at| at.doubted && !at.in_flight)
+            {
                 // It has ended, as far as one can tell.
                 continue;
             }
@@ -146,7 +147,7 @@ impl KvCache {
     fn plan(&mut self, workload: &Workload, sessions: &Sessions, slot: u32) -> Option<(usize, Option<u16>)> {
         let tenant = self.tenants[slot as usize];
         let handle = sessions.at(slot as usize).filter(|h| h.generation() == tenant.generation)?;
-        let at = standing(sessions, handle)?;
+        let at = standing_of_live(sessions, handle)?;
         // Who speaks next changes with the session's calls only, when it speaks with every moment.
         let place = slot as usize % PLANS;
         let plan = &mut self.plans[place];

@@ -4,7 +4,7 @@
 use super::chain::{Chain, LANES, STEPS};
 use super::density::{self, CallTimes, Cycle, Services};
 use super::plan::{call_times, expected_ends};
-use super::workload::{self, standing, Sessions, Standing, Workload};
+use super::workload::{self, standing_of_live, Sessions, Standing, Workload};
 use super::Config;
 use crate::sessions::SessionHandle;
 
@@ -66,7 +66,7 @@ pub(crate) fn predict(
     steps: usize,
     out: &mut [Prediction],
 ) -> usize {
-    let Some(at) = standing(sessions, handle) else { return 0 };
+    let Some(at) = standing_of_live(sessions, handle) else { return 0 };
     let recent = workload::Recent::load(sessions, handle);
     let (agents, n) = candidates(workload, recent, &at);
     let mut chain = Chain::new(workload, config, &agents[..n], at.tool_runs());
@@ -100,7 +100,7 @@ pub(crate) fn time_predictions(
     now_us: u64,
     out: &mut [Prediction],
 ) {
-    let Some(at) = standing(sessions, handle) else { return };
+    let Some(at) = standing_of_live(sessions, handle) else { return };
     let times = fresh_call_times(workload, &at, now_us, config);
     for prediction in out {
         let row = &times[prediction.step as usize - 1];
@@ -120,7 +120,7 @@ pub(crate) fn score_agents(
     agents: &[u16],
     out: &mut [f32],
 ) {
-    let Some(at) = standing(sessions, handle) else {
+    let Some(at) = standing_of_live(sessions, handle) else {
         out.fill(0.0);
         return;
     };

@@ -76,8 +76,8 @@ impl KvCache {
             if let Some(at) = standing(sessions, handle) {
                 let since = if at.in_flight { at.last_start_us } else { at.last_finish_us };
                 idle_us = self.now_us.saturating_sub(since).max(idle_us);
-                left = !at.doubted;
-                if !at.in_flight && !at.doubted && idle_us as f32 / 1e6 > workload.gaps.long_silence_s() {
+                left = !at.doubted && !at.over;
+                if !at.in_flight && left && idle_us as f32 / 1e6 > workload.gaps.long_silence_s() {
                     workload.session_ended(sessions, handle, &at);
                 }
             }

@@ -128,7 +128,7 @@ const EXTRA: usize = 3;
 /// Most recent four agents, then the next three, 16 bits each: unknown ones are `u16::MAX`.
 const RECENT: Word = Word::Extra(0);
 const RECENT_MORE: Word = Word::Extra(1);
-/// Pace (fixed point, 8 fraction bits, 0 for none) 16 | tool 8 | size 8 | doubted 1.
+/// Pace (fixed point, 8 fraction bits, 0 for none) 16 | tool 8 | size 8 | doubted 1 | over 1.
 const STATUS: Word = Word::Extra(2);
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -137,17 +137,27 @@ pub(crate) struct Status {
     pace: u16,
     tool: u8,
     size: u8,
+    /// Silent for so long that it counts as ended.
     doubted: bool,
+    /// Its caller has said that it is over.
+    over: bool,
 }
 
 impl Status {
     fn unpack(word: Option<u64>) -> Self {
         let word = word.unwrap_or(0);
-        Self { pace: word as u16, tool: (word >> 16) as u8, size: (word >> 24) as u8, doubted: word >> 32 & 1 == 1 }
+        Self {
+            pace: word as u16,
+            tool: (word >> 16) as u8,
+            size: (word >> 24) as u8,
+            doubted: word >> 32 & 1 == 1,
+            over: word >> 33 & 1 == 1,
+        }
     }
 
     fn pack(self) -> u64 {
-        u64::from(self.pace) | u64::from(self.tool) << 16 | u64::from(self.size) << 24 | u64::from(self.doubted) << 32
+        let flags = u64::from(self.doubted) | u64::from(self.over) << 1;
+        u64::from(self.pace) | u64::from(self.tool) << 16 | u64::from(self.size) << 24 | flags << 32
     }
 
     fn pace_class(self) -> u8 {
@@ -249,6 +259,8 @@ pub(crate) struct Standing {
     pub(crate) last_start_us: u64,
     pub(crate) last_finish_us: u64,
     pub(crate) doubted: bool,
+    /// Its caller has said that it is over, and it has not called since.
+    pub(crate) over: bool,
 }
 
 impl Standing {
@@ -256,6 +268,11 @@ impl Standing {
     pub(crate) fn tool_runs(&self) -> Option<bool> {
         (!self.in_flight).then_some(self.features.tool != 0)
     }
+}
+
+/// As [`standing`]; `None` too if its caller has said that it is over.
+pub(crate) fn standing_of_live(sessions: &Sessions, handle: SessionHandle) -> Option<Standing> {
+    standing(sessions, handle).filter(|at| !at.over || at.in_flight)
 }
 
 /// Reads where a session stands; `None` if it is gone or has made no call.
@@ -274,6 +291,7 @@ pub(crate) fn standing(sessions: &Sessions, handle: SessionHandle) -> Option<Sta
         last_start_us: sessions.load(handle, Word::LastStart).unwrap_or(0),
         last_finish_us: sessions.load(handle, Word::LastFinish).unwrap_or(0),
         doubted: status.doubted,
+        over: status.over,
     })
 }
 
@@ -335,7 +353,7 @@ impl Workload {
             let finish_us = slot.load(Word::LastFinish);
             let often = self.often_of(u32::from(before.last.0), handle, finish_us.unwrap_or(now_us));
             let status = Status::unpack(slot.load(STATUS));
-            let mut after = Status { tool: 0, doubted: false, ..status };
+            let mut after = Status { tool: 0, doubted: false, over: false, ..status };
             let mut gap = None;
             if let Some(finish_us) = finish_us.filter(|_| slot.in_flight() == 0) {
                 let log = gaps::log2_ms(now_us.saturating_sub(finish_us) as f32 / 1e6);
@@ -420,7 +438,13 @@ impl Workload {
         sessions.update(handle, STATUS, |word| Status { tool, ..Status::unpack(word) }.pack());
     }
 
-    /// The session has been silent for too long, or said that it is over.
+    /// The session's caller says that it is over. Not counted as an end: what is learned is whether those call again that have
+    /// not said so, and who says so at once leaves no doubt about the others.
+    pub(crate) fn session_over(sessions: &Sessions, handle: SessionHandle) {
+        sessions.update(handle, STATUS, |word| Status { over: true, ..Status::unpack(word) }.pack());
+    }
+
+    /// The session has been silent for too long.
     pub(crate) fn session_ended(&self, sessions: &Sessions, handle: SessionHandle, standing: &Standing) {
         let mut was_doubted = false;
         sessions.update(handle, STATUS, |word| {
@@ -439,6 +463,28 @@ mod tests {
     use super::*;
     use crate::histogram::UNIT;
     use crate::ids::mix;
+
+    #[test]
+    fn a_session_that_is_over_is_not_expected_until_it_calls_again() {
+        let (workload, sessions) = (Workload::default(), Sessions::new(64).unwrap());
+        let call = |at_us: u64| {
+            let handle = workload.call_started(&sessions, SessionKey(1), 3, at_us, &mut Guesses::default());
+            assert!(standing_of_live(&sessions, handle).is_some(), "while it runs");
+            sessions.end(handle);
+            Workload::call_ended(&sessions, handle, at_us + 1_000, 0);
+            handle
+        };
+        let handle = call(1_000_000);
+        let trials = workload.ends.row().total();
+        Workload::session_over(&sessions, handle);
+        assert!(standing_of_live(&sessions, handle).is_none() && standing(&sessions, handle).is_some());
+        // Who says so leaves no doubt about the others: it is no evidence that sessions end in silence.
+        assert_eq!(workload.ends.row().total(), trials);
+        let again = call(2_000_000);
+        assert!(standing_of_live(&sessions, again).is_some());
+        let one = u32::from(workload.ends.row().get(0));
+        assert_eq!((one, u32::from(workload.ends.row().get(1))), (UNIT, UNIT), "it has gone on, once");
+    }
 
     #[test]
     fn after_many_gaps_votes_are_sampled_but_those_of_a_new_agent_all_count() {
