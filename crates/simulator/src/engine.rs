@@ -252,7 +252,10 @@ impl<'a> Engine<'a> {
         let (order, core_options) = cache(workload, options, &mut list)?;
         let policies = Policies::new(list);
         let supplied = if options.host.is_some() { SUPPLIED } else { SUPPLIED.without(Needs::HOST_TIER) };
-        let needed = policies.wire(supplied).map_err(|error| refused(&error))?;
+        let mut needed = policies.wire(supplied).map_err(|error| refused(&error))?;
+        if options.cache == replay::policies::agentrt::TOLD_ENDS {
+            needed = needed.and(Needs::SESSION_ENDS);
+        }
         let runtime = Runtime::new(core_options).map_err(|error| refused(&error))?;
         let id = runtime.workload(&trace.workload).map_err(|error| refused(&error))?;
         let hears = matches!(order, Order::Core) || CORE.without(needed) != CORE;
