@@ -634,6 +634,20 @@ impl Runtime {
         Ok(())
     }
 
+    /// A session is over: nothing is expected of it until it calls again.
+    pub fn session_over(&self, workload: WorkloadId, session: u64, time_us: u64) -> Result<()> {
+        let events = Events {
+            kinds: &[EventKind::SessionEnd as u8],
+            sessions: &[session],
+            agents: &[0],
+            calls: &[0],
+            times_us: &[time_us],
+            offsets: &[],
+            blocks: &[],
+        };
+        self.observe(workload, &events).map(drop)
+    }
+
     /// One call ends; `tool` (from 1, 0 for none) runs next.
     #[expect(clippy::too_many_arguments, reason = "one argument per field of an event")]
     pub fn call_ended(

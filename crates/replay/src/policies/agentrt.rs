@@ -2,7 +2,7 @@
 
 use runtime_core::ids::WorkloadId;
 use runtime_core::kv::{Config, Expected, FutureStarts, Hint, Oracle, Prediction, Workload};
-use runtime_core::runtime::{self, Events, Options};
+use runtime_core::runtime::Options;
 use runtime_core::Runtime;
 use rustc_hash::{FxHashMap, FxHashSet};
 
@@ -49,8 +49,8 @@ const VARIANTS: &[(&str, &str, fn(&mut Config))] = &[
     ("oracle-time", "agentrt that knows when a session calls next", |c| c.oracle.time = true),
     ("oracle-ends", "agentrt that knows whether a session calls again, but not when", |c| c.oracle.ends = true),
     ("oracle-sharing", "agentrt that knows when another session uses a block", |c| c.oracle.sharing = true),
-    ("oracle-all", "agentrt that knows all three", |c| {
-        c.oracle = Oracle { content: true, time: true, ends: true, sharing: true };
+    ("oracle-all", "agentrt that knows content, time and sharing", |c| {
+        c.oracle = Oracle { content: true, time: true, sharing: true, ..Oracle::default() };
     }),
 ];
 
@@ -260,16 +260,10 @@ impl AgentRt {
 impl CachePolicy for AgentRt {
     fn session_end(&mut self, session: u32, now_us: u64) {
         if self.told_ends {
-            let events = Events {
-                kinds: &[runtime::EventKind::SessionEnd as u8],
-                sessions: &[u64::from(session)],
-                agents: &[0],
-                calls: &[0],
-                times_us: &[now_us],
-                offsets: &[],
-                blocks: &[],
-            };
-            self.runtime.observe(self.workload, &events).expect(ONE_THREAD);
+            self.runtime.session_over(self.workload, u64::from(session), now_us).expect(ONE_THREAD);
+            if let Some(both) = &self.both {
+                both.session_over(session, now_us);
+            }
         }
     }
 

@@ -88,6 +88,10 @@ impl BothTiers {
         self.runtime.call_ended(self.workload, session, id, tool, call.time_us, &self.keys, hints).expect(ONE_THREAD);
     }
 
+    pub(super) fn session_over(&self, session: u32, now_us: u64) {
+        self.runtime.session_over(self.workload, u64::from(session), now_us).expect(ONE_THREAD);
+    }
+
     /// Makes room in the host for `entering`; returns those of them that shall not be copied.
     pub(super) fn room(&mut self, entering: &[u32], now_us: u64, pool: &Pool, host: &mut HostTier) -> Vec<u32> {
         let mut refused: Vec<u32> = entering.iter().copied().filter(|b| self.dead.remove(b)).collect();
