@@ -24,9 +24,11 @@ enum Lie {
     Sessions,
     /// Agents are drawn at random.
     Agents,
+    /// Every session is said to be over after every call.
+    Ends,
     /// It is always the same time.
     Clock,
-    /// All of it.
+    /// All of it but ends.
     Everything,
 }
 
@@ -74,6 +76,9 @@ impl CachePolicy for LiedTo {
 
     fn call_finish(&mut self, call: &CallView<'_>, output: &[u32], released: &[u32], pool: &Pool) {
         self.0.call_finish(&self.told(call), output, released, pool);
+        if self.1 == Lie::Ends {
+            self.0.session_end(call.session, call.time_us);
+        }
     }
 
     fn call_bypassed(&mut self, call: &CallView<'_>) {
@@ -152,9 +157,10 @@ fn misleading_workloads_cost_half_a_point_against_lru_and_lies_one_and_a_half() 
     for (name, trace) in &workloads {
         for fraction in [0.05, 0.10, 0.25, 0.5] {
             let capacity = Capacity::Fraction(fraction).blocks(trace.mean_session_blocks(), 16).max(40);
-            for lie in [Lie::Nothing, Lie::Sessions, Lie::Agents, Lie::Clock, Lie::Everything] {
+            for lie in [Lie::Nothing, Lie::Sessions, Lie::Agents, Lie::Ends, Lie::Clock, Lie::Everything] {
                 let lost = [0, 1, 2].map(|seed| {
-                    let (ours, lru) = rates("agentrt", trace, capacity, lie, seed);
+                    let policy = if lie == Lie::Ends { "agentrt-told-ends" } else { "agentrt" };
+                    let (ours, lru) = rates(policy, trace, capacity, lie, seed);
                     lru - ours
                 });
                 let mean = lost.iter().sum::<f64>() / 3.0;
