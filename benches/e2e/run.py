@@ -17,6 +17,7 @@ Finished runs are kept in the result file, so an interrupted benchmark goes on w
 | cachescout | the published policy behind the same adapter |
 | agentrt | agentrt |
 | agentrt-inferred | the same where requests name neither session nor agent; not run unless asked for |
+| agentrt-told-ends | the same where a request says which sessions are over since; not run unless asked for |
 | agentrt-prefetch | with prefills in idle capacity (`speculation`): little of it without `--pause-every N` |
 | optimal | the offline order: evicts what the calls of the stock run need last |
 
@@ -62,9 +63,11 @@ CORES = {
     "cachescout": "benches.e2e.cores:CacheScout",
     "agentrt": "agentrt",
     "agentrt-inferred": "agentrt",
+    "agentrt-told-ends": "agentrt",
     "agentrt-prefetch": "agentrt",
     "optimal": "benches.e2e.cores:Optimal",
 }
+INFERRED, TOLD = "agentrt-inferred", "agentrt-told-ends"
 PREFETCH = "agentrt-prefetch"
 PREFETCHING = {"scheduling": "speculation"}
 RECORDING = ("neutral", "agentrt")
@@ -243,14 +246,14 @@ def main() -> None:
     names = asked.workloads.split(",") if asked.workloads else [*recorded, *GENERATED]
     if smoke and not asked.workloads:
         names = names[:1]
-    usual = [name for name in CORES if name != "agentrt-inferred"]
+    usual = [name for name in CORES if name not in (INFERRED, TOLD)]
     policies = asked.policies.split(",") if asked.policies else usual
     if unknown := set(policies) - set(CORES):
         raise SystemExit(f"error: unknown policy `{min(unknown)}`; known: {', '.join(CORES)}")
     if PREFETCH in policies and not asked.pause_every:
         print(f"{PREFETCH}: without --pause-every N the engine is hardly ever idle, so there is little to prefill in")
     # Where all fits no order of eviction matters: what the adapter costs is left.
-    fitting = [name for name in policies if name in ("stock", "agentrt", "agentrt-inferred")]
+    fitting = [name for name in policies if name in ("stock", "agentrt", INFERRED, TOLD)]
     repetitions = asked.repetitions or (1 if smoke else 3)
 
     results = Results(asked.json, shape)
@@ -304,7 +307,8 @@ def main() -> None:
                         "pool_blocks": blocks,
                         "seed": repetition,
                         "core": CORES[policy],
-                        "named": policy != "agentrt-inferred",
+                        "named": policy != INFERRED,
+                        "told_ends": policy == TOLD,
                         "extra": extra,
                         "future": results.stock[key]["order"] if policy == "optimal" else None,
                     }

@@ -24,6 +24,8 @@ from benches.e2e import cores
 from benches.e2e.scenarios import SCENARIOS, Paced
 from benches.e2e.workloads import ENGINE_BLOCK, LONGEST, Call, ClosedLoop, order_of_calls, sessions
 
+from agentrt.frameworks.runs import Runs
+
 MODELS = {
     # hidden, layers, heads, KV heads, ffn
     "tiny": (128, 2, 2, 1, 256),
@@ -159,6 +161,7 @@ class Bench:
             call.tokens()
         self.fresh(job)
         loop = ClosedLoop(todo, job["concurrency"], job["calls"], job["seed"])
+        runs = Runs()
         engine = self.engine
         live: dict[str, _Live] = {}
         ended: dict[str, _Live] = {}
@@ -187,7 +190,8 @@ class Bench:
                 pauses, pauses_now = sent // every, False
             for session, step in () if pauses_now else loop.due():
                 call = session[step]
-                extra = {"session_id": call.session, "agent_id": call.agent} if job["named"] else None
+                run = runs.start(call.session)
+                extra = run.extra_body(call.agent)["vllm_xargs"] if job["named"] else None
                 params = SamplingParams(
                     max_tokens=job["max_tokens"], temperature=0.0, ignore_eos=True, detokenize=False, extra_args=extra,
                     output_kind=RequestOutputKind.CUMULATIVE,
@@ -214,6 +218,8 @@ class Bench:
                     entry.prompt = len(output.prompt_token_ids)
                     entry.tokens = tuple(output.outputs[0].token_ids)
                     ended[output.request_id] = live.pop(output.request_id)
+                    if job.get("told_ends") and entry.step + 1 == len(entry.session):
+                        runs.start(entry.session[-1].session).end()
                     loop.ended(entry.session, entry.step)
             aborted = [name for name, entry in live.items() if entry.abort]
             if aborted:

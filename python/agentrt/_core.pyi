@@ -832,6 +832,9 @@ class EngineCounts:
     def agents_inferred(self) -> int:
         """Requests that named no agent."""
     @property
+    def sessions_ended(self) -> int:
+        """Sessions that are over, as requests said."""
+    @property
     def steps(self) -> int:
         """Steps scheduled."""
     @property
@@ -854,6 +857,9 @@ class EngineCall:
     def session_inferred(self) -> bool: ...
     @property
     def agent_inferred(self) -> bool: ...
+    @property
+    def ended_sessions(self) -> list[int]:
+        """Other sessions that are over, as the request says."""
     @property
     def arrived_us(self) -> int:
         """When the core was told of it."""

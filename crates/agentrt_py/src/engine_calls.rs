@@ -24,6 +24,8 @@ use crate::vllm::{read_keys, FreeQueue};
 
 /// Names longer than this are somebody's mistake; Python cuts them.
 const NAME_CHARS: usize = 256;
+/// Of a longer list of ended sessions Python leaves out the rest.
+const MAX_ENDED: usize = 256;
 /// So many events wait at most.
 const MAX_PENDING: usize = 256;
 
@@ -42,6 +44,9 @@ pub(crate) struct EngineCall {
     session_inferred: bool,
     #[pyo3(get)]
     agent_inferred: bool,
+    /// Other sessions that are over, as the request says.
+    #[pyo3(get)]
+    ended_sessions: Vec<u64>,
     /// What `Identity.ended` needs; None where nothing was inferred.
     inferred: Option<u32>,
     keys: Vec<u64>,
@@ -130,6 +135,7 @@ counts! {
     resets: "Resets of the prefix cache.",
     sessions_inferred: "Requests that named no session.",
     agents_inferred: "Requests that named no agent.",
+    sessions_ended: "Sessions that are over, as requests said.",
     steps: "Steps scheduled.",
     running: "Requests in the last step.",
 }
@@ -212,6 +218,7 @@ struct Named {
     session: u64,
     agent: u16,
     session_ends: bool,
+    ended_sessions: Vec<u64>,
     inferred: Option<(bool, bool, Option<u32>)>,
 }
 
@@ -561,6 +568,7 @@ impl EngineCalls {
             }
         }
         if one.session_ends {
+            add(&self.counts.get().sessions_ended, 1);
             self.tell(py, EventKind::SessionEnd, (one.session, 0), 0, now_us, &[])?;
         }
         let says = one.inferred.filter(|_| one.session_inferred && one.allocated);
@@ -677,11 +685,16 @@ impl EngineCalls {
         let stop = tokens / self.block_size;
         let mut keys = Vec::with_capacity(stop.min(1 << 16));
         read_keys(&request.getattr(intern!(py, "block_hashes"))?, 0, stop, &mut keys)?;
-        let named = match self.named(request)? {
+        let mut named = match self.named(request)? {
             Some(named) => named,
             None => self.resolved(request, &keys)?,
         };
         let (session_inferred, agent_inferred, inferred) = named.inferred.unwrap_or_default();
+        // Who calls is not over, whatever the list says.
+        named.ended_sessions.retain(|&over| over != named.session);
+        for &over in &named.ended_sessions {
+            self.tell(py, EventKind::SessionEnd, (over, 0), 0, self.now_us, &[])?;
+        }
         self.numbers += 1;
         let call = Bound::new(
             py,
@@ -692,6 +705,7 @@ impl EngineCalls {
                 session_ends: named.session_ends,
                 session_inferred,
                 agent_inferred,
+                ended_sessions: named.ended_sessions,
                 inferred,
                 low: keys.len(),
                 keys,
@@ -716,6 +730,7 @@ impl EngineCalls {
         add(&counts.requests, 1);
         add(&counts.sessions_inferred, u64::from(session_inferred));
         add(&counts.agents_inferred, u64::from(agent_inferred));
+        add(&counts.sessions_ended, call.borrow().ended_sessions.len() as u64);
         Ok(call)
     }
 
@@ -731,6 +746,7 @@ impl EngineCalls {
             _ => None,
         };
         let (mut session, mut agent, mut session_ends) = (None, None, false);
+        let mut ended_sessions = Vec::new();
         for source in [params, extra].into_iter().flatten() {
             if session.is_none() {
                 session = source.get_item(intern!(py, "session_id"))?.filter(is_said);
@@ -741,6 +757,10 @@ impl EngineCalls {
             if !session_ends {
                 session_ends = source.get_item(intern!(py, "session_end"))?.map_or(Ok(false), |end| end.is_truthy())?;
             }
+            if let Some(ended) = source.get_item(intern!(py, "ended_sessions"))? {
+                let Some(ended) = sessions_of(&ended)? else { return Ok(None) };
+                ended_sessions.extend(ended);
+            }
         }
         if session.is_none() {
             session = request.getattr_opt(intern!(py, "session_id"))?.filter(is_said);
@@ -749,16 +769,13 @@ impl EngineCalls {
         if !is_name(&session)? || !is_name(&agent)? {
             return Ok(None);
         }
-        // A name that is no text is Python's, too.
-        let Ok(session) = session.cast::<PyString>()?.to_cow().map(|name| key_of(name.as_bytes())) else {
-            return Ok(None);
-        };
+        let Some(session) = session_of(&session) else { return Ok(None) };
         let identities = self.identities.bind(py);
         let agent = match self.agents.bind(py).get_item(&agent)? {
             Some(agent) => agent,
             None => identities.call_method1(intern!(py, "intern"), (agent,))?,
         };
-        Ok(Some(Named { session, agent: agent.extract()?, session_ends, inferred: None }))
+        Ok(Some(Named { session, agent: agent.extract()?, session_ends, ended_sessions, inferred: None }))
     }
 
     /// Asks Python.
@@ -766,9 +783,10 @@ impl EngineCalls {
         let py = request.py();
         let keys = PyArray1::from_slice(py, keys);
         let identity = self.identities.bind(py).call_method1(intern!(py, "resolve"), (request, keys))?;
-        let (session, agent, session_inferred, agent_inferred, session_ends, call) =
-            identity.cast::<PyTuple>()?.as_any().extract::<(u64, u16, bool, bool, bool, Option<u32>)>()?;
-        Ok(Named { session, agent, session_ends, inferred: Some((session_inferred, agent_inferred, call)) })
+        let (session, agent, session_inferred, agent_inferred, session_ends, call, ended_sessions) =
+            identity.cast::<PyTuple>()?.as_any().extract::<(u64, u16, bool, bool, bool, Option<u32>, Vec<u64>)>()?;
+        let inferred = Some((session_inferred, agent_inferred, call));
+        Ok(Named { session, agent, session_ends, ended_sessions, inferred })
     }
 
     // ---- what the core is told ----
@@ -983,6 +1001,27 @@ fn is_name(value: &Bound<'_, PyAny>) -> PyResult<bool> {
         Ok(name) => Ok(name.len()? <= NAME_CHARS),
         Err(_) => Ok(false),
     }
+}
+
+/// The number of a session's name; None for a name that is no text.
+fn session_of(name: &Bound<'_, PyAny>) -> Option<u64> {
+    Some(key_of(name.cast::<PyString>().ok()?.to_cow().ok()?.as_bytes()))
+}
+
+/// The numbers of a list of names; None for anything else.
+fn sessions_of(names: &Bound<'_, PyAny>) -> PyResult<Option<Vec<u64>>> {
+    let Ok(names) = names.cast::<PyList>() else { return Ok(None) };
+    if names.len() > MAX_ENDED {
+        return Ok(None);
+    }
+    let mut sessions = Vec::with_capacity(names.len());
+    for name in names {
+        match session_of(&name) {
+            Some(session) if is_name(&name)? && is_said(&name) => sessions.push(session),
+            _ => return Ok(None),
+        }
+    }
+    Ok(Some(sessions))
 }
 
 /// Ids of `blocks[from..to]`.

@@ -123,8 +123,8 @@ class Engine:
 
         self.pool._remove_cached_block_hashes = watch
 
-    def request(self, call: Call) -> Any:
-        """Queues a call."""
+    def request(self, call: Call, **says: Any) -> Any:
+        """Queues a call; ``says``: what its ``kv_transfer_params`` tell agentrt."""
         from vllm.sampling_params import SamplingParams
         from vllm.v1.request import Request
 
@@ -146,6 +146,7 @@ class Engine:
             pooling_params=None,
             block_hasher=hasher,
         )
+        request.kv_transfer_params = {"agentrt": says} if says else None
         if call.answer:
             self._unsaid[request.request_id] = call.answer[::-1]
         if self.connector is not None:

@@ -12,6 +12,7 @@ from tests.engines.vllm.pool import BLOCK, Call, Engine, faults, words
 from tests.engines.vllm.test_ranker import cached, engine, key
 
 from agentrt.engines.vllm.adapter import Adapter, Settings
+from agentrt.engines.vllm.identity import Identities
 
 pytestmark = pytest.mark.usefixtures("vllm")
 
@@ -169,17 +170,55 @@ def test_a_reset_with_running_requests_starts_them_anew() -> None:
     quiet(made)
 
 
+def number(session: str) -> int:
+    return Identities().session(session)
+
+
 def test_the_end_of_a_session_is_passed_on() -> None:
     made, core = engine(16)
-    request = made.request(Call("s", "a", [0], []))
-    made.connector.request_finished_all_groups(request, ([],))  # type: ignore[union-attr]
-    assert ("session end", []) not in core.events
-    last = made.request(Call("s", "a", [0], []))
-    last.request_id = "last"
-    last.kv_transfer_params = {"agentrt": {"session_end": True}}
-    made.connector.on_new_request(last)  # type: ignore[union-attr]
-    made.connector.request_finished_all_groups(last, ([],))  # type: ignore[union-attr]
-    assert core.events[-1] == ("session end", [])
+    made.finish(made.request(Call("s", "a", [0], [])))
+    assert "session end" not in [kind for kind, _ in core.events]
+    made.finish(made.request(Call("s", "a", [0], []), session_end=True))
+    assert core.events[-1] == ("session end", [number("s")])
+    assert adapter_of(made).counters.sessions_ended == 1
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize(
+    ("says", "sessions"), [(["s", "t"], ["s", "t"]), ("s", ["s"]), ([7, "s"], ["7", "s"]), ({"s": 1}, []), ([], [])]
+)
+def test_ends_are_told_by_whichever_request_comes_next(named: bool, says: Any, sessions: list[str]) -> None:
+    made, core = engine(16)
+    made.named = named
+    request = made.request(Call("u", "a", [0, 1], []), ended_sessions=says)
+    told = [("session end", [number(session)]) for session in sessions]
+    assert core.events == told
+    assert made.admit(request)
+    assert [kind for kind, _ in core.events[len(told) :]] == ["start", "stored"]
+    made.finish(request)
+    assert adapter_of(made).counters.sessions_ended == len(told)
+    quiet(made)
+
+
+def test_a_session_that_calls_is_not_over() -> None:
+    made, core = engine(16)
+    made.request(Call("s", "a", [0, 1], []), ended_sessions=["s", "t"])
+    assert core.events == [("session end", [number("t")])]
+
+
+@pytest.mark.parametrize("over", ["old", "new"])
+def test_blocks_of_a_session_that_is_over_go_first(over: str) -> None:
+    made = Engine(24)
+    for session, first in (("old", 0), ("new", 10)):
+        for turn in range(1, 6):
+            made.call(Call(session, "a", list(range(first, first + 2 * turn)), []))
+    request = made.request(Call("other", "b", list(range(30, 38)), []), ended_sessions=[over])
+    assert made.admit(request)
+    made.finish(request)
+    assert {session: cached(made, block) for session, block in (("old", 9), ("new", 19))} == {
+        session: session != over for session in ("old", "new")
+    }
+    quiet(made)
 
 
 def test_a_control_file_switches_it_off_and_on_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

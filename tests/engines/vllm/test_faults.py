@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.engines.vllm.pool import Call, Engine
+from tests.engines.vllm.pool import Call, Engine, faults
 from tests.engines.vllm.test_ranker import Scripted
 
 from agentrt.engines.vllm import guard as guard_module
@@ -154,6 +154,9 @@ def test_tokens_of_any_shape_are_survived_and_the_core_hears_of_each_end(attribu
         {"session_id": "\ud800", "agent_id": ""},
         {"kv_transfer_params": {"agentrt": "not a mapping"}},
         {"kv_transfer_params": {"agentrt": {"session_id": object(), "session_end": "yes"}}},
+        {"session_id": "s", "agent_id": "a", "ended_sessions": ["s", 7, None, {}, "x" * 10_000, "\ud800"]},
+        {"session_id": "s", "agent_id": "a", "ended_sessions": {"s": object()}},
+        {"session_id": "s", "agent_id": "a", "ended_sessions": [str(n) for n in range(5_000)]},
     ],
 )
 def test_identities_of_any_shape_are_served(identity: dict[str, Any]) -> None:
@@ -167,7 +170,7 @@ def test_identities_of_any_shape_are_served(identity: dict[str, Any]) -> None:
 
     engine.connector.on_new_request = poisoned  # type: ignore[union-attr, method-assign]
     assert len(served(engine)) == 120
-    assert not engine.connector.guard.faults  # type: ignore[union-attr]
+    assert not faults(engine.connector)
 
 
 CLOCKS = {"negative": lambda: -5, "huge": lambda: 1 << 70, "nan": lambda: float("nan"), "raises": boom}

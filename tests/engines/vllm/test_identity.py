@@ -23,8 +23,27 @@ NOBODY = request()
 def test_the_agentrt_parameters_win_over_xargs_and_those_over_the_header() -> None:
     said = given(request("header", {"session_id": "xargs", "agent_id": "x"}, {"agentrt": {"session_id": "params"}}))
     assert (said.session, said.agent) == ("params", "x")
-    assert given(request("header", {"agent_id": 3})) == ("header", "3", False)
-    assert given(SimpleNamespace()) == (None, None, False)
+    assert given(request("header", {"agent_id": 3})) == ("header", "3", False, ())
+    assert given(SimpleNamespace()) == (None, None, False, ())
+
+
+def test_ended_sessions_are_a_list_of_names_in_either_place() -> None:
+    def ended(params: Any, extra: Any = None) -> tuple[str, ...]:
+        return given(request(None, {"ended_sessions": extra}, {"agentrt": {"ended_sessions": params}})).ended
+
+    assert ended(["a", "b"], ["c"]) == ("a", "b", "c")
+    assert ended("one") == ("one",)
+    assert ended([7, None, "", "x" * 1000]) == ("7", "x" * 256)
+    for strange in (None, 7, {"a": 1}, object(), b"x"):
+        assert ended(strange) == ()
+    assert len(ended([str(n) for n in range(5_000)])) == module.ENDED_SESSIONS
+
+
+def test_ended_sessions_are_those_that_were_named_before() -> None:
+    known = Identities()
+    over = known.resolve(request("s", {"agent_id": "planner"}), [])
+    for says in (request("t", {"agent_id": "a", "ended_sessions": ["s"]}), request(None, {"ended_sessions": ["s"]})):
+        assert known.resolve(says, [1]).ended_sessions == (over.session,)
 
 
 def test_equal_names_are_the_same_session_and_agent() -> None:

@@ -153,6 +153,21 @@ def test_the_connector_beside_it_says_whose_request_it_is(clock: list[int]) -> N
     assert seen == [(7, 3)]
 
 
+def test_sessions_that_are_over_go_first(clock: list[int]) -> None:
+    for over, stays in (("old", "new"), ("new", "old")):
+        made = manager("agentrt", 24)
+        for session, first in (("old", 0), ("new", 100)):
+            for turn in range(1, 6):
+                clock[0] += 1_000_000
+                names: dict[str, Any] = {"session_id": session, "agent_id": "a"}
+                request(made, f"{session}-{turn}", list(range(first, first + 2 * turn)), {"agentrt": names})
+        names = {"session_id": "other", "agent_id": "b", "ended_sessions": [over]}
+        request(made, "tells", list(range(200, 202)), {"agentrt": names})
+        request(made, "takes", list(range(300, 306)), {"agentrt": {"session_id": "third", "agent_id": "b"}})
+        held = {name: made._policy.get(key(block)) is not None for name, block in (("old", 9), ("new", 109))}
+        assert held == {over: False, stays: True}
+
+
 def test_a_store_that_fails_gives_its_chunks_back() -> None:
     from vllm.v1.kv_offload.base import ReqContext
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from tests.engines.vllm.scheduler import BLOCK, Server, prompt, transfer
+from tests.engines.vllm.test_connector import number
 from tests.engines.vllm.test_scheduler import both, busy, offload, small
 
 pytestmark = pytest.mark.usefixtures("vllm")
@@ -204,6 +205,20 @@ def test_sessions_in_a_gap_are_kept_while_there_is_room_and_go_when_there_is_non
     server.add("large", prompt(*range(50_000, 50_057)), 1, session_id="y", agent_id="b")
     server.run()
     assert adapter.gaps.given_blocks > 0 or adapter.gaps.released.named > 0, "and it gives way"
+    server.check()
+
+
+def test_a_session_that_is_over_is_in_no_gap(tmp_path: Path) -> None:
+    server = Server(tmp_path, 60, transfer("agentrt", scheduling="tool_gap"))
+    sessions = server.connector.adapter.gaps._sessions
+    for name in ("s", "t"):
+        server.add(f"{name}-1", prompt(*range(10)), 1, session_id=name, agent_id="a", tool="search")
+        server.run()
+    assert len(sessions) == 2
+    server.add("u-1", prompt(*range(10)), 1, session_id="u", agent_id="a", ended_sessions=["s"])
+    assert len(sessions) == 2
+    assert number("s") not in sessions
+    server.run()
     server.check()
 
 

@@ -42,7 +42,7 @@ class Scripted:
         self._note("end", keys)
 
     def session_ended(self, session: int, now_us: int) -> None:
-        self._note("session end", [])
+        self._note("session end", [session])
 
     def removed(self, now_us: int, keys: Any) -> None:
         self._note("removed", keys)

@@ -115,6 +115,9 @@ def drive(server: Server) -> list[str]:
             "model": "tiny", "prompt": anchors[turn % 3] + said[session], "max_tokens": 2, "temperature": 0,
             "ignore_eos": True, "return_token_ids": True, "vllm_xargs": {"agent_id": f"agent-{turn % 3}"},
         }  # fmt: skip
+        if turn and not session:
+            # Of somebody else's, whom nobody has heard of.
+            body["vllm_xargs"]["ended_sessions"] = [f"other-{turn}", "another"]
         # Both ways of naming the session.
         headers = {"X-Session-ID": f"run-{session}"} if session % 2 else {}
         if not headers:
@@ -159,6 +162,7 @@ def test_what_is_counted_is_on_the_metrics_page_and_equals_what_vllm_counts(runs
         assert counted["agentrt_prompt_tokens"] == counted["vllm:prefix_cache_queries"]
         assert counted["agentrt_hit_tokens"] == counted["vllm:prefix_cache_hits"]
         assert counted["agentrt_sessions_inferred"] == counted["agentrt_agents_inferred"] == 0
+        assert counted["agentrt_sessions_ended"] == 2 * (CALLS // SESSIONS - 1)
         assert counted["agentrt_hook_seconds"] > 0
     serving, recording = runs.counted
     assert serving["agentrt_blocks_ranked"] > 0

@@ -2,6 +2,7 @@
 
 Given, first match counts: ``kv_transfer_params["agentrt"]``, ``vllm_xargs`` (``extra_args`` in Python), vLLM's own
 ``session_id`` (body, ``X-Session-ID``). Names are hashed or interned and never kept as text beyond the agents' names.
+A request may also name sessions that are over since (``ended_sessions``), of both places.
 
 Inferred, where no session or no agent is given, by the core (:class:`agentrt._core.Identity`): a session is a growing
 conversation, and what quotes its answers: agents that have system prompts of their own are of the run whose answers
@@ -30,6 +31,8 @@ __all__ = ["Identities", "Identity", "given"]
 AGENTS = 4_096
 # Names longer than this are somebody's mistake; the hash of the beginning is as good.
 NAME_CHARS = 256
+# Of a longer list the rest is left out.
+ENDED_SESSIONS = 256
 
 
 class Given(NamedTuple):
@@ -38,6 +41,7 @@ class Given(NamedTuple):
     session: str | None
     agent: str | None
     session_ends: bool
+    ended: tuple[str, ...] = ()
 
 
 class Identity(NamedTuple):
@@ -50,11 +54,20 @@ class Identity(NamedTuple):
     session_ends: bool
     #: What :meth:`Identities.ended` needs of it; None where nothing was inferred.
     call: int | None = None
+    #: Other sessions of which it says that they are over.
+    ended_sessions: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, call: EngineCall) -> Identity:
         """That of a request that vLLM holds."""
-        return cls(call.session, call.agent, call.session_inferred, call.agent_inferred, call.session_ends)
+        return cls(
+            call.session,
+            call.agent,
+            call.session_inferred,
+            call.agent_inferred,
+            call.session_ends,
+            ended_sessions=tuple(call.ended_sessions),
+        )
 
 
 def _name(value: object) -> str | None:
@@ -63,10 +76,17 @@ def _name(value: object) -> str | None:
     return str(value)[:NAME_CHARS]
 
 
+def _ended(value: object) -> list[str]:
+    """Names of a list; one name is a list of one, anything else of none."""
+    names = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []
+    return [name for name in map(_name, names[:ENDED_SESSIONS]) if name is not None]
+
+
 def given(request: Any) -> Given:
     """Reads the identity off a vLLM request; whatever has an unexpected shape counts as not given."""
     session = agent = None
     ends = False
+    ended: list[str] = []
     params = getattr(request, "kv_transfer_params", None)
     params = params.get("agentrt") if isinstance(params, dict) else None
     extra = getattr(getattr(request, "sampling_params", None), "extra_args", None)
@@ -76,8 +96,9 @@ def given(request: Any) -> Given:
         session = session or _name(source.get("session_id"))
         agent = agent or _name(source.get("agent_id"))
         ends = ends or bool(source.get("session_end"))
+        ended += _ended(source.get("ended_sessions"))
     session = session or _name(getattr(request, "session_id", None))
-    return Given(session, agent, ends)
+    return Given(session, agent, ends, tuple(ended))
 
 
 class Identities:
@@ -96,8 +117,10 @@ class Identities:
     def resolve(self, request: Any, keys: Sequence[int] | NDArray[np.uint64]) -> Identity:
         """The identity of a request whose prompt has these block keys; tell :meth:`ended` when it has ended."""
         says = given(request)
+        ended = tuple(map(self.session, says.ended))
         if says.session is not None and says.agent is not None:
-            return Identity(self.session(says.session), self.intern(says.agent), False, False, says.session_ends)
+            session, agent = self.session(says.session), self.intern(says.agent)
+            return Identity(session, agent, False, False, says.session_ends, None, ended)
         session, number, call, is_new = self.core.started(np.ascontiguousarray(keys, np.uint64))
         if says.session is not None:
             session = self.session(says.session)
@@ -110,7 +133,7 @@ class Identities:
             place = number - self.core.anchors
             name = f"?{place}" if place > 0 else f"anchor-{number}" if number else "?"
         agent = self.intern(name)
-        return Identity(session, agent, says.session is None, says.agent is None, says.session_ends, call)
+        return Identity(session, agent, says.session is None, says.agent is None, says.session_ends, call, ended)
 
     def ended(self, identity: Identity, output: NDArray[np.uint64]) -> None:
         """The request has ended, its answer filled these blocks."""

@@ -136,6 +136,8 @@ class AgentRTCachePolicy(CachePolicy):  # type: ignore[misc, unused-ignore]
         identity = found._replace(call=None) if found else self.identities.resolve(req_context, array)
         self._calls += 1
         now_us = _now_us()
+        for session in identity.ended_sessions:
+            self.core.session_ended(session, now_us)
         hit = self.core.call_started(identity.session, identity.agent, self._calls, now_us, array)
         # Chunks that found no room end the chain.
         held = next((i for i, key in enumerate(keys) if key not in self.chunks), len(keys))

@@ -95,6 +95,8 @@ class PlanningAdapter(Adapter):
         super().new_request(request)
         call = self.calls.get(request.request_id)
         if self.gaps is not None and call is not None:
+            for session in call.ended_sessions:
+                self.gaps.over(session)
             self.gaps.arrived(call.session, call.arrived_us)
 
     def before_allocation(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:

@@ -1,0 +1,100 @@
+"""Whose request it is, for clients of vLLM's OpenAI-compatible server, and which runs are over.
+
+    runs = Runs()
+    with runs.start() as run:
+        client.chat.completions.create(..., extra_body=run.extra_body("planner"))
+        ChatOpenAI(...).bind(extra_body=run.extra_body("coder")).invoke(...)
+
+Nothing is sent when a run ends: the next request of any run says so, and agentrt in the engine lets what only that run
+needed go first.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Run", "Runs"]
+
+# Ended runs that one request names, and that wait to be named; beyond that the oldest are forgotten.
+PER_REQUEST = 64
+WAITING = 4_096
+
+
+class Runs:
+    """The runs of a client. Threads and tasks may share one.
+
+    Args:
+        servers: Engines behind the address. A request reaches one of them, so an end is told with as many requests.
+
+    Raises:
+        ValueError: without servers.
+    """
+
+    def __init__(self, servers: int = 1) -> None:
+        if servers < 1:
+            raise ValueError(f"servers must be at least 1, got {servers}")
+        self.servers = servers
+        self._lock = threading.Lock()
+        # How many more requests are to name it; the longest ended first.
+        self._ended: dict[str, int] = {}
+
+    def start(self, name: str | None = None) -> Run:
+        """A run: all calls of one workflow, of whatever agents. Without a name it gets one that nobody else has."""
+        return Run(self, uuid.uuid4().hex if name is None else name)
+
+    def _end(self, name: str) -> None:
+        with self._lock:
+            self._ended[name] = self.servers
+            if len(self._ended) > WAITING:
+                del self._ended[next(iter(self._ended))]
+
+    def _calls(self, name: str) -> list[str]:
+        """Ended runs that a request of this run is to name."""
+        with self._lock:
+            ended = self._ended
+            ended.pop(name, None)
+            told = list(ended)[:PER_REQUEST]
+            for one in told:
+                ended[one] -= 1
+                if not ended[one]:
+                    del ended[one]
+            return told
+
+
+class Run:
+    """One run; :meth:`Runs.start` makes it. Leaving its `with` block ends it."""
+
+    def __init__(self, runs: Runs, name: str) -> None:
+        self.name = name
+        self._runs = runs
+
+    def extra_body(self, agent: str, **more: str | float) -> dict[str, Any]:
+        """What a request of this run says besides; make it anew for each request.
+
+        Args:
+            agent: Who calls: the name of a role, the same in every run.
+            more: Further names for `vllm_xargs`, such as `tenant` or `tool`.
+        """
+        told = self._runs._calls(self.name)
+        names: dict[str, Any] = {"session_id": self.name, "agent_id": agent, **more}
+        if told:
+            names["ended_sessions"] = told
+        return {"vllm_xargs": names}
+
+    def end(self) -> None:
+        """No more calls. One that comes all the same starts the run again."""
+        self._runs._end(self.name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.end()
