@@ -14,12 +14,15 @@ import pytest
 
 pytest.importorskip("langgraph", reason="langgraph is not installed: pip install langgraph langchain-core")
 
-from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolMessage
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.tools import BaseTool, StructuredTool
 from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.prebuilt import ToolNode
 
-from agentrt.frameworks.langgraph import protect, scope_of
+from agentrt.frameworks.langgraph import identify, protect, scope_of
+from agentrt.frameworks.runs import Runs
 from agentrt.tools import Memo, MemoryStore, ToolRuntime, current_scope, tool
 
 # Third-party modules warn about their own future.
@@ -128,3 +131,126 @@ def test_what_would_slip_past_is_refused() -> None:
         protect([Custom()], runtime)
     with pytest.raises(ValueError, match="not among the tools: nothing"):
         protect([], runtime, {"nothing": {}})
+
+
+Sent = list[dict[str, Any] | None]
+
+
+class Model(BaseChatModel):  # type: ignore[misc]
+    """Remembers what its requests say besides."""
+
+    extra_body: dict[str, Any] | None = None
+    sent: Any = None
+    _llm_type = "scripted"
+
+    def _generate(
+        self, messages: Any, stop: Any = None, run_manager: Any = None, *, extra_body: Any = None, **_: Any
+    ) -> ChatResult:
+        self.sent.append(extra_body)
+        return ChatResult(generations=[ChatGeneration(message=AIMessage("yes"))])
+
+
+class Streaming(Model):
+    def _stream(
+        self, messages: Any, stop: Any = None, run_manager: Any = None, *, extra_body: Any = None, **_: Any
+    ) -> Iterator[ChatGenerationChunk]:
+        self.sent.append(extra_body)
+        yield ChatGenerationChunk(message=AIMessageChunk("yes"))
+
+    async def _agenerate(
+        self, messages: Any, stop: Any = None, run_manager: Any = None, *, extra_body: Any = None, **more: Any
+    ) -> ChatResult:
+        return self._generate(messages, stop, run_manager, extra_body=extra_body, **more)
+
+
+def team(model: Any, asynchronous: bool = False) -> Any:
+    """A planner, and a team of one as a graph of its own."""
+
+    def speak(state: Any) -> Any:
+        return {"messages": [model.invoke(state["messages"])]}
+
+    async def speak_async(state: Any) -> Any:
+        return {"messages": [await model.ainvoke(state["messages"])]}
+
+    def chain(*nodes: tuple[str, Any]) -> Any:
+        graph = StateGraph(MessagesState)
+        last = START
+        for name, node in nodes:
+            graph.add_node(name, node)
+            graph.add_edge(last, name)
+            last = name
+        graph.add_edge(last, END)
+        return graph.compile()
+
+    node = speak_async if asynchronous else speak
+    return chain(("planner", node), ("helpers", chain(("coder", node))))
+
+
+ASK: Any = {"messages": [HumanMessage("q")]}
+
+
+def thread(name: str) -> Any:
+    return {"configurable": {"thread_id": name}}
+
+
+@pytest.mark.parametrize("kind", [Model, Streaming])
+@pytest.mark.parametrize("how", ["invoke", "ainvoke", "stream", "astream"])
+def test_requests_say_which_thread_and_node_they_are_of_and_what_is_over(kind: type[Model], how: str) -> None:
+    runs, sent = Runs(), Sent()
+    graph = team(identify(kind(sent=sent), runs), how.startswith("a"))
+
+    async def drain(name: str) -> None:
+        if how == "ainvoke":
+            await graph.ainvoke(ASK, thread(name))
+        else:
+            async for _ in graph.astream(ASK, thread(name), stream_mode="messages"):
+                pass
+
+    for name in ("one", "two"):
+        with runs.start(name) as run:
+            if how == "invoke":
+                graph.invoke(ASK, thread(run.name))
+            elif how == "stream":
+                list(graph.stream(ASK, thread(run.name), stream_mode="messages"))
+            else:
+                asyncio.run(drain(run.name))
+    planner, coder = {"agent_id": "planner"}, {"agent_id": "helpers/coder"}
+    assert sent == [
+        {"vllm_xargs": {"session_id": "one", **planner}},
+        {"vllm_xargs": {"session_id": "one", **coder}},
+        {"vllm_xargs": {"session_id": "two", **planner, "ended_sessions": ["one"]}},
+        {"vllm_xargs": {"session_id": "two", **coder}},
+    ]
+
+
+def test_what_is_not_known_is_not_said() -> None:
+    sent = Sent()
+    model = identify(Model(sent=sent))
+    team(model).invoke(ASK)
+    model.invoke("outside of any graph")
+    assert sent == [{"vllm_xargs": {"agent_id": "planner"}}, {"vllm_xargs": {"agent_id": "helpers/coder"}}, None]
+
+
+def test_what_the_model_and_the_caller_say_stays() -> None:
+    sent = Sent()
+    plain = Model(sent=sent, extra_body={"top_k": 5, "vllm_xargs": {"tenant": "red"}})
+    model = identify(plain)
+    team(model).invoke(ASK, thread("t"))
+    assert sent[0] == {"top_k": 5, "vllm_xargs": {"session_id": "t", "agent_id": "planner", "tenant": "red"}}
+    team(model.bind(extra_body={"vllm_xargs": {"agent_id": "mine"}})).invoke(ASK, thread("t"))
+    assert sent[2] == {"top_k": 5, "vllm_xargs": {"session_id": "t", "agent_id": "mine"}}
+    assert isinstance(model, Model)
+    assert type(plain) is Model
+    team(plain).invoke(ASK, thread("t"))
+    assert sent[-1] is None, "the model itself is as it was"
+
+
+def test_a_model_that_cannot_say_it_is_refused() -> None:
+    class Silent(BaseChatModel):  # type: ignore[misc]
+        _llm_type = "silent"
+
+        def _generate(self, *_: Any, **__: Any) -> ChatResult:
+            return ChatResult(generations=[])
+
+    with pytest.raises(TypeError, match="Silent has no extra_body"):
+        identify(Silent())

@@ -1,16 +1,25 @@
-"""LangGraph and LangChain tools through agentrt: one line where the tools are made.
+"""LangGraph and LangChain through agentrt: one line where the model is made, and one where the tools are.
+
+    runs = Runs()
+    model = identify(ChatOpenAI(base_url="http://localhost:8000/v1", ...), runs)
+    with runs.start() as run:
+        graph.invoke(state, {"configurable": {"thread_id": run.name}})
+
+vLLM then learns which run and which node each request is of, and which runs are over. Works for chat models that pass
+`extra_body` on, as those of langchain-openai do, and stay chat models: tools bound to them, structured output, streams.
 
     tools = protect([search, read_page], runtime, {"search": {"reads": ["web"], "writes": ()}})
     graph.add_node("tools", ToolNode(tools))
 
-Works for `ToolNode`, `create_agent` and anything else that takes LangChain tools, synchronous and asynchronous. The
-function inside each tool is replaced, so LangChain still validates arguments, calls callbacks and builds messages; a
-result from the memo or one run ahead looks like any other. A denied call becomes a tool message with status "error".
+The latter works for `ToolNode`, `create_agent` and anything else that takes LangChain tools, synchronous and
+asynchronous. The function inside each tool is replaced, so LangChain still validates arguments, calls callbacks and
+builds messages; a result from the memo or one run ahead looks like any other. A denied call becomes a tool message with
+status "error".
 
 Session: `configurable.thread_id`. Agent: the path of graph nodes that leads to the call (`researcher/tools`). Trust
 domain: what `domain(config)` says, "default" without it.
 
-Tested with langgraph 1.2.22, langchain-core 1.7.
+Tested with langgraph 1.2.22, langchain-core 1.7; `identify` with langchain-openai 1.7.4, too.
 """
 
 from __future__ import annotations
@@ -18,16 +27,20 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from agentrt.frameworks.runs import Runs
 from agentrt.safety.guard import DeniedError
 from agentrt.tools import Scope, ToolRuntime, ToolSpec, scope
 
 if TYPE_CHECKING:
+    from langchain_core.language_models import BaseChatModel
     from langchain_core.runnables import RunnableConfig
     from langchain_core.tools import BaseTool
 
-__all__ = ["protect", "refusal", "scope_of"]
+    Model = TypeVar("Model", bound=BaseChatModel)
+
+__all__ = ["identify", "protect", "refusal", "scope_of"]
 
 # Arguments that LangChain passes besides the model's: they do not change what a tool answers.
 _PLUMBING = frozenset({"config", "callbacks", "run_manager"})
@@ -36,13 +49,77 @@ _PLUMBING = frozenset({"config", "callbacks", "run_manager"})
 def scope_of(config: RunnableConfig | None, domain: Callable[[Any], str] | None = None) -> Scope:
     """Whose call a runnable's config belongs to."""
     config = config or {}
-    configurable = config.get("configurable") or {}
+    session, agent = _thread(config), _path(config)
+    return Scope(session or "default", agent or "default", domain(config) if domain is not None else "default")
+
+
+def _thread(config: Mapping[str, Any]) -> str | None:
+    configurable, metadata = config.get("configurable") or {}, config.get("metadata") or {}
+    thread = configurable.get("thread_id") or metadata.get("thread_id")
+    return str(thread) if thread else None
+
+
+def _path(config: Mapping[str, Any]) -> str:
     metadata = config.get("metadata") or {}
-    session = configurable.get("thread_id") or metadata.get("thread_id") or "default"
     # "researcher:<id>|tools:<id>": the nodes on the way, without the ids of this run.
-    path = str(metadata.get("langgraph_checkpoint_ns") or metadata.get("langgraph_node") or "default")
-    agent = "/".join(part.partition(":")[0] for part in path.split("|"))
-    return Scope(str(session), agent, domain(config) if domain is not None else "default")
+    path = str(metadata.get("langgraph_checkpoint_ns") or metadata.get("langgraph_node") or "")
+    return "/".join(part.partition(":")[0] for part in path.split("|"))
+
+
+# What a chat model may do with messages; its arguments are messages, stop words, the manager of its run.
+_CALLS = ("_generate", "_agenerate", "_stream", "_astream")
+
+
+def identify(model: Model, runs: Runs | None = None) -> Model:
+    """A copy of a chat model whose requests say whose they are: `configurable.thread_id` and the path of graph nodes.
+
+    Outside a graph the agent is not named, and without a thread id the session is not; vLLM's side infers what is
+    missing. What the model or the caller puts into `extra_body` stays.
+
+    Args:
+        model: A chat model that passes `extra_body` on to the server.
+        runs: Whose ends its requests tell; `runs.start(thread_id).end()` ends one, as leaving its `with` block does.
+
+    Raises:
+        TypeError: for a model without a field `extra_body`; its server would never hear of it.
+    """
+    from langchain_core.language_models import BaseChatModel
+
+    kind, told = type(model), runs if runs is not None else Runs()
+    if "extra_body" not in kind.model_fields:
+        raise TypeError(f"{kind.__name__} has no extra_body, so its requests cannot say whose they are; use ChatOpenAI")
+
+    def through(name: str) -> Callable[..., Any]:
+        @functools.wraps(getattr(kind, name))
+        def call(self: Any, messages: Any, stop: Any = None, run_manager: Any = None, **options: Any) -> Any:
+            body = {**(getattr(self, "extra_body", None) or {}), **(options.pop("extra_body", None) or {})}
+            names = {**_says(told, run_manager), **(body.get("vllm_xargs") or {})}
+            if names:
+                body["vllm_xargs"] = names
+            if body:
+                options["extra_body"] = body
+            return getattr(super(identified, self), name)(messages, stop=stop, run_manager=run_manager, **options)
+
+        return call
+
+    # Only what the model does itself: what it inherits comes back here.
+    calls = {name: through(name) for name in _CALLS if getattr(kind, name) is not getattr(BaseChatModel, name)}
+    identified = type(kind.__name__, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__, **calls})
+    copied: Model = model.model_copy()
+    object.__setattr__(copied, "__class__", identified)
+    return copied
+
+
+def _says(runs: Runs, run_manager: Any) -> dict[str, Any]:
+    """What the request of a model that runs now says of itself."""
+    from langchain_core.runnables.config import var_child_runnable_config
+
+    config: dict[str, Any] = dict(var_child_runnable_config.get() or {})
+    # Streams have no manager, and a model that is called in a thread of its own no config.
+    config["metadata"] = {**(config.get("metadata") or {}), **(getattr(run_manager, "metadata", None) or {})}
+    session, agent = _thread(config), _path(config)
+    names = runs.start(session).extra_body(agent)["vllm_xargs"] if session else {"agent_id": agent}
+    return {name: said for name, said in names.items() if said}
 
 
 def refusal(denied: DeniedError) -> Exception:

@@ -15,6 +15,7 @@ A framework needs no more than this, and its users no more than one line:
    (hand-overs, sub-agents, summaries, shared memory), call `Taint.flow`, `Taint.summary`; within one run the default
    `spread="session"` needs no reports.
 5. **Say when a run ends** (`ToolRuntime.end_session`), so that what runs ahead for it stops.
+6. **Say whose the model's requests are**: :mod:`agentrt.frameworks.runs` has the words, and tells of ends.
 
 Calls run ahead never pass through the framework: no callback, message or span shows them.
 """

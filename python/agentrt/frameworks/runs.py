@@ -3,10 +3,9 @@
     runs = Runs()
     with runs.start() as run:
         client.chat.completions.create(..., extra_body=run.extra_body("planner"))
-        ChatOpenAI(...).bind(extra_body=run.extra_body("coder")).invoke(...)
 
 Nothing is sent when a run ends: the next request of any run says so, and agentrt in the engine lets what only that run
-needed go first.
+needed go first. For LangGraph there is :func:`agentrt.frameworks.langgraph.identify`.
 """
 
 from __future__ import annotations
