@@ -50,7 +50,7 @@ class Rates:
 
 
 def run(
-    todo: list[list[Call]], calls: int, blocks: int, seed: int, clock_seed: int, policy: str, steady: bool
+    todo: list[list[Call]], calls: int, blocks: int, seed: int, clock_seed: int, asked: argparse.Namespace
 ) -> Rates:
     """Runs sessions in a closed loop and replays what was recorded."""
     rng = random.Random(clock_seed)
@@ -66,7 +66,8 @@ def run(
         server = Server(
             Path(folder),
             blocks,
-            transfer(policy, record=str(recording)),
+            transfer(asked.policy, record=str(recording)),
+            asynchronous=asked.asynchronous,
             max_num_seqs=BATCH,
             max_model_len=LONGEST + 64,
         )
@@ -77,7 +78,7 @@ def run(
         def timed() -> object:
             nonlocal now_us
             output = schedule()
-            if steady:
+            if asked.steady:
                 now_us += STEADY_US + 1_500 * clock_seed
             else:
                 us = STEP_US + TOKEN_US * output.total_num_scheduled_tokens
@@ -103,7 +104,7 @@ def run(
                 loop.ended(*live.pop(name))
         server.check()
         adapter.close()
-        return Rates(hit / tokens, predict(recording, blocks, {policy: policy})[policy])
+        return Rates(hit / tokens, predict(recording, blocks, {asked.policy: asked.policy})[asked.policy])
 
 
 def main() -> None:
@@ -112,6 +113,7 @@ def main() -> None:
     parser.add_argument("--clocks", type=int, default=12, help="seeds of the clock, each with all draws")
     parser.add_argument("--policy", default="agentrt")
     parser.add_argument("--steady", action="store_true", help="all steps of a run take the same time")
+    parser.add_argument("--asynchronous", action="store_true", help="schedule a step ahead, as vLLM does on GPUs")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
@@ -119,7 +121,7 @@ def main() -> None:
     for name, blocks in POOLS.items():
         draws = [sessions(name, Path("none"), seed) for seed in range(arguments.seeds)]
         rates = [
-            run(todo, calls_of(name, CALLS), blocks, seed, clock, arguments.policy, arguments.steady)
+            run(todo, calls_of(name, CALLS), blocks, seed, clock, arguments)
             for seed, todo in enumerate(draws)
             for clock in range(arguments.clocks)
         ]

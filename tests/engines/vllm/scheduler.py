@@ -6,11 +6,13 @@ Prompts are token ids and hashes are vLLM's own, so everything but the worker is
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 BLOCK = 32
+STOP = 9
 TRANSFER = {"kv_connector": "AgentRTConnector", "kv_role": "kv_producer"}
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 64,
@@ -32,6 +34,8 @@ class Server:
         blocks: Usable blocks of the pool.
         kv_transfer: The flag; None for stock vLLM.
         windows: Sliding windows of further cache groups beside the full attention of the first.
+        asynchronous: A step is scheduled while the one before it still computes, as vLLM does on GPUs. Every other
+            answer then ends unforeseen, when the step after its last one has been scheduled.
         options: Further options of the engine.
     """
 
@@ -41,12 +45,14 @@ class Server:
         blocks: int,
         kv_transfer: dict[str, Any] | None,
         windows: Sequence[int] = (),
+        asynchronous: bool = False,
         **options: Any,
     ) -> None:
         import torch
         from vllm.engine.arg_utils import EngineArgs
         from vllm.utils.hashing import get_hash_fn_by_name
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
         from vllm.v1.core.sched.scheduler import Scheduler
         from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
         from vllm.v1.structured_output import StructuredOutputManager
@@ -71,12 +77,20 @@ class Server:
         for i, window in enumerate(windows):
             groups.append(KVCacheGroupSpec([f"layer.{i + 1}"], SlidingWindowSpec(**shape, sliding_window=window)))
         caches = KVCacheConfig(num_blocks=blocks + 1, kv_cache_tensors=[], kv_cache_groups=groups)
-        self.scheduler: Any = Scheduler(
+        # For CPUs vLLM switches it off.
+        self.config.scheduler_config.async_scheduling = asynchronous
+        self.scheduler: Any = (AsyncScheduler if asynchronous else Scheduler)(
             self.config, caches, StructuredOutputManager(self.config), block_size=BLOCK, log_stats=True
         )
         hash_function = get_hash_fn_by_name("sha256")
         init_none_hash(hash_function)
         self._hasher = get_request_block_hasher(BLOCK, hash_function)
+        # Steps that compute, as (what was scheduled, what comes out of it).
+        self._computing: deque[tuple[Any, Any]] = deque()
+        self._ahead = 1 if asynchronous else 0
+        # Tokens that are still to come of answers that end with a stop token.
+        self._until_stop: dict[str, int] = {}
+        self._added = 0
         self.order: list[str] = []
         self.finished: list[str] = []
         self.preempted: list[str] = []
@@ -101,10 +115,17 @@ class Server:
         from vllm.sampling_params import SamplingParams
         from vllm.v1.request import Request
 
+        self._added += 1
+        longest = tokens
+        if self._ahead and self._added % 2:
+            self._until_stop[name] = tokens
+            longest = 2 * tokens + 2
         request = Request(
             request_id=name,
             prompt_token_ids=list(prompt),
-            sampling_params=SamplingParams(max_tokens=tokens, ignore_eos=True, extra_args=identity or None),
+            sampling_params=SamplingParams(
+                max_tokens=longest, ignore_eos=True, stop_token_ids=[STOP], extra_args=identity or None
+            ),
             pooling_params=None,
             priority=priority,
             block_hasher=self._hasher,
@@ -122,18 +143,23 @@ class Server:
             self.cached[new.req_id] = new.num_computed_tokens
         self.preempted += sorted(out.preempted_req_ids or ())
         names = list(out.num_scheduled_tokens)
-        sampled = []
-        for name in names:
-            request = self.scheduler.requests[name]
-            whole = request.num_computed_tokens >= request.num_tokens
-            sampled.append([7] if whole else [])
+        sampled = [[] if self.scheduler.requests[name].is_prefill_chunk else [self._token(name)] for name in names]
         made = ModelRunnerOutput(
             req_ids=names, req_id_to_index={name: i for i, name in enumerate(names)}, sampled_token_ids=sampled
         )
+        self._computing.append((out, made))
         before = set(self.scheduler.requests)
-        self.scheduler.update_from_output(out, made)
+        while len(self._computing) > (self._ahead if names else 0):
+            self.scheduler.update_from_output(*self._computing.popleft())
         self.finished += sorted(before - set(self.scheduler.requests))
         return names
+
+    def _token(self, name: str) -> int:
+        left = self._until_stop.get(name)
+        if left is None:
+            return 7
+        self._until_stop[name] = left - 1
+        return 7 if left > 1 else STOP
 
     def run(self, steps: int = 10_000) -> int:
         """Steps until nothing is left; how many it took."""
@@ -145,6 +171,8 @@ class Server:
 
     def check(self) -> None:
         """No fault, nothing left behind, and a whole queue with all blocks in it."""
+        while self._computing:
+            self.scheduler.update_from_output(*self._computing.popleft())
         queue = self.pool.free_block_queue
         forth = [block.block_id for block in queue.iter_blocks_after(None)]
         assert len(forth) == len(set(forth)) == queue.num_free_blocks == self.pool.num_gpu_blocks - 1

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.engines.vllm.scheduler import BLOCK, Server, prompt, transfer
 from tests.engines.vllm.test_connector import number
-from tests.engines.vllm.test_scheduler import both, busy, offload, small
+from tests.engines.vllm.test_scheduler import asynchronously, both, busy, offload, small
 
 pytestmark = pytest.mark.usefixtures("vllm")
 
@@ -150,9 +150,12 @@ def test_token_ids_kept_for_prefills_are_bounded(tmp_path: Path, monkeypatch: py
     turns.server.check()
 
 
+@asynchronously
 @pytest.mark.parametrize("scheduling", POLICIES)
-def test_everything_is_served_under_load_and_nothing_is_left_behind(tmp_path: Path, scheduling: str) -> None:
-    server = small(tmp_path, transfer("agentrt", scheduling=scheduling))
+def test_everything_is_served_under_load_and_nothing_is_left_behind(
+    tmp_path: Path, scheduling: str, asynchronous: bool
+) -> None:
+    server = small(tmp_path, transfer("agentrt", scheduling=scheduling), asynchronous=asynchronous)
     busy(server)
     while server.scheduler.has_requests():
         server.step()
@@ -162,10 +165,12 @@ def test_everything_is_served_under_load_and_nothing_is_left_behind(tmp_path: Pa
     assert repairs["unknown_calls"] == repairs["duplicate_calls"] == 0
 
 
+@asynchronously
 @pytest.mark.parametrize("scheduling", POLICIES)
-def test_a_pool_of_one_session_serves_all(tmp_path: Path, scheduling: str) -> None:
+def test_a_pool_of_one_session_serves_all(tmp_path: Path, scheduling: str, asynchronous: bool) -> None:
     """What is kept gives way: nothing can wait for ever."""
-    server = Server(tmp_path, 24, transfer("agentrt", scheduling=scheduling), max_num_seqs=4)
+    kv = transfer("agentrt", scheduling=scheduling)
+    server = Server(tmp_path, 24, kv, asynchronous=asynchronous, max_num_seqs=4)
     for turn in range(5):
         for session in range(4):
             blocks = range(100 * session, 100 * session + 12 + 2 * turn)

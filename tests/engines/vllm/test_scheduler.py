@@ -46,8 +46,13 @@ def small(folder: Path, kv_transfer: dict[str, Any] | None, **more: Any) -> Serv
     return Server(folder, 96, kv_transfer, max_num_batched_tokens=512, max_num_seqs=8, **more)
 
 
-def test_lru_is_stock_vllm_with_preemptions_chunks_and_aborts(tmp_path: Path) -> None:
-    stock, neutral = small(tmp_path, None), small(tmp_path, transfer("lru"))
+# As vLLM schedules on CPUs, and by default on GPUs.
+asynchronously = pytest.mark.parametrize("asynchronous", [False, True], ids=["", "asynchronous"])
+
+
+@asynchronously
+def test_lru_is_stock_vllm_with_preemptions_chunks_and_aborts(tmp_path: Path, asynchronous: bool) -> None:
+    stock, neutral = (small(tmp_path, kv, asynchronous=asynchronous) for kv in (None, transfer("lru")))
     for server in (stock, neutral):
         busy(server)
     assert stock.preempted, "the load presses hard enough"
@@ -57,8 +62,10 @@ def test_lru_is_stock_vllm_with_preemptions_chunks_and_aborts(tmp_path: Path) ->
     assert neutral.connector.adapter.ranker.ranked_blocks > 100
 
 
-def test_everything_is_served_with_preemptions_chunks_and_aborts(tmp_path: Path) -> None:
-    server = small(tmp_path, transfer("agentrt"))
+@asynchronously
+@pytest.mark.parametrize("role", ["kv_producer", "kv_both"])
+def test_everything_is_served_with_preemptions_chunks_and_aborts(tmp_path: Path, role: str, asynchronous: bool) -> None:
+    server = small(tmp_path, {**transfer("agentrt"), "kv_role": role}, asynchronous=asynchronous)
     busy(server)
     assert server.preempted
     assert server.connector.adapter.ranker.ranked_blocks > 100
@@ -66,8 +73,20 @@ def test_everything_is_served_with_preemptions_chunks_and_aborts(tmp_path: Path)
     assert repairs["unknown_calls"] == repairs["duplicate_calls"] == 0
 
 
-def test_a_reset_under_load_starts_over(tmp_path: Path) -> None:
-    server = small(tmp_path, transfer("agentrt"))
+@asynchronously
+@pytest.mark.parametrize("role", ["kv_producer", "kv_both"])
+def test_agentrt_hits_more_than_vllms_own_order(tmp_path: Path, role: str, asynchronous: bool) -> None:
+    hits = []
+    for policy in ("lru", "agentrt"):
+        server = small(tmp_path, {**transfer(policy), "kv_role": role}, asynchronous=asynchronous)
+        busy(server, requests=400)
+        hits.append(sum(server.cached.values()))
+    assert hits[1] > 1.1 * hits[0]
+
+
+@asynchronously
+def test_a_reset_under_load_starts_over(tmp_path: Path, asynchronous: bool) -> None:
+    server = small(tmp_path, transfer("agentrt"), asynchronous=asynchronous)
     for n in range(4):
         server.add(f"r{n}", prompt(*range(10 * n, 10 * n + 10)), 20, session_id=f"s{n}")
     for _ in range(3):

@@ -86,12 +86,15 @@ class Server:
         return True
 
     def metrics(self) -> dict[str, float]:
-        """Counters by name, labels left out."""
+        """Counters by name, added up over engines."""
         page = self.get("/metrics")
         # On a busy machine any hook may be slow; nothing else may go wrong.
         assert not re.search(r'^agentrt_faults_total\{.*kind="(?!\w+: slow)', page, re.MULTILINE), page
         found = re.findall(r"^([\w:]+)_total\{[^}]*\} (\S+)$", page, re.MULTILINE)
-        return {name: float(value) for name, value in found}
+        sums: dict[str, float] = {}
+        for name, value in found:
+            sums[name] = sums.get(name, 0) + float(value)
+        return sums
 
     def stop(self) -> None:
         if self.process.poll() is None:
@@ -127,6 +130,16 @@ def drive(server: Server) -> list[str]:
     return answers
 
 
+def matches(counted: dict[str, float]) -> None:
+    """What agentrt counts is what vLLM counts and what was sent."""
+    assert counted["agentrt_calls"] == CALLS
+    assert counted["agentrt_prompt_tokens"] == counted["vllm:prefix_cache_queries"]
+    assert counted["agentrt_hit_tokens"] == counted["vllm:prefix_cache_hits"]
+    assert counted["agentrt_sessions_inferred"] == counted["agentrt_agents_inferred"] == 0
+    assert counted["agentrt_sessions_ended"] == 2 * (CALLS // SESSIONS - 1)
+    assert counted["agentrt_hook_seconds"] > 0
+
+
 class Runs:
     """Both servers after the same calls."""
 
@@ -158,12 +171,7 @@ def test_the_served_answers_are_those_of_a_server_that_only_observes(runs: Runs)
 
 def test_what_is_counted_is_on_the_metrics_page_and_equals_what_vllm_counts(runs: Runs) -> None:
     for counted in runs.counted:
-        assert counted["agentrt_calls"] == CALLS
-        assert counted["agentrt_prompt_tokens"] == counted["vllm:prefix_cache_queries"]
-        assert counted["agentrt_hit_tokens"] == counted["vllm:prefix_cache_hits"]
-        assert counted["agentrt_sessions_inferred"] == counted["agentrt_agents_inferred"] == 0
-        assert counted["agentrt_sessions_ended"] == 2 * (CALLS // SESSIONS - 1)
-        assert counted["agentrt_hook_seconds"] > 0
+        matches(counted)
     serving, recording = runs.counted
     assert serving["agentrt_blocks_ranked"] > 0
     assert recording["agentrt_blocks_ranked"] == 0
@@ -176,3 +184,32 @@ def test_the_recording_names_everybody_and_replays_to_the_measured_hits(runs: Ru
     assert {row["agent"] for row in rows} == {f"agent-{n}" for n in range(3)}
     measured = runs.counted[1]["agentrt_hit_tokens"] / runs.counted[1]["agentrt_prompt_tokens"]
     assert predict(runs.trace, BLOCKS, {"it": "lru"})["it"] == pytest.approx(measured, abs=0.01)
+
+
+def served(folder: Path, *options: str) -> tuple[list[str], dict[str, float], str]:
+    """Answers, counters and log of a server after the same calls."""
+    folder.mkdir()
+    server = Server(["serve", *options], folder)
+    try:
+        server.wait()
+        return drive(server), server.metrics(), server.log.read_text()
+    finally:
+        server.stop()
+
+
+def test_two_engines_answer_as_one_does(runs: Runs, tmp_path: Path) -> None:
+    answers, counted, log = served(tmp_path / "data", "--data-parallel-size", "2")
+    assert answers == runs.answers[0]
+    matches(counted)
+    assert counted["agentrt_blocks_ranked"] > 0
+    assert len(re.findall(r"agentrt: policy `agentrt`, .* acting", log)) == 2
+
+
+def test_two_workers_of_one_engine_answer_as_without_agentrts_order(tmp_path: Path) -> None:
+    # Each worker makes up its own weights, so these are not the answers of one worker.
+    two = ("--tensor-parallel-size", "2")
+    answers, counted, log = served(tmp_path / "acting", *two)
+    matches(counted)
+    assert counted["agentrt_blocks_ranked"] > 0
+    assert len(re.findall(r"agentrt: policy `agentrt`, .* acting", log)) == 1
+    assert answers == served(tmp_path / "observing", *two, "--policy", "observe")[0]
