@@ -74,7 +74,10 @@ class Run:
         self._runs = runs
 
     def extra_body(self, agent: str, **more: str | float) -> dict[str, Any]:
-        """What a request of this run says besides; make it anew for each request.
+        """What a request of this run says besides.
+
+        Make it anew for each request, or for each agent of a run where a framework takes no more than that: the names
+        of ended runs in it are then sent more than once, which is no harm as long as none of them starts again.
 
         Args:
             agent: Who calls: the name of a role, the same in every run.
