@@ -21,7 +21,7 @@ Finished runs are kept in the result file, so an interrupted benchmark goes on w
 | agentrt-prefetch | with prefills in idle capacity (`speculation`): little of it without `--pause-every N` |
 | optimal | the offline order: evicts what the calls of the stock run need last |
 
-`neutral` and `agentrt` record themselves as `agentrt record` does, and the recordings are replayed.
+`neutral`, `agentrt` and `agentrt-told-ends` record themselves as `agentrt record` does; the recordings are replayed.
 """
 
 from __future__ import annotations
@@ -70,9 +70,13 @@ CORES = {
 INFERRED, TOLD = "agentrt-inferred", "agentrt-told-ends"
 PREFETCH = "agentrt-prefetch"
 PREFETCHING = {"scheduling": "speculation"}
-RECORDING = ("neutral", "agentrt")
+RECORDING = ("neutral", "agentrt", TOLD)
 # Which policies of the replay a recording predicts, by the policy it is recorded under.
-PREDICTED = {"neutral": {"neutral": "lru", "agentrt": "agentrt", "optimal": "min"}, "agentrt": {"agentrt": "agentrt"}}
+PREDICTED = {
+    "neutral": {"neutral": "lru", "agentrt": "agentrt", "optimal": "min"},
+    "agentrt": {"agentrt": "agentrt"},
+    TOLD: {TOLD: TOLD},
+}
 
 Row = dict[str, Any]
 
