@@ -833,7 +833,7 @@ class EngineCounts:
         """Requests that named no agent."""
     @property
     def sessions_ended(self) -> int:
-        """Sessions that are over, as requests said."""
+        """Times that a request said of a session that it is over."""
     @property
     def steps(self) -> int:
         """Steps scheduled."""
@@ -859,7 +859,7 @@ class EngineCall:
     def agent_inferred(self) -> bool: ...
     @property
     def ended_sessions(self) -> list[int]:
-        """Other sessions that are over, as the request says."""
+        """Other sessions that are over since, as the request says; not those that still have a call here."""
     @property
     def arrived_us(self) -> int:
         """When the core was told of it."""

@@ -59,6 +59,16 @@ def test_a_run_that_calls_again_is_not_over() -> None:
     assert "ended_sessions" not in says(other)
 
 
+def test_a_run_that_is_open_twice_is_over_when_both_are() -> None:
+    runs = Runs()
+    other = runs.start("other")
+    with runs.start("thread"):
+        with runs.start("thread"):
+            pass
+        assert "ended_sessions" not in says(other)
+    assert says(other)["ended_sessions"] == ["thread"]
+
+
 def test_lists_are_short_and_so_is_memory() -> None:
     runs = Runs()
     for n in range(WAITING + 10):

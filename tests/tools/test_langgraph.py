@@ -238,7 +238,7 @@ def test_what_the_model_and_the_caller_say_stays() -> None:
     team(model).invoke(ASK, thread("t"))
     assert sent[0] == {"top_k": 5, "vllm_xargs": {"session_id": "t", "agent_id": "planner", "tenant": "red"}}
     team(model.bind(extra_body={"vllm_xargs": {"agent_id": "mine"}})).invoke(ASK, thread("t"))
-    assert sent[2] == {"top_k": 5, "vllm_xargs": {"session_id": "t", "agent_id": "mine"}}
+    assert sent[2] == {"top_k": 5, "vllm_xargs": {"session_id": "t", "agent_id": "mine", "tenant": "red"}}
     assert isinstance(model, Model)
     assert type(plain) is Model
     team(plain).invoke(ASK, thread("t"))

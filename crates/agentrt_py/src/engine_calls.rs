@@ -44,7 +44,7 @@ pub(crate) struct EngineCall {
     session_inferred: bool,
     #[pyo3(get)]
     agent_inferred: bool,
-    /// Other sessions that are over, as the request says.
+    /// Other sessions that are over since, as the request says; not those that still have a call here.
     #[pyo3(get)]
     ended_sessions: Vec<u64>,
     /// What `Identity.ended` needs; None where nothing was inferred.
@@ -135,7 +135,7 @@ counts! {
     resets: "Resets of the prefix cache.",
     sessions_inferred: "Requests that named no session.",
     agents_inferred: "Requests that named no agent.",
-    sessions_ended: "Sessions that are over, as requests said.",
+    sessions_ended: "Times that a request said of a session that it is over.",
     steps: "Steps scheduled.",
     running: "Requests in the last step.",
 }
@@ -333,7 +333,11 @@ impl EngineCalls {
         if self.calls.bind(request.py()).contains(&id)? {
             return Ok(None);
         }
-        self.arrive(request, id).map(Some)
+        let call = self.arrive(request, id)?;
+        if !call.borrow().ended_sessions.is_empty() {
+            self.settle_up(request.py())?;
+        }
+        Ok(Some(call))
     }
 
     /// VLLM asks about a waiting request of which it has found so many tokens.
@@ -556,6 +560,10 @@ impl EngineCalls {
             }
             self.keys = keys;
         }
+        if call.borrow().session_ends {
+            let last = self.is_last(&call)?;
+            call.borrow_mut().session_ends = last;
+        }
         let one = call.borrow();
         if let Some(inferred) = one.inferred {
             self.inferring.get().ended_now(inferred, &one.output)?;
@@ -685,15 +693,22 @@ impl EngineCalls {
         let stop = tokens / self.block_size;
         let mut keys = Vec::with_capacity(stop.min(1 << 16));
         read_keys(&request.getattr(intern!(py, "block_hashes"))?, 0, stop, &mut keys)?;
-        let mut named = match self.named(request)? {
+        let named = match self.named(request)? {
             Some(named) => named,
             None => self.resolved(request, &keys)?,
         };
         let (session_inferred, agent_inferred, inferred) = named.inferred.unwrap_or_default();
-        // Who calls is not over, whatever the list says.
-        named.ended_sessions.retain(|&over| over != named.session);
-        for &over in &named.ended_sessions {
-            self.tell(py, EventKind::SessionEnd, (over, 0), 0, self.now_us, &[])?;
+        let mut told = Vec::new();
+        for over in named.ended_sessions {
+            // Who calls is not over, whatever the list says.
+            if over == named.session || told.contains(&over) {
+                continue;
+            }
+            match self.held_of(py, over)? {
+                // Its blocks are in use: it is over when this call is.
+                Some(held) => held.borrow_mut().session_ends = true,
+                None => told.push(over),
+            }
         }
         self.numbers += 1;
         let call = Bound::new(
@@ -705,7 +720,7 @@ impl EngineCalls {
                 session_ends: named.session_ends,
                 session_inferred,
                 agent_inferred,
-                ended_sessions: named.ended_sessions,
+                ended_sessions: told.clone(),
                 inferred,
                 low: keys.len(),
                 keys,
@@ -730,8 +745,36 @@ impl EngineCalls {
         add(&counts.requests, 1);
         add(&counts.sessions_inferred, u64::from(session_inferred));
         add(&counts.agents_inferred, u64::from(agent_inferred));
-        add(&counts.sessions_ended, call.borrow().ended_sessions.len() as u64);
+        add(&counts.sessions_ended, told.len() as u64);
+        for over in told {
+            self.tell(py, EventKind::SessionEnd, (over, 0), 0, self.now_us, &[])?;
+        }
         Ok(call)
+    }
+
+    /// The youngest call of a session that vLLM holds.
+    fn held_of<'py>(&self, py: Python<'py>, session: u64) -> PyResult<Option<Bound<'py, EngineCall>>> {
+        let mut youngest: Option<Bound<'py, EngineCall>> = None;
+        for (_, call) in self.calls.bind(py) {
+            let call = call.cast_into::<EngineCall>()?;
+            let one = call.borrow();
+            let older = youngest.as_ref().is_some_and(|other| other.borrow().number > one.number);
+            if one.session == session && !older {
+                drop(one);
+                youngest = Some(call);
+            }
+        }
+        Ok(youngest)
+    }
+
+    /// A call has ended that was to be its session's last. It is not where the session has called again since, and not
+    /// yet where an earlier call of it still runs.
+    fn is_last(&self, call: &Bound<'_, EngineCall>) -> PyResult<bool> {
+        let (session, number) = (call.borrow().session, call.borrow().number);
+        let Some(other) = self.held_of(call.py(), session)? else { return Ok(true) };
+        let mut other = other.borrow_mut();
+        other.session_ends |= other.number < number;
+        Ok(false)
     }
 
     /// What a request says of itself, as `identity.given` reads it; None where it says too little or says it strangely.

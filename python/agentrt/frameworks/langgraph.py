@@ -73,8 +73,8 @@ _CALLS = ("_generate", "_agenerate", "_stream", "_astream")
 def identify(model: Model, runs: Runs | None = None) -> Model:
     """A copy of a chat model whose requests say whose they are: `configurable.thread_id` and the path of graph nodes.
 
-    Outside a graph the agent is not named, and without a thread id the session is not; vLLM's side infers what is
-    missing. What the model or the caller puts into `extra_body` stays.
+    Outside of graphs nothing is said, and without a thread id the session is not named; vLLM's side infers what is
+    missing. What the model or the caller puts into `extra_body` stays, and wins.
 
     Args:
         model: A chat model that passes `extra_body` on to the server.
@@ -92,13 +92,15 @@ def identify(model: Model, runs: Runs | None = None) -> Model:
     def through(name: str) -> Callable[..., Any]:
         @functools.wraps(getattr(kind, name))
         def call(self: Any, messages: Any, stop: Any = None, run_manager: Any = None, **options: Any) -> Any:
-            body = {**(getattr(self, "extra_body", None) or {}), **(options.pop("extra_body", None) or {})}
-            names = {**_says(told, run_manager), **(body.get("vllm_xargs") or {})}
-            if names:
-                body["vllm_xargs"] = names
-            if body:
+            own, asked = getattr(self, "extra_body", None) or {}, options.pop("extra_body", None) or {}
+            names = _says(told, run_manager)
+            for body in (own, asked):
+                names.update(body.get("vllm_xargs") or {})
+            if body := {**own, **asked, **({"vllm_xargs": names} if names else {})}:
                 options["extra_body"] = body
-            return getattr(super(identified, self), name)(messages, stop=stop, run_manager=run_manager, **options)
+            if run_manager is not None:
+                options["run_manager"] = run_manager
+            return getattr(super(identified, self), name)(messages, stop=stop, **options)
 
         return call
 

@@ -4,8 +4,9 @@
     with runs.start() as run:
         client.chat.completions.create(..., extra_body=run.extra_body("planner"))
 
-Nothing is sent when a run ends: the next request of any run says so, and agentrt in the engine lets what only that run
-needed go first. For LangGraph there is :func:`agentrt.frameworks.langgraph.identify`.
+Nothing is sent when a run ends: the next request of any run says so, once, and agentrt in the engine lets what only
+that run needed go first. A request that gets lost takes this with it; the run then counts as one that may call again.
+For LangGraph there is :func:`agentrt.frameworks.langgraph.identify`.
 """
 
 from __future__ import annotations
@@ -42,10 +43,24 @@ class Runs:
         self._lock = threading.Lock()
         # How many more requests are to name it; the longest ended first.
         self._ended: dict[str, int] = {}
+        # `with` blocks of a name that are open.
+        self._open: dict[str, int] = {}
 
     def start(self, name: str | None = None) -> Run:
         """A run: all calls of one workflow, of whatever agents. Without a name it gets one that nobody else has."""
         return Run(self, uuid.uuid4().hex if name is None else name)
+
+    def _enter(self, name: str) -> None:
+        with self._lock:
+            self._open[name] = self._open.get(name, 0) + 1
+
+    def _leave(self, name: str) -> None:
+        with self._lock:
+            self._open[name] -= 1
+            if self._open[name]:
+                return
+            del self._open[name]
+        self._end(name)
 
     def _end(self, name: str) -> None:
         with self._lock:
@@ -67,7 +82,7 @@ class Runs:
 
 
 class Run:
-    """One run; :meth:`Runs.start` makes it. Leaving its `with` block ends it."""
+    """One run; :meth:`Runs.start` makes it. Leaving its `with` block ends it, the last one if several are open."""
 
     def __init__(self, runs: Runs, name: str) -> None:
         self.name = name
@@ -94,9 +109,10 @@ class Run:
         self._runs._end(self.name)
 
     def __enter__(self) -> Self:
+        self._runs._enter(self.name)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self.end()
+        self._runs._leave(self.name)

@@ -223,9 +223,9 @@ class Engine:
         request.num_computed_tokens = 0
         request.num_preemptions += 1
 
-    def call(self, call: Call) -> int:
+    def call(self, call: Call, **says: Any) -> int:
         """Runs one call alone, start to end; returns its hit blocks."""
-        request = self.request(call)
+        request = self.request(call, **says)
         self.now_us += 1_000_000
         assert self.admit(request), "the pool is too small for this call"
         self.now_us += 1_000_000

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tests.engines.vllm.pool import BLOCK, Call, Engine, faults, words
-from tests.engines.vllm.test_ranker import cached, engine, key
+from tests.engines.vllm.test_ranker import Scripted, cached, engine, key
 
 from agentrt.engines.vllm.adapter import Adapter, Settings
 from agentrt.engines.vllm.identity import Identities
@@ -200,10 +200,61 @@ def test_ends_are_told_by_whichever_request_comes_next(named: bool, says: Any, s
     quiet(made)
 
 
-def test_a_session_that_calls_is_not_over() -> None:
+def test_a_session_that_calls_is_not_over_and_one_that_is_named_twice_is_over_once() -> None:
     made, core = engine(16)
-    made.request(Call("s", "a", [0, 1], []), ended_sessions=["s", "t"])
+    made.request(Call("s", "a", [0, 1], []), ended_sessions=["s", "t", "t"])
     assert core.events == [("session end", [number("t")])]
+
+
+def ends_of(core: Scripted, session: str) -> list[int]:
+    """Where among what the core has heard a session was said to be over."""
+    return [at for at, event in enumerate(core.events) if event == ("session end", [number(session)])]
+
+
+def test_a_session_whose_call_is_still_here_is_over_when_that_is() -> None:
+    made, core = engine(16)
+    running = made.request(Call("s", "a", [0, 1], []))
+    assert made.admit(running)
+    waiting = made.request(Call("s", "a", [5, 6], []))
+    made.call(Call("u", "a", [10, 11], []), ended_sessions=["s"])
+    assert not ends_of(core, "s")
+    made.finish(waiting)
+    assert not ends_of(core, "s"), "an earlier one still runs"
+    made.finish(running)
+    assert ends_of(core, "s") == [len(core.events) - 1]
+    assert adapter_of(made).counters.sessions_ended == 1
+    quiet(made)
+
+
+def test_a_session_that_has_called_again_since_it_was_over_is_not() -> None:
+    made, core = engine(16)
+    running = made.request(Call("s", "a", [0, 1], []))
+    assert made.admit(running)
+    made.call(Call("u", "a", [10, 11], []), ended_sessions=["s"])
+    again = made.request(Call("s", "a", [0, 1, 2], []))
+    made.finish(running)
+    assert made.admit(again)
+    made.finish(again)
+    assert not ends_of(core, "s")
+    quiet(made)
+
+
+def test_ends_in_the_midst_of_calls_leave_the_core_nothing_to_repair() -> None:
+    made = Engine(60)
+    open_: list[Any] = []
+    for n in range(200):
+        made.now_us += 100_000
+        call = Call(f"s{n % 5}", "a", [100 * (n % 5) + i for i in range(4 + n // 20)], [])
+        request = made.request(call, ended_sessions=[f"s{(n - k) % 5}" for k in range(3)])
+        assert made.admit(request)
+        open_.append(request)
+        if len(open_) == 3:
+            made.finish(open_.pop(0))
+    for request in open_:
+        made.finish(request)
+    repairs = adapter_of(made).core.runtime.repairs()  # type: ignore[union-attr]
+    assert repairs["unknown_calls"] == repairs["duplicate_calls"] == 0
+    quiet(made)
 
 
 @pytest.mark.parametrize("over", ["old", "new"])

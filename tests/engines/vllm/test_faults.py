@@ -81,6 +81,20 @@ def test_a_core_that_raises_is_survived(method: str, monkeypatch: pytest.MonkeyP
     assert len(served(Engine(60, SCRIPTED))) == 120
 
 
+def test_a_request_that_says_what_is_over_is_known_even_if_the_core_will_not_hear_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Scripted, "session_ended", boom)
+    engine = Engine(60, SCRIPTED)
+    request = engine.request(Call("s", "a", [1], []), ended_sessions=["t", "u"])
+    assert engine.connector is not None
+    assert engine.connector.adapter is not None
+    assert request.request_id in engine.connector.adapter.calls
+    assert engine.admit(request)
+    engine.finish(request)
+    assert sum(engine.connector.guard.faults.values()) == 1
+
+
 @pytest.mark.parametrize(
     "answer",
     [

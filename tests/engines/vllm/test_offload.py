@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from agentrt.engines.vllm.callers import CALLERS
+from agentrt.engines.vllm.identity import Identities, Identity
+
 pytestmark = pytest.mark.usefixtures("vllm")
 
 
@@ -137,9 +140,6 @@ def test_a_runtime_that_fails_leaves_the_oldest_to_go(monkeypatch: pytest.Monkey
 
 
 def test_the_connector_beside_it_says_whose_request_it_is(clock: list[int]) -> None:
-    from agentrt.engines.vllm.callers import CALLERS
-    from agentrt.engines.vllm.identity import Identity
-
     made = manager("agentrt", 8)
     seen: list[tuple[int, int]] = []
     CALLERS.put("known", Identity(7, 3, False, False, False))
@@ -153,7 +153,8 @@ def test_the_connector_beside_it_says_whose_request_it_is(clock: list[int]) -> N
     assert seen == [(7, 3)]
 
 
-def test_sessions_that_are_over_go_first(clock: list[int]) -> None:
+@pytest.mark.parametrize("beside", [True, False], ids=["the connector says", "the request says"])
+def test_sessions_that_are_over_go_first(clock: list[int], beside: bool) -> None:
     for over, stays in (("old", "new"), ("new", "old")):
         made = manager("agentrt", 24)
         for session, first in (("old", 0), ("new", 100)):
@@ -161,7 +162,11 @@ def test_sessions_that_are_over_go_first(clock: list[int]) -> None:
                 clock[0] += 1_000_000
                 names: dict[str, Any] = {"session_id": session, "agent_id": "a"}
                 request(made, f"{session}-{turn}", list(range(first, first + 2 * turn)), {"agentrt": names})
-        names = {"session_id": "other", "agent_id": "b", "ended_sessions": [over]}
+        names = {"session_id": "other", "agent_id": "b"}
+        if beside:
+            CALLERS.end(Identities().session(over))
+        else:
+            names["ended_sessions"] = [over]
         request(made, "tells", list(range(200, 202)), {"agentrt": names})
         request(made, "takes", list(range(300, 306)), {"agentrt": {"session_id": "third", "agent_id": "b"}})
         held = {name: made._policy.get(key(block)) is not None for name, block in (("old", 9), ("new", 109))}

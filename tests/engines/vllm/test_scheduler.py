@@ -13,31 +13,44 @@ pytestmark = pytest.mark.usefixtures("vllm")
 
 
 def busy(server: Server, seed: int = 3, requests: int = 120) -> None:
-    """Sessions that extend their prompts, more of them at a time than the pool holds; some requests are aborted."""
+    """Sessions that extend their prompts, more of them at a time than the pool holds; some requests are aborted.
+
+    What is sent, and what is aborted after how many steps, is the same whatever the policy; time goes by steps.
+    """
     from vllm.v1.request import RequestStatus
 
-    rng = random.Random(seed)
-    prompts: dict[int, list[int]] = {}
-    sent = 0
-    while sent < requests or server.scheduler.requests:
+    sessions = [random.Random(1000 * seed + n) for n in range(12)]
+    prompts: list[list[int]] = [[] for _ in sessions]
+    left = [requests // len(sessions)] * len(sessions)
+    pause, abort = [0] * len(sessions), dict[str, int]()
+    steps = 0
+    if server.connector is not None:
+        server.connector.adapter.now_us = lambda: 1_000_000 + 30_000 * steps
+    while any(left) or server.scheduler.requests:
         # A session has one request at a time.
         running = {name.split("-")[0] for name in server.scheduler.requests}
-        for session in rng.sample(range(12), 12):
-            if sent < requests and f"s{session}" not in running and rng.random() < 0.4:
-                old = prompts.get(session, [])
-                if not old or len(old) > 40:
-                    old = [session % 3, 1, 2]
-                prompts[session] = [*old, *(100 + 10 * sent + i for i in range(rng.randint(1, 4)))]
-                name = f"s{session}-{sent}"
-                tokens = rng.randint(1, 120)
-                server.add(
-                    name, prompt(*prompts[session]), tokens, session_id=f"s{session}", agent_id=f"a{session % 3}"
-                )
-                sent += 1
+        for n, rng in enumerate(sessions):
+            if not left[n] or f"s{n}" in running:
+                continue
+            if pause[n]:
+                pause[n] -= 1
+                continue
+            if not prompts[n] or len(prompts[n]) > 40:
+                prompts[n] = [n % 3, 1, 2]
+            prompts[n] += (100_000 * n + 10 * left[n] + 100 + i for i in range(rng.randint(1, 4)))
+            name = f"s{n}-{left[n]}"
+            server.add(name, prompt(*prompts[n]), rng.randint(1, 120), session_id=f"s{n}", agent_id=f"a{n % 3}")
+            left[n] -= 1
+            pause[n] = rng.randrange(5)
+            if rng.random() < 0.1:
+                abort[name] = rng.randrange(60)
         server.step()
-        if rng.random() < 0.03 and server.scheduler.requests:
-            victim = rng.choice(sorted(server.scheduler.requests))
-            server.scheduler.finish_requests(victim, RequestStatus.FINISHED_ABORTED)
+        steps += 1
+        for name in [name for name in abort if name in server.scheduler.requests]:
+            abort[name] -= 1
+            if abort[name] < 0:
+                del abort[name]
+                server.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
     server.check()
 
 

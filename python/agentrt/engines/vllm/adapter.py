@@ -183,6 +183,8 @@ class Adapter:
             self.recorder.arrived(call.number, call.session, call.arrived_us)
         if CALLERS.wanted:
             CALLERS.put(request.request_id, Identity.of(call))
+            for session in call.ended_sessions:
+                CALLERS.end(session)
         if self.gate is not None:
             tokens, tenant = request.num_prompt_tokens, self._tenant(request)
             self.gate.arrived(Waiting(call.number, call.session, call.agent, call.arrived_us, tokens, 0, 0, tenant))

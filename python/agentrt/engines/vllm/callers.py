@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,14 +11,16 @@ if TYPE_CHECKING:
 __all__ = ["CALLERS", "Callers"]
 
 REQUESTS = 16_384
+ENDED_SESSIONS = 4_096
 
 
 class Callers:
-    """Identities by request. Keeps the latest ``REQUESTS``, once somebody listens."""
+    """Identities by request, and sessions that are over. Keeps the latest of both, once somebody listens."""
 
     def __init__(self) -> None:
         self.wanted = False
         self._identities: dict[str, Identity] = {}
+        self._ended: deque[int] = deque(maxlen=ENDED_SESSIONS)
 
     def listen(self) -> None:
         """From now on somebody asks."""
@@ -29,6 +32,16 @@ class Callers:
         identities[request_id] = identity
         if len(identities) > REQUESTS:
             del identities[next(iter(identities))]
+
+    def end(self, session: int) -> None:
+        """A session is over."""
+        self._ended.append(session)
+
+    def ended(self) -> list[int]:
+        """Sessions that are over and have not been asked for yet."""
+        ended = list(self._ended)
+        self._ended.clear()
+        return ended
 
     def find(self, request_id: str) -> Identity | None:
         """Whose request it is, if that is known."""

@@ -60,14 +60,7 @@ class Identity(NamedTuple):
     @classmethod
     def of(cls, call: EngineCall) -> Identity:
         """That of a request that vLLM holds."""
-        return cls(
-            call.session,
-            call.agent,
-            call.session_inferred,
-            call.agent_inferred,
-            call.session_ends,
-            ended_sessions=tuple(call.ended_sessions),
-        )
+        return cls(call.session, call.agent, call.session_inferred, call.agent_inferred, call.session_ends)
 
 
 def _name(value: object) -> str | None:

@@ -26,7 +26,7 @@ COUNTERS = {
     "agentrt_hit_tokens": "Of these, tokens found in the prefix cache.",
     "agentrt_sessions_inferred": "Calls whose session was inferred from their prompt.",
     "agentrt_agents_inferred": "Calls whose agent was inferred from their prompt.",
-    "agentrt_sessions_ended": "Sessions that are over, as calls said.",
+    "agentrt_sessions_ended": "Times that a call said of a session that it is over.",
     "agentrt_blocks_ranked": "KV blocks named as victims.",
     "agentrt_blocks_stale": "Of these, blocks that vLLM had reused by itself.",
     "agentrt_cache_resets": "Resets of the prefix cache.",

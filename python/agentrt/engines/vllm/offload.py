@@ -136,8 +136,7 @@ class AgentRTCachePolicy(CachePolicy):  # type: ignore[misc, unused-ignore]
         identity = found._replace(call=None) if found else self.identities.resolve(req_context, array)
         self._calls += 1
         now_us = _now_us()
-        for session in identity.ended_sessions:
-            self.core.session_ended(session, now_us)
+        self._end_sessions(identity.ended_sessions, now_us)
         hit = self.core.call_started(identity.session, identity.agent, self._calls, now_us, array)
         # Chunks that found no room end the chain.
         held = next((i for i, key in enumerate(keys) if key not in self.chunks), len(keys))
@@ -149,6 +148,11 @@ class AgentRTCachePolicy(CachePolicy):  # type: ignore[misc, unused-ignore]
             self.core.session_ended(identity.session, now_us)
         for key in keys[:held]:
             self._named.pop(key, None)
+
+    def _end_sessions(self, sessions: Iterable[int], now_us: int) -> None:
+        """These are over, and those of which the scheduler's side has heard."""
+        for session in (*CALLERS.ended(), *sessions):
+            self.core.session_ended(session, now_us)
 
     # ---- what goes ----
 
@@ -178,6 +182,7 @@ class AgentRTCachePolicy(CachePolicy):  # type: ignore[misc, unused-ignore]
 
     def _choose(self, chosen: dict[Any, None], n: int, protected: set[Any]) -> None:
         """Adds what the runtime names; what cannot go now is remembered."""
+        self._end_sessions((), _now_us())
         for _ in range(ROUNDS):
             if len(chosen) >= n:
                 return
