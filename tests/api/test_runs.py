@@ -69,6 +69,14 @@ def test_a_run_that_is_open_twice_is_over_when_both_are() -> None:
     assert says(other)["ended_sessions"] == ["thread"]
 
 
+def test_a_run_that_is_opened_again_is_not_over() -> None:
+    runs = Runs()
+    with runs.start("thread"):
+        pass
+    with runs.start("thread"):
+        assert "ended_sessions" not in says(runs.start("other"))
+
+
 def test_lists_are_short_and_so_is_memory() -> None:
     runs = Runs()
     for n in range(WAITING + 10):

@@ -52,21 +52,24 @@ class Runs:
 
     def _enter(self, name: str) -> None:
         with self._lock:
+            self._ended.pop(name, None)
             self._open[name] = self._open.get(name, 0) + 1
 
     def _leave(self, name: str) -> None:
         with self._lock:
             self._open[name] -= 1
-            if self._open[name]:
-                return
-            del self._open[name]
-        self._end(name)
+            if not self._open[name]:
+                del self._open[name]
+                self._put(name)
 
     def _end(self, name: str) -> None:
         with self._lock:
-            self._ended[name] = self.servers
-            if len(self._ended) > WAITING:
-                del self._ended[next(iter(self._ended))]
+            self._put(name)
+
+    def _put(self, name: str) -> None:
+        self._ended[name] = self.servers
+        if len(self._ended) > WAITING:
+            del self._ended[next(iter(self._ended))]
 
     def _calls(self, name: str) -> list[str]:
         """Ended runs that a request of this run is to name."""
