@@ -33,6 +33,7 @@ def resident_mb() -> float:
 
 def held(adapter: Any) -> dict[str, int]:
     """Entries of what could grow."""
+    adapter.held.catch_up()
     return {
         "calls": len(adapter.calls),
         "known_blocks": adapter.ranker.known_blocks,

@@ -6,6 +6,9 @@ again after a drawn pause. The clock is simulated, so a run is repeatable to the
 Recorded workloads have no words; in generated ones (``--generated``) prompts quote the answers they contain, so that
 agents of a run can be linked by them. ``by blocks``: the same calls with prompts that quote nothing.
 
+``--large``: whole traces, 48 sessions at a time, in pools large enough for the thread that names victims ahead, and
+``at once``, the same without it.
+
     python benches/e2e/pool.py
 """
 
@@ -31,6 +34,7 @@ from agentrt.replay import Trace  # noqa: E402
 
 WORKLOADS = {"whowhen_magentic": 3000, "marble_research": 3000, "taubench_airline": 1500}
 GENERATED = {"pipeline": 1500, "debate": 1500, "selector_chat": 3000, "research_tree": 1500, "coding_team": 3000}
+LARGE = {"whowhen_magentic": 12_000, "marble_research": 12_000}
 #: Policy, whether requests name themselves, whether prompts quote.
 KINDS: dict[str, tuple[str | None, bool, bool]] = {
     "stock": (None, True, True),
@@ -114,18 +118,25 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=1500)
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--large", action="store_true", help="large pools, with and without the thread beside")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     kinds = {name: kind for name, kind in KINDS.items() if kind[2] or arguments.generated}
+    workloads = GENERATED if arguments.generated else WORKLOADS
+    if arguments.large:
+        kinds = {"stock": KINDS["stock"], "agentrt": KINDS["agentrt"], "at once": KINDS["agentrt"]}
+        workloads, arguments.calls, arguments.concurrency = LARGE, 1 << 20, 48
     print("workload", "blocks", *kinds, sep="\t")
-    for name, blocks in (GENERATED if arguments.generated else WORKLOADS).items():
+    for name, blocks in workloads.items():
         calls = read(name, None if arguments.generated else arguments.traces, arguments.calls)
         rates = []
-        for policy, named, quotes in kinds.values():
+        for kind, (policy, named, quotes) in kinds.items():
             calls = calls if quotes else [replace(call, quoted=[]) for call in calls]
             hit = prompt = 0
             for seed in range(arguments.seeds):
                 engine = Engine(blocks, policy, named)
+                if kind == "at once":
+                    engine.connector.adapter.held.ahead = 0  # type: ignore[union-attr]
                 closed_loop(calls, engine, blocks, arguments.concurrency, seed)
                 assert engine.connector is None or set(engine.connector.guard.faults) <= {
                     k for k in engine.connector.guard.faults if k.endswith("slow")

@@ -892,12 +892,16 @@ class EngineCalls:
         core: Who is told: a workload, any object with the methods of the adapter's ``Core``, or None.
         identities: The adapter's ``Identities``, asked where a request does not name session and agent plainly.
         queue: The free queue; None where the pool is built otherwise than expected.
+
+    `ahead`: victims named ahead at most, by a thread that works each step off while the model runs; 0 (as made, and for
+    cores and policies in Python): everything is done at once. `catch_up` before asking the runtime itself.
     """
 
     queue: FreeQueue | None
     acting: bool
     eager: bool
     on_reset: Callable[[], object] | None
+    ahead: int
     def __new__(
         cls, pool: object, block_size: int, core: object, identities: object, queue: FreeQueue | None, /
     ) -> EngineCalls: ...
@@ -906,6 +910,10 @@ class EngineCalls:
         """By request id."""
     @property
     def counts(self) -> EngineCounts: ...
+    def catch_up(self) -> None:
+        """Waits until the last step has been worked off."""
+    def lose_thread(self) -> None:
+        """Ends the thread that works steps off as a panic in it would, for tests."""
     @property
     def prefilling_calls(self) -> int:
         """Admitted calls whose prompts will take more blocks."""

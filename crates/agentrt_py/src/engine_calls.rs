@@ -3,11 +3,13 @@
 //!
 //! What a hook has to tell the core goes there in one batch. Ends of calls and new blocks may wait for the next start or
 //! the end of the step, whichever is first: neither is asked about before. They carry their own times and keep their
-//! order.
+//! order. In large pools victims are named ahead, and all that a step has to tell may wait for a thread beside
+//! (`engine_steps`); what depends on the core's answer, see [`EngineCall::core_hit`], is settled when it comes.
 //!
 //! Everything rarer than that is Python's: identities that are not plain strings or are inferred, cores that are Python
 //! objects, order and holds of waiting calls, recording.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use numpy::{PyArray1, PyReadonlyArray1};
@@ -15,12 +17,14 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString, PyTuple};
-use runtime_core::runtime::{EventKind, Events};
+use runtime_core::runtime::EventKind;
 
 use crate::convert::{array, key_of};
+use crate::engine_steps::{self as steps, Planned, Step, Told};
+use crate::errors::AgentRTError;
 use crate::identity::Identity;
 use crate::runtime::Workload;
-use crate::vllm::{read_keys, FreeQueue};
+use crate::vllm::{read_keys, Ahead, FreeQueue};
 
 /// Names longer than this are somebody's mistake; Python cuts them.
 const NAME_CHARS: usize = 256;
@@ -59,7 +63,8 @@ pub(crate) struct EngineCall {
     /// Whether the core knows of it; whether it is still to be told as waiting, unless it starts first.
     told: bool,
     untold: bool,
-    /// Leading blocks that the core held to be resident when the call started; None before.
+    /// Whether the core has been told that it starts, and leading blocks that the core held to be resident then, once known.
+    started: bool,
     core_hit: Option<usize>,
     /// Leading blocks that vLLM has found.
     #[pyo3(get)]
@@ -101,6 +106,10 @@ impl EngineCall {
     /// Blocks that its prompt will still take.
     fn left(&self, block_size: usize) -> usize {
         self.tokens.div_ceil(block_size).saturating_sub(self.computed.div_ceil(block_size))
+    }
+
+    fn before(&self, to: usize) -> &[u64] {
+        &self.keys[..to.min(self.keys.len())]
     }
 
     fn after(&self, from: usize) -> &[u64] {
@@ -149,43 +158,6 @@ enum Core {
     Nobody,
     Workload(Py<Workload>),
     Object(Py<PyAny>),
-}
-
-/// Events that the core has not been told yet, one vector a field.
-#[derive(Default)]
-struct Pending {
-    kinds: Vec<u8>,
-    sessions: Vec<u64>,
-    agents: Vec<u16>,
-    calls: Vec<u64>,
-    times_us: Vec<u64>,
-    offsets: Vec<u32>,
-    blocks: Vec<u64>,
-}
-
-impl Pending {
-    fn push(&mut self, kind: EventKind, (session, agent): (u64, u16), call: u64, time_us: u64, keys: &[u64]) {
-        if self.offsets.is_empty() {
-            self.offsets.push(0);
-        }
-        self.kinds.push(kind as u8);
-        self.sessions.push(session);
-        self.agents.push(agent);
-        self.calls.push(call);
-        self.times_us.push(time_us);
-        self.blocks.extend_from_slice(keys);
-        self.offsets.push(self.blocks.len() as u32);
-    }
-
-    fn clear(&mut self) {
-        self.kinds.clear();
-        self.sessions.clear();
-        self.agents.clear();
-        self.calls.clear();
-        self.times_us.clear();
-        self.offsets.clear();
-        self.blocks.clear();
-    }
 }
 
 /// How many calls that decode will take a block in which step: each takes one every `block_size` steps, since it computes
@@ -257,7 +229,13 @@ pub(crate) struct EngineCalls {
     /// Admitted calls whose prompts will take more blocks.
     prefilling: Vec<Py<EngineCall>>,
     decoding: Decoding,
-    pending: Pending,
+    pending: Told,
+    /// Who works steps off, and how many blocks are named for the steps to come; None where all is done at once.
+    planned: Option<Planned>,
+    /// Calls of which the core's answer is not here yet: those of the step that is being worked off, then those told since.
+    starting: VecDeque<Py<EngineCall>>,
+    /// What went wrong beside.
+    failed: Option<PyErr>,
     numbers: u64,
     /// The latest time a hook has been called at.
     now_us: u64,
@@ -302,11 +280,46 @@ impl EngineCalls {
             untold_calls: 0,
             prefilling: Vec::new(),
             decoding: Decoding { takers: vec![0; block_size.max(1)], next: 0 },
-            pending: Pending::default(),
+            pending: Told::default(),
+            planned: None,
+            starting: VecDeque::new(),
+            failed: None,
             numbers: 0,
             now_us: 0,
             keys: Vec::new(),
         })
+    }
+
+    /// Victims named ahead at most, by a thread that works each step off while the model runs; 0: everything is done at
+    /// once, as it is for cores and policies in Python.
+    #[getter]
+    fn ahead(&self) -> usize {
+        self.planned.as_ref().map_or(0, Planned::most)
+    }
+
+    #[setter]
+    fn set_ahead(&mut self, py: Python<'_>, ahead: usize) -> PyResult<()> {
+        self.flush(py)?;
+        self.planned = None;
+        let (Core::Workload(workload), Some(queue)) = (&self.core, &self.queue) else { return Ok(()) };
+        if let (Some((shared, workload)), true) = (workload.get().plain(), ahead > 0) {
+            let blocks = queue.bind(py).borrow().share();
+            self.planned = Some(Planned::start(steps::Core { shared, workload, blocks }, ahead)?);
+        }
+        Ok(())
+    }
+
+    /// Ends the thread as a panic in it would, for tests.
+    fn lose_thread(&mut self) {
+        if let Some(planned) = &mut self.planned {
+            planned.lose_thread();
+        }
+    }
+
+    /// Waits until the last step has been worked off.
+    #[pyo3(name = "catch_up")]
+    fn wait(&mut self, py: Python<'_>) {
+        self.catch_up(py);
     }
 
     /// Admitted calls whose prompts will take more blocks.
@@ -350,6 +363,7 @@ impl EngineCalls {
     ) -> PyResult<Bound<'py, EngineCall>> {
         let py = request.py();
         self.now_us = now_us;
+        self.catch_up(py);
         self.check_reset_now(py)?;
         let id = request.getattr(intern!(py, "request_id"))?;
         let call = match self.call(py, &id)? {
@@ -381,27 +395,36 @@ impl EngineCalls {
             // It will have to wait.
             return Ok(());
         }
-        let core_hit = {
+        let started = {
             let mut one = call.borrow_mut();
             if !one.allocated {
                 one.started_us = now_us;
             }
-            one.core_hit
+            one.started
         };
-        if core_hit.is_none() {
+        if !started {
             self.start(&call, now_us)?;
+        }
+        if let Some(planned) = &mut self.planned {
+            planned.keep(call.borrow().before(hit));
         }
         let core_hit = call.borrow().core_hit.unwrap_or(0);
         let Some(queue) = self.queue.as_ref().filter(|_| need > 0 && self.acting) else { return Ok(()) };
-        let queue = queue.bind(py);
-        let spare = if hit > core_hit && queue.borrow().may_spare(call.borrow().after(core_hit)) {
-            self.hit_ids(request, core_hit, hit)?
+        let queue = queue.clone_ref(py).into_bound(py);
+        let spare = if hit > core_hit {
+            if self.planned.is_some() {
+                queue.borrow().named(call.borrow().before(hit))
+            } else if queue.borrow().may_spare(call.borrow().after(core_hit)) {
+                self.hit_ids(request, core_hit, hit)?
+            } else {
+                Vec::new()
+            }
         } else {
             Vec::new()
         };
         self.prefilling.retain(|other| !other.bind(py).is(&call));
         // What others still need is named at the end of the step, whichever of these blocks they have taken until then.
-        queue.borrow_mut().prepare_now(py, need, now_us, &spare)?;
+        self.prepare(&queue, need, Ahead::default(), &spare)?;
         {
             let mut one = call.borrow_mut();
             (one.tokens, one.computed) = (tokens, hit * self.block_size);
@@ -420,6 +443,7 @@ impl EngineCalls {
         blocks: &Bound<'py, PyAny>,
     ) -> PyResult<Option<Bound<'py, EngineCall>>> {
         let py = request.py();
+        self.catch_up(py);
         let Some(call) = self.call(py, &request.getattr(intern!(py, "request_id"))?)? else { return Ok(None) };
         // A MultiConnector does not tell the blocks.
         let group = match blocks.getattr_opt(intern!(py, "blocks"))? {
@@ -432,13 +456,18 @@ impl EngineCalls {
         };
         let (core_hit, hit) = {
             let mut one = call.borrow_mut();
-            let core_hit = one.core_hit.unwrap_or(0);
+            let unknown = if self.planned.is_some() { one.hit } else { 0 };
+            let core_hit = one.core_hit.unwrap_or(unknown);
             // Admitted again after a preemption: what is not a hit has new blocks.
             one.low = one.low.min(core_hit).min(one.hit);
             (core_hit, one.hit)
         };
         let named = self.queue.as_ref().is_some_and(|queue| queue.bind(py).borrow().has_named());
-        if hit > core_hit && named {
+        if self.planned.is_some() {
+            if let (true, Some(queue)) = (named, &self.queue) {
+                queue.bind(py).borrow().in_use(call.borrow().before(hit));
+            }
+        } else if hit > core_hit && named {
             // Named blocks that are in use again are no victims any more.
             let ids = match &group {
                 Some(group) if group.len()? >= hit => ids_of(group, core_hit, hit)?,
@@ -455,7 +484,7 @@ impl EngineCalls {
         let unstarted = {
             let mut one = call.borrow_mut();
             one.allocated = true;
-            one.core_hit.is_none()
+            !one.started
         };
         let counts = self.counts.get();
         add(&counts.prompt_tokens, request.getattr(intern!(py, "num_prompt_tokens"))?.extract()?);
@@ -465,7 +494,7 @@ impl EngineCalls {
             let started_us = call.borrow().started_us;
             self.start(&call, started_us)?;
         }
-        self.stored(&call, core_hit)?;
+        self.stored(&call)?;
         Ok(Some(call))
     }
 
@@ -480,6 +509,7 @@ impl EngineCalls {
         let counts = self.counts.get();
         add(&counts.steps, 1);
         counts.running.store(running as u64, Relaxed);
+        self.catch_up(py);
         self.check_reset_now(py)?;
         if self.untold_calls > 0 {
             self.tell_queued(py, None)?;
@@ -487,29 +517,17 @@ impl EngineCalls {
             // All that have arrived have started: where nobody ever waits, nothing else lets go of them.
             self.untold.clear();
         }
-        self.flush(py)?;
-        if let Core::Workload(workload) = &self.core {
-            workload.get().settle_step(now_us)?;
+        if self.planned.is_none() {
+            self.flush(py)?;
+            if let Core::Workload(workload) = &self.core {
+                workload.get().settle_step(now_us)?;
+            }
         }
-        if running == 0 || !self.acting {
-            return Ok(());
-        }
-        self.decoding.next = (self.decoding.next + 1) % self.block_size;
-        let mut prefilled = (0, 0);
-        let waiting = if self.prefilling.is_empty() { 0 } else { self.still_waiting(scheduled, &mut prefilled)? };
-        let decoding = running.saturating_sub(prefilled.0);
-        let decoded = match scheduler_output.getattr_opt(intern!(py, "total_num_scheduled_tokens"))? {
-            Some(tokens) => tokens.extract::<usize>()?.saturating_sub(prefilled.1),
-            None => decoding,
-        };
-        let takers = self.decoding.takers[self.decoding.next];
-        let average = if decoded > decoding { decoded.div_ceil(self.block_size) } else { decoding / self.block_size };
-        let soon = waiting + takers.max(average);
-        match &self.queue {
-            // No more than that: a block named in vain is one that the cache does without.
-            Some(queue) if soon > 0 => queue.bind(py).borrow_mut().prepare_now(py, soon, now_us, &[]).map(drop),
-            _ => Ok(()),
-        }
+        let prepared = if running > 0 && self.acting { self.prepare_next(scheduler_output, scheduled) } else { Ok(()) };
+        self.post();
+        prepared?;
+        // What went wrong beside is nothing that a hook before could have done better.
+        self.failed.take().map_or(Ok(()), Err)
     }
 
     /// A request is over, one way or another; its blocks are freed next.
@@ -522,9 +540,14 @@ impl EngineCalls {
     ) -> PyResult<Option<Bound<'py, EngineCall>>> {
         let py = request.py();
         self.now_us = now_us;
+        self.catch_up(py);
         let id = request.getattr(intern!(py, "request_id"))?;
         let Some(call) = self.call(py, &id)? else { return Ok(None) };
         self.calls.bind(py).del_item(&id)?;
+        if self.planned.is_some() && call.borrow().started && call.borrow().core_hit.is_none() {
+            // It ends in the step in which it started.
+            self.flush(py)?;
+        }
         self.prefilling.retain(|other| !other.bind(py).is(&call));
         self.check_reset_now(py)?;
         add(&self.counts.get().finished, 1);
@@ -599,6 +622,7 @@ impl EngineCalls {
         now_us: u64,
     ) -> PyResult<()> {
         self.now_us = now_us;
+        self.catch_up(py);
         let keys: PyReadonlyArray1<'_, u64> = array("keys", keys)?;
         self.carry(py, keys.as_slice()?, &numbers(block_ids, 0)?)?;
         self.settle_up(py)
@@ -615,9 +639,14 @@ impl EngineCalls {
     #[pyo3(signature = (now_us, /))]
     fn reset(&mut self, py: Python<'_>, now_us: u64) -> PyResult<()> {
         self.now_us = now_us;
+        // Starts of before are answered before, else their answers would stand.
+        let told = if self.planned.is_some() { self.flush(py).map(drop) } else { Ok(()) };
+        if let Some(planned) = &mut self.planned {
+            planned.forget_all();
+        }
         self.map = self.pool.bind(py).getattr(intern!(py, "cached_block_hash_to_block"))?.unbind();
         if let Some(queue) = &self.queue {
-            queue.bind(py).borrow_mut().forget_all();
+            queue.bind(py).borrow().forget_all();
         }
         self.prefilling.clear();
         self.decoding.takers.fill(0);
@@ -625,10 +654,11 @@ impl EngineCalls {
         for call in self.calls.bind(py).values() {
             // They are queued again and start anew.
             let mut one = call.cast::<EngineCall>()?.borrow_mut();
-            (one.core_hit, one.allocated, one.low, one.decodes) = (None, false, one.keys.len(), None);
+            (one.started, one.core_hit, one.allocated) = (false, None, false);
+            (one.low, one.decodes) = (one.keys.len(), None);
         }
         self.tell(py, EventKind::Reset, (0, 0), 0, now_us, &[])?;
-        self.flush(py)?;
+        told.and(self.flush(py))?;
         match &self.on_reset {
             Some(on_reset) => on_reset.bind(py).call0().map(drop),
             None => Ok(()),
@@ -660,6 +690,114 @@ impl EngineCalls {
         match self.calls.bind(py).get_item(id)? {
             Some(call) => Ok(Some(call.cast_into::<EngineCall>()?)),
             None => Ok(None),
+        }
+    }
+
+    /// Victims for what running requests will take in the next step.
+    fn prepare_next(&mut self, scheduler_output: &Bound<'_, PyAny>, scheduled: &Bound<'_, PyDict>) -> PyResult<()> {
+        let (py, running) = (scheduled.py(), scheduled.len());
+        self.decoding.next = (self.decoding.next + 1) % self.block_size;
+        let mut prefilled = (0, 0);
+        let waiting = if self.prefilling.is_empty() { 0 } else { self.still_waiting(scheduled, &mut prefilled)? };
+        let decoding = running.saturating_sub(prefilled.0);
+        let decoded = match scheduler_output.getattr_opt(intern!(py, "total_num_scheduled_tokens"))? {
+            Some(tokens) => tokens.extract::<usize>()?.saturating_sub(prefilled.1),
+            None => decoding,
+        };
+        let takers = self.decoding.takers[self.decoding.next];
+        let average = if decoded > decoding { decoded.div_ceil(self.block_size) } else { decoding / self.block_size };
+        let soon = waiting + takers.max(average);
+        match &self.queue {
+            // No more than that: a block named in vain is one that the cache does without.
+            Some(queue) if soon > 0 => {
+                let queue = queue.clone_ref(py).into_bound(py);
+                let ahead = Ahead { most: self.ahead(), quiet: self.starting.is_empty() };
+                self.prepare(&queue, soon, ahead, &[])
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Puts victims in place for `n` allocations, and some of those that are to stand ready beyond them.
+    fn prepare(&mut self, queue: &Bound<'_, FreeQueue>, n: usize, ahead: Ahead, spare: &[u32]) -> PyResult<()> {
+        let (py, now_us) = (queue.py(), self.now_us);
+        if self.planned.is_none() {
+            return queue.borrow_mut().prepare_now(py, n, now_us, spare).map(drop);
+        }
+        let ask = &mut |n: usize, must: usize, victims: &mut Vec<(u32, u64)>| self.name(py, (n, must), now_us, victims);
+        queue.borrow_mut().prepare_asking(py, n, now_us, spare, Some((ahead, ask)))?;
+        if let Some(planned) = &mut self.planned {
+            queue.borrow_mut().stale_blocks += planned.take_stale();
+        }
+        Ok(())
+    }
+
+    /// Victims that are named already, and where these do not suffice, such as the core names now.
+    fn name(
+        &mut self,
+        py: Python<'_>,
+        (n, must): (usize, usize),
+        now_us: u64,
+        victims: &mut Vec<(u32, u64)>,
+    ) -> PyResult<()> {
+        let Some(planned) = &mut self.planned else { return Ok(()) };
+        let short = must.saturating_sub(planned.take(n, victims));
+        if short == 0 {
+            return Ok(());
+        }
+        self.flush(py)?;
+        if let Some(planned) = &mut self.planned {
+            let mut step = planned.blank();
+            step.name(short, now_us, planned.core());
+            victims.append(&mut step.victims);
+            self.answered(py, step);
+        }
+        Ok(())
+    }
+
+    /// Hands what has been written down to the thread beside.
+    fn post(&mut self) {
+        if let Some(planned) = &mut self.planned {
+            let mut step = planned.blank();
+            std::mem::swap(&mut step.told, &mut self.pending);
+            planned.post(step, self.acting, self.now_us);
+        }
+    }
+
+    /// Takes the answers of the step that is being worked off, if one is.
+    fn catch_up(&mut self, py: Python<'_>) {
+        let Some(planned) = self.planned.as_mut().filter(|planned| planned.is_busy()) else { return };
+        match planned.fetch() {
+            Some(step) => self.answered(py, step),
+            None => self.alone(py),
+        }
+    }
+
+    /// The thread is gone, and with it what it had been told.
+    #[cold]
+    fn alone(&mut self, py: Python<'_>) {
+        self.planned = None;
+        self.starting.clear();
+        self.pending.clear();
+        if let Some(queue) = &self.queue {
+            queue.bind(py).borrow_mut().forsake(py);
+        }
+        let what = "the thread that works steps off is gone; everything is done at once from now on";
+        self.failed.get_or_insert_with(|| AgentRTError::new_err(what));
+    }
+
+    /// The core has answered what it was told.
+    fn answered(&mut self, py: Python<'_>, mut step: Box<Step>) {
+        for hit in step.hits() {
+            let Some(call) = self.starting.pop_front() else { break };
+            let mut one = call.bind(py).borrow_mut();
+            (one.core_hit, one.low) = (Some(hit), one.low.min(hit));
+        }
+        if let Some(error) = step.failed() {
+            self.failed.get_or_insert(error);
+        }
+        if let Some(planned) = &mut self.planned {
+            planned.answered(step);
         }
     }
 
@@ -729,6 +867,7 @@ impl EngineCalls {
                 started_us: self.now_us,
                 told: false,
                 untold: true,
+                started: false,
                 core_hit: None,
                 hit: 0,
                 allocated: false,
@@ -873,23 +1012,19 @@ impl EngineCalls {
 
     /// Tells what has waited to be told; returns the resident blocks of the call that starts with it.
     fn flush(&mut self, py: Python<'_>) -> PyResult<u64> {
+        self.catch_up(py);
         let Core::Workload(workload) = &self.core else { return Ok(0) };
-        let pending = &self.pending;
-        if pending.kinds.is_empty() {
+        if self.pending.is_empty() {
             return Ok(0);
         }
-        let told = workload.get().feed_by_step(
-            py,
-            &Events {
-                kinds: &pending.kinds,
-                sessions: &pending.sessions,
-                agents: &pending.agents,
-                calls: &pending.calls,
-                times_us: &pending.times_us,
-                offsets: &pending.offsets,
-                blocks: &pending.blocks,
-            },
-        );
+        if let Some(planned) = &mut self.planned {
+            let mut step = planned.blank();
+            std::mem::swap(&mut step.told, &mut self.pending);
+            step.tell(planned.core());
+            self.answered(py, step);
+            return Ok(0);
+        }
+        let told = workload.get().feed_by_step(py, &self.pending.events());
         // What has been refused would be refused again.
         self.pending.clear();
         told
@@ -926,6 +1061,9 @@ impl EngineCalls {
         }
         for call in queued {
             let one = call.bind(py).borrow();
+            if let Some(planned) = &mut self.planned {
+                planned.keep(&one.keys);
+            }
             self.tell(py, EventKind::CallQueued, (one.session, one.agent), one.number, now_us, &one.keys)?;
         }
         Ok(())
@@ -941,6 +1079,7 @@ impl EngineCalls {
                 one.arrived_us = now_us;
             }
             one.told = !matches!(self.core, Core::Nobody);
+            one.started = true;
         }
         let hit = {
             let one = call.borrow();
@@ -949,6 +1088,10 @@ impl EngineCalls {
                 Core::Workload(_) => {
                     let who = (one.session, one.agent);
                     self.pending.push(EventKind::CallStart, who, one.number, now_us, &one.keys);
+                    if self.planned.is_some() {
+                        self.starting.push_back(call.clone().unbind());
+                        return Ok(());
+                    }
                     self.flush(py)? as usize
                 }
                 Core::Object(object) => {
@@ -962,14 +1105,18 @@ impl EngineCalls {
         Ok(())
     }
 
-    fn stored(&mut self, call: &Bound<'_, EngineCall>, core_hit: usize) -> PyResult<()> {
+    fn stored(&mut self, call: &Bound<'_, EngineCall>) -> PyResult<()> {
         let one = call.borrow();
-        let keys = one.after(core_hit);
-        if !keys.is_empty() {
+        let keys = match one.core_hit {
+            // What it has not hit, see [`Step`].
+            None if self.planned.is_some() => &[],
+            core_hit => one.after(core_hit.unwrap_or(0)),
+        };
+        if !keys.is_empty() || (self.planned.is_some() && one.core_hit.is_none()) {
             self.tell(call.py(), EventKind::Stored, (0, 0), one.number, one.started_us, keys)?;
-            self.settle_up(call.py())?;
         }
-        Ok(())
+        drop(one);
+        self.settle_up(call.py())
     }
 
     // ---- blocks ----
@@ -977,7 +1124,12 @@ impl EngineCalls {
     /// `ids` carry `keys` from now on, ids beyond the keys none.
     fn carry(&mut self, py: Python<'_>, keys: &[u64], ids: &[u32]) -> PyResult<()> {
         let Some(queue) = &self.queue else { return Ok(()) };
-        let lost = queue.bind(py).borrow_mut().carry_all(keys, ids)?;
+        if self.planned.is_some() {
+            self.pending.push_carried(keys, ids, self.now_us);
+            return Ok(());
+        }
+        let mut lost = Vec::new();
+        queue.bind(py).borrow().tables().carry_all(keys, ids, &mut lost)?;
         if !lost.is_empty() {
             self.tell(py, EventKind::Removed, (0, 0), 0, self.now_us, &lost)?;
         }

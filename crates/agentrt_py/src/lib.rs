@@ -5,6 +5,7 @@
 
 mod convert;
 mod engine_calls;
+mod engine_steps;
 mod errors;
 mod explain;
 mod flat;

@@ -167,12 +167,40 @@ impl Shared {
         } else {
             observe()?
         };
+        self.count(events, &observed);
+        Ok(observed)
+    }
+
+    /// Counts what the core has observed.
+    pub(crate) fn count(&self, events: &Events<'_>, observed: &Observed) {
         let calls: u64 = events.kinds.iter().map(|&kind| u64::from(kind == EventKind::CallStart as u8)).sum();
         self.counts.events.fetch_add(observed.events as u64, Relaxed);
         self.counts.calls.fetch_add(calls, Relaxed);
         self.counts.prompt_blocks.fetch_add(observed.prompt_blocks, Relaxed);
         self.counts.hit_blocks.fetch_add(observed.hit_blocks, Relaxed);
-        Ok(observed)
+    }
+
+    /// Appends the keys of `n` victims.
+    pub(crate) fn name_victims(&self, n: usize, now_us: u64, keys: &mut Vec<u64>) -> Result<(), runtime_core::Error> {
+        let n = n.min(self.core.options().pool_blocks);
+        let request = Request { kind: Kind::Evict, n, now_us };
+        let before = keys.len();
+        let mut take = |action: Action| {
+            if let Action::Evicted(victim) = action {
+                keys.push(victim.key());
+            }
+        };
+        let done = self.policies.act(&self.core, &request, &mut take);
+        let filled = keys.len() - before;
+        self.counts.evicted_blocks.fetch_add(filled as u64, Relaxed);
+        self.counts.missing_victims.fetch_add((n - filled) as u64, Relaxed);
+        done.map(drop)
+    }
+
+    /// Whether `kv_cache` is all there is: no policy that needs the interpreter, none that is asked by step.
+    fn is_plain(&self) -> bool {
+        let mut names = self.policies.about().map(|about| about.name);
+        names.next().as_deref() == Some("kv_cache") && names.next().is_none()
     }
 }
 
@@ -503,20 +531,8 @@ impl Runtime {
 impl Runtime {
     /// Appends the keys of `n` victims; for callers in this crate that hold no Python array.
     pub(crate) fn name_victims(&self, n: usize, now_us: u64, keys: &mut Vec<u64>) -> PyResult<()> {
-        let shared = &*self.shared;
-        let n = n.min(shared.core.options().pool_blocks);
-        let request = Request { kind: Kind::Evict, n, now_us };
-        let before = keys.len();
-        let mut take = |action: Action| {
-            if let Action::Evicted(victim) = action {
-                keys.push(victim.key());
-            }
-        };
-        shared.policies.act(&shared.core, &request, &mut take).map_err(from_core)?;
-        let filled = keys.len() - before;
-        shared.counts.evicted_blocks.fetch_add(filled as u64, Relaxed);
-        shared.counts.missing_victims.fetch_add((n - filled) as u64, Relaxed);
-        shared.interrupted()
+        self.shared.name_victims(n, now_us, keys).map_err(from_core)?;
+        self.shared.interrupted()
     }
 
     fn evict<'py>(
@@ -601,6 +617,11 @@ impl Workload {
     /// Feeds events of an engine's step; for callers in this crate. Returns the resident blocks of the calls that start.
     pub(crate) fn feed_by_step(&self, py: Python<'_>, events: &Events<'_>) -> PyResult<u64> {
         Ok(self.shared.feed_scoring(py, self.id, events, Scoring::ByStep)?.hit_blocks)
+    }
+
+    /// What a thread beside the engine's needs; None where a policy needs more than the core.
+    pub(crate) fn plain(&self) -> Option<(Arc<Shared>, WorkloadId)> {
+        self.shared.is_plain().then(|| (Arc::clone(&self.shared), self.id))
     }
 
     /// That step has ended.

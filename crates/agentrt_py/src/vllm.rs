@@ -13,8 +13,9 @@
 //! Cost: a prepared front is found again in a few attribute reads, whatever its length; a victim costs some ten of
 //! them. Memory: at most 80 bytes a block of the pool.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{BuildHasher, Hasher};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::intern;
@@ -29,18 +30,27 @@ use crate::runtime::Runtime;
 const MAX_DUPLICATES: usize = 65_536;
 /// How often the policy is asked again where it names blocks that cannot go.
 const ROUNDS: usize = 4;
+/// Victims put in place ahead in one step, each of which costs about a microsecond.
+const IN_QUIET_STEPS: usize = 64;
+const IN_OTHER_STEPS: usize = 32;
+/// Of those beyond what is needed as many have to be there: what is needed may turn out to be a little more.
+const SLACK: usize = 4;
 /// Bytes that vLLM appends to a block's hash: the number of its cache group.
 const GROUP_BYTES: usize = 4;
 
 /// Keys are hashes already; mixing them once is enough.
 #[derive(Clone, Copy, Default)]
-struct KeyHash(u64);
+pub(crate) struct KeyHash(u64);
 
 impl Hasher for KeyHash {
     fn write(&mut self, bytes: &[u8]) {
         for &byte in bytes {
             self.0 = mix(self.0 ^ u64::from(byte));
         }
+    }
+
+    fn write_u32(&mut self, id: u32) {
+        self.0 = mix(u64::from(id));
     }
 
     fn write_u64(&mut self, key: u64) {
@@ -108,14 +118,153 @@ enum Source {
     Callable(Py<PyAny>),
 }
 
-/// What is known of a block, in one place: blocks come in no order, so each is a line of cache.
-#[derive(Clone, Copy, Default)]
-struct Known {
-    /// The key last seen on it and not asked for since; 0: none.
-    key: u64,
-    /// Its naming: `number` tells two namings of one block apart. 0: not named.
+/// A naming; `number` tells two namings of one block apart.
+#[derive(Clone, Copy)]
+struct Naming {
     number: u64,
-    named_key: u64,
+    key: u64,
+}
+
+/// Which block carries which key, and which are named.
+pub(crate) struct Blocks {
+    null_block: u32,
+    /// Where each key's block is, and the other way round; 0: none, or asked for since.
+    known: HashMap<u64, u32, KeyHash>,
+    keys: Vec<u64>,
+    named: HashMap<u32, Naming, KeyHash>,
+    /// Where the block of each named key is.
+    named_at: HashMap<u64, u32, KeyHash>,
+    /// Namings in the order in which they stand in the queue.
+    front: VecDeque<(u32, u64)>,
+    namings: u64,
+    duplicates: VecDeque<u32>,
+}
+
+impl Blocks {
+    fn new(n: usize, null_block: u32) -> Self {
+        Self {
+            null_block,
+            known: HashMap::with_capacity_and_hasher(n, KeyHash(0)),
+            keys: vec![0; n],
+            named: HashMap::default(),
+            named_at: HashMap::default(),
+            front: VecDeque::new(),
+            namings: 0,
+            duplicates: VecDeque::new(),
+        }
+    }
+
+    /// `ids` carry `keys` from now on, ids beyond the keys none; appends the keys that are lost.
+    pub(crate) fn carry_all(&mut self, keys: &[u64], ids: &[u32], lost: &mut Vec<u64>) -> PyResult<()> {
+        // Independent loads overlap where what follows would wait for one after the other.
+        let had = ids.iter().filter_map(|&id| self.keys.get(id as usize));
+        std::hint::black_box(had.fold(0, |sum, had| sum ^ had));
+        self.look_for(keys);
+        for (i, &id) in ids.iter().enumerate() {
+            if id as usize >= self.keys.len() {
+                return Err(value_error("block_ids", format!("has block {id}"), "pass blocks of the pool".into()));
+            }
+            if id != self.null_block {
+                lost.extend(self.carries(id, keys.get(i).copied().unwrap_or(0)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the block of a key is that is named next: whoever gets it has no key to look for.
+    pub(crate) fn take(&mut self, key: u64) -> Option<u32> {
+        let id = self.known.remove(&key)?;
+        self.keys[id as usize] = 0;
+        Some(id)
+    }
+
+    /// Blocks of `keys` that were taken and are to stay.
+    pub(crate) fn give_back(&mut self, id: u32, key: u64) {
+        if self.keys.get(id as usize) == Some(&0) {
+            self.carries(id, key);
+        }
+    }
+
+    /// Reads where the blocks of `keys` are known to be.
+    pub(crate) fn look_for(&self, keys: &[u64]) {
+        std::hint::black_box(keys.iter().fold(0, |sum, key| sum ^ self.known.get(key).copied().unwrap_or(0)));
+    }
+
+    /// A block is no victim any more.
+    fn unname(&mut self, id: u32) {
+        if let Some(naming) = self.named.remove(&id) {
+            if self.named_at.get(&naming.key) == Some(&id) {
+                self.named_at.remove(&naming.key);
+            }
+        }
+    }
+
+    fn name(&mut self, id: u32, key: u64) {
+        self.namings += 1;
+        let number = self.namings;
+        self.named.insert(id, Naming { number, key });
+        self.named_at.insert(key, id);
+        self.front.push_back((id, number));
+    }
+
+    fn is_named(&self, id: u32) -> bool {
+        self.named.contains_key(&id)
+    }
+
+    /// A block carries a key (0: none) from now on; returns the key that it has lost.
+    fn carries(&mut self, id: u32, key: u64) -> Option<u64> {
+        self.unname(id);
+        let before = std::mem::replace(&mut self.keys[id as usize], key);
+        let mut lost = None;
+        if before != key && before != 0 && self.known.get(&before) == Some(&id) {
+            self.known.remove(&before);
+            lost = Some(before);
+        }
+        if key != 0 {
+            if let Some(other) = self.known.insert(key, id) {
+                if other != id && self.duplicates.len() < MAX_DUPLICATES {
+                    // The engine does not merge equal blocks: the other copy is the first to go.
+                    self.duplicates.push_back(other);
+                }
+            }
+        }
+        lost
+    }
+
+    /// Drops namings before the one of this block, which stands at the head of the queue: they have been allocated.
+    fn pop_front_until(&mut self, id: u32, key: u64) -> bool {
+        let Some(&naming) = self.named.get(&id) else { return false };
+        if naming.key != key {
+            return false;
+        }
+        while let Some(&(at, number)) = self.front.front() {
+            if number == naming.number {
+                return true;
+            }
+            self.front.pop_front();
+            self.unname_numbered(at, number);
+        }
+        false
+    }
+
+    fn unname_numbered(&mut self, id: u32, number: u64) {
+        if self.named.get(&id).is_some_and(|naming| naming.number == number) {
+            self.unname(id);
+        }
+    }
+
+    fn forget_all(&mut self) {
+        self.known.clear();
+        self.keys.fill(0);
+        self.duplicates.clear();
+        self.forget_front();
+    }
+
+    fn forget_front(&mut self) {
+        self.front.clear();
+        self.named.clear();
+        self.named_at.clear();
+    }
 }
 
 /// Which block carries which key and which have been named; puts victims in place.
@@ -127,30 +276,47 @@ pub(crate) struct FreeQueue {
     hash_slot: Py<PyString>,
     null_block: u32,
     source: Source,
-    /// Where each key's block is, and the other way round.
-    known: HashMap<u64, u32, KeyHash>,
-    at: Vec<Known>,
-    /// Where the block of each named key is.
-    named_at: HashMap<u64, u32, KeyHash>,
-    /// Namings in the order in which they stand in the queue.
-    front: VecDeque<(u32, u64)>,
-    /// Of these, such as have neither been hit nor forgotten.
-    live: usize,
-    duplicates: VecDeque<u32>,
-    namings: u64,
+    tables: Arc<Mutex<Blocks>>,
     /// Blocks named at once beyond what is needed.
     #[pyo3(get, set)]
     batch: usize,
     #[pyo3(get)]
     ranked_blocks: u64,
     #[pyo3(get)]
-    stale_blocks: u64,
+    pub(crate) stale_blocks: u64,
     #[pyo3(get)]
     duplicate_blocks: u64,
     #[pyo3(get)]
     short_rankings: u64,
     keys: Vec<u64>,
+    asked: Vec<(u32, u64)>,
 }
+
+/// Victims that are to stand ready beyond those that are needed, in the course of some steps.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Ahead {
+    pub(crate) most: usize,
+    /// Whether nothing else has happened in this step: then is the time to put them in place. Where hardly any are left,
+    /// other steps do it as well, or the next arrivals find none.
+    pub(crate) quiet: bool,
+}
+
+impl Ahead {
+    /// How many to put in place where `ready` stand ready, `n` of which are needed.
+    fn wanted(self, n: usize, ready: usize, free: usize) -> usize {
+        let missing = (n + self.most).min(free).saturating_sub(ready);
+        if self.quiet {
+            missing.min(IN_QUIET_STEPS)
+        } else if ready < n + self.most / 16 {
+            missing.min(IN_OTHER_STEPS)
+        } else {
+            0
+        }
+    }
+}
+
+/// Appends up to so many victims, of which so many are needed: blocks and the keys that they carry.
+pub(crate) type Ask<'a> = dyn FnMut(usize, usize, &mut Vec<(u32, u64)>) -> PyResult<()> + 'a;
 
 /// A block of the queue that may go, with what was read of it.
 struct Candidate<'py> {
@@ -214,19 +380,14 @@ impl FreeQueue {
             hash_slot: hash_slot.clone().unbind(),
             null_block,
             source,
-            known: HashMap::with_capacity_and_hasher(n, KeyHash(0)),
-            at: vec![Known::default(); n],
-            named_at: HashMap::with_hasher(KeyHash(0)),
-            front: VecDeque::new(),
-            live: 0,
-            duplicates: VecDeque::new(),
-            namings: 0,
+            tables: Arc::new(Mutex::new(Blocks::new(n, null_block))),
             batch,
             ranked_blocks: 0,
             stale_blocks: 0,
             duplicate_blocks: 0,
             short_rankings: 0,
             keys: Vec::new(),
+            asked: Vec::new(),
         })
     }
 
@@ -238,13 +399,13 @@ impl FreeQueue {
     /// Blocks named and not allocated or hit since, as far as is known.
     #[getter]
     fn pending_blocks(&self) -> usize {
-        self.live
+        self.tables().named.len()
     }
 
     /// Keys whose block is known.
     #[getter]
     fn known_blocks(&self) -> usize {
-        self.known.len()
+        self.tables().known.len()
     }
 
     /// `block_ids[start:]` carry `keys` from now on, blocks beyond the keys none.
@@ -261,7 +422,8 @@ impl FreeQueue {
         let keys: PyReadonlyArray1<'_, u64> = array("keys", keys)?;
         let ids: Vec<u32> =
             (start..block_ids.len()).map(|i| block_ids.get_item(i)?.extract()).collect::<PyResult<_>>()?;
-        let lost = self.carry_all(keys.as_slice()?, &ids)?;
+        let mut lost = Vec::new();
+        self.tables().carry_all(keys.as_slice()?, &ids, &mut lost)?;
         Ok(if lost.is_empty() { None } else { Some(PyArray1::from_vec(py, lost)) })
     }
 
@@ -275,56 +437,87 @@ impl FreeQueue {
 }
 
 impl FreeQueue {
+    /// The tables, also for a thread beside, which has them while nobody else calls.
+    pub(crate) fn share(&self) -> Arc<Mutex<Blocks>> {
+        Arc::clone(&self.tables)
+    }
+
+    pub(crate) fn tables(&self) -> MutexGuard<'_, Blocks> {
+        self.tables.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// As `clear` of Python.
-    pub(crate) fn forget_all(&mut self) {
-        self.known.clear();
-        self.at.fill(Known::default());
-        self.named_at.clear();
-        self.front.clear();
-        self.live = 0;
-        self.duplicates.clear();
+    pub(crate) fn forget_all(&self) {
+        self.tables().forget_all();
+    }
+
+    /// The same, where whoever shares the tables may never let go of them.
+    pub(crate) fn forsake(&mut self, py: Python<'_>) {
+        self.tables = Arc::new(Mutex::new(Blocks::new(self.blocks.bind(py).len(), self.null_block)));
     }
 
     /// Whether blocks are named.
     pub(crate) fn has_named(&self) -> bool {
-        self.live > 0
+        !self.tables().named.is_empty()
     }
 
     /// Whether blocks with these keys may be among the named ones, or be named by whoever names.
     pub(crate) fn may_spare(&self, keys: &[u64]) -> bool {
+        let tables = self.tables();
         match self.source {
-            _ if self.live == 0 => false,
+            _ if tables.named.is_empty() => false,
             // The runtime names nothing below what it does not hold.
-            Source::Runtime(_) => keys.iter().any(|key| self.named_at.contains_key(key)),
+            Source::Runtime(_) => keys.iter().any(|key| tables.named_at.contains_key(key)),
             _ => true,
         }
     }
 
-    /// As `register` of Python: `ids` carry `keys` from now on, ids beyond the keys none; returns the keys that are lost.
-    pub(crate) fn carry_all(&mut self, keys: &[u64], ids: &[u32]) -> PyResult<Vec<u64>> {
-        let mut lost = Vec::new();
-        // Independent loads overlap where what follows would wait for one after the other.
-        let had = ids.iter().filter_map(|&id| self.at.get(id as usize)).map(|at| at.key ^ at.number);
-        std::hint::black_box(had.fold(0, |sum, had| sum ^ had));
-        self.look_for(keys);
-        for (i, &id) in ids.iter().enumerate() {
-            if id as usize >= self.at.len() {
-                return Err(value_error("block_ids", format!("has block {id}"), "pass blocks of the pool".into()));
-            }
-            if id != self.null_block {
-                lost.extend(self.carries(id, keys.get(i).copied().unwrap_or(0)));
+    /// Blocks that are named under these keys.
+    pub(crate) fn named(&self, keys: &[u64]) -> Vec<u32> {
+        let tables = self.tables();
+        if tables.named.is_empty() {
+            return Vec::new();
+        }
+        keys.iter().filter_map(|key| tables.named_at.get(key).copied()).collect()
+    }
+
+    /// Named blocks with these keys are in use again: no victims any more.
+    pub(crate) fn in_use(&self, keys: &[u64]) {
+        let mut tables = self.tables();
+        for key in keys {
+            if let Some(&id) = tables.named_at.get(key) {
+                tables.carries(id, *key);
             }
         }
-        Ok(lost)
     }
 
     /// As `prepare` of Python.
     pub(crate) fn prepare_now(&mut self, py: Python<'_>, n: usize, now_us: u64, spare: &[u32]) -> PyResult<usize> {
+        self.prepare_asking(py, n, now_us, spare, None)
+    }
+
+    /// The same, where somebody else is asked for victims, and some are to stand ready beyond `n`.
+    pub(crate) fn prepare_asking(
+        &mut self,
+        py: Python<'_>,
+        n: usize,
+        now_us: u64,
+        spare: &[u32],
+        asking: Option<(Ahead, &mut Ask<'_>)>,
+    ) -> PyResult<usize> {
         let queue = self.pool.bind(py).getattr(intern!(py, "free_block_queue"))?;
         let free: usize = queue.getattr(intern!(py, "num_free_blocks"))?.extract()?;
         let next_slot = intern!(py, "next_free_block");
+        // Not kept locked while somebody is asked.
+        let tables = self.share();
+        let of_blocks = || tables.lock().unwrap_or_else(PoisonError::into_inner);
         // Unhashed blocks first, then the front.
-        let leaving = spare.iter().filter(|&&id| self.is_named(id)).count();
+        let leaving = if spare.is_empty() {
+            0
+        } else {
+            let blocks = of_blocks();
+            spare.iter().filter(|&&id| blocks.is_named(id)).count()
+        };
         let n = (n + leaving).min(free);
         let mut ready = 0;
         let mut last = queue.getattr(intern!(py, "fake_free_list_head"))?;
@@ -343,7 +536,7 @@ impl FreeQueue {
                 continue;
             };
             let id: u32 = block.getattr(intern!(py, "block_id"))?.extract()?;
-            fronted = self.pop_front_until(id, key);
+            fronted = of_blocks().pop_front_until(id, key);
             break;
         }
         if ready >= n {
@@ -351,57 +544,41 @@ impl FreeQueue {
             return Ok(0);
         }
         if fronted {
-            ready += self.live;
+            ready += of_blocks().named.len();
         } else {
-            self.forget_front();
+            of_blocks().forget_front();
         }
-        if ready >= n {
+        let short = n.saturating_sub(ready);
+        let beyond = |extra: usize| if short == 0 { 0 } else { (n + extra).min(free).saturating_sub(ready) };
+        let (must, want, ask) = match asking {
+            Some((ahead, ask)) => {
+                let must = beyond(self.batch.min(SLACK));
+                (must, must.max(ahead.wanted(n, ready, free)), Some(ask))
+            }
+            None => (short, beyond(self.batch), None),
+        };
+        if want == 0 {
             return Ok(0);
         }
         if fronted {
-            if let Some(tail) = self.end_of_front(py)? {
+            if let Some(tail) = self.end_of_front(py, &mut of_blocks())? {
                 last = tail;
             }
         }
-        let want = (n + self.batch).min(free).saturating_sub(ready);
         let victims = match self.source {
-            Source::Queue => self.in_queue_order(&last, want, spare)?,
-            _ => self.victims(py, want, now_us, spare)?,
+            Source::Queue => self.in_queue_order(&last, want, spare, &of_blocks())?,
+            _ => self.victims(py, (want, must), now_us, spare, &tables, ask)?,
         };
         if victims.len() < want {
             self.short_rankings += 1;
         }
         place(last, &victims)?;
+        let mut blocks = of_blocks();
         for victim in &victims {
-            self.namings += 1;
-            let at = &mut self.at[victim.id as usize];
-            (at.number, at.named_key) = (self.namings, victim.key);
-            self.named_at.insert(victim.key, victim.id);
-            self.front.push_back((victim.id, self.namings));
+            blocks.name(victim.id, victim.key);
         }
-        self.live += victims.len();
         self.ranked_blocks += victims.len() as u64;
         Ok(victims.len())
-    }
-
-    /// Reads where the blocks of `keys` are known to be.
-    fn look_for(&self, keys: &[u64]) {
-        std::hint::black_box(keys.iter().fold(0, |sum, key| sum ^ self.known.get(key).copied().unwrap_or(0)));
-    }
-
-    /// A block is no victim any more.
-    fn unname(&mut self, id: u32) {
-        let at = &mut self.at[id as usize];
-        if std::mem::take(&mut at.number) != 0 {
-            if self.named_at.get(&at.named_key) == Some(&id) {
-                self.named_at.remove(&at.named_key);
-            }
-            self.live -= 1;
-        }
-    }
-
-    fn is_named(&self, id: u32) -> bool {
-        self.at.get(id as usize).is_some_and(|at| at.number != 0)
     }
 
     /// The key of the hash that a block carries now.
@@ -409,66 +586,18 @@ impl FreeQueue {
         key_in(&block.getattr(self.hash_slot.bind(block.py()))?)
     }
 
-    /// A block carries a key (0: none) from now on; returns the key that it has lost.
-    fn carries(&mut self, id: u32, key: u64) -> Option<u64> {
-        self.unname(id);
-        let before = std::mem::replace(&mut self.at[id as usize].key, key);
-        let mut lost = None;
-        if before != key && before != 0 && self.known.get(&before) == Some(&id) {
-            self.known.remove(&before);
-            lost = Some(before);
-        }
-        if key != 0 {
-            if let Some(other) = self.known.insert(key, id) {
-                if other != id && self.duplicates.len() < MAX_DUPLICATES {
-                    // The engine does not merge equal blocks: the other copy is the first to go.
-                    self.duplicates.push_back(other);
-                }
-            }
-        }
-        lost
-    }
-
-    /// Drops namings before the one of this block, which stands at the head of the queue: they have been allocated.
-    fn pop_front_until(&mut self, id: u32, key: u64) -> bool {
-        let Some(&named) = self.at.get(id as usize) else { return false };
-        if named.number == 0 || named.named_key != key {
-            return false;
-        }
-        while let Some(&(at, number)) = self.front.front() {
-            if number == named.number {
-                return true;
-            }
-            self.front.pop_front();
-            if self.at[at as usize].number == number {
-                self.unname(at);
-            }
-        }
-        false
-    }
-
-    fn forget_front(&mut self) {
-        while let Some((at, number)) = self.front.pop_front() {
-            if self.at[at as usize].number == number {
-                self.unname(at);
-            }
-        }
-        self.live = 0;
-    }
-
     /// The last named block that still waits in the queue.
-    fn end_of_front<'py>(&mut self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let blocks = self.blocks.bind(py).clone();
-        while let Some(&(at, number)) = self.front.back() {
-            let named = self.at[at as usize];
-            if named.number == number {
+    fn end_of_front<'py>(&self, py: Python<'py>, tables: &mut Blocks) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let blocks = self.blocks.bind(py);
+        while let Some(&(at, number)) = tables.front.back() {
+            if let Some(&naming) = tables.named.get(&at).filter(|naming| naming.number == number) {
                 let block = blocks.get_item(at as usize)?;
-                if is_queued(&block)? && self.key_of(&block)? == Some(named.named_key) {
+                if is_queued(&block)? && self.key_of(&block)? == Some(naming.key) {
                     return Ok(Some(block));
                 }
-                self.unname(at);
+                tables.unname(at);
             }
-            self.front.pop_back();
+            tables.front.pop_back();
         }
         Ok(None)
     }
@@ -479,6 +608,7 @@ impl FreeQueue {
         last: &Bound<'py, PyAny>,
         want: usize,
         spare: &[u32],
+        tables: &Blocks,
     ) -> PyResult<Vec<Candidate<'py>>> {
         let py = last.py();
         let next_slot = intern!(py, "next_free_block");
@@ -490,7 +620,7 @@ impl FreeQueue {
                 break;
             }
             let id: u32 = block.getattr(intern!(py, "block_id"))?.extract()?;
-            if !spare.contains(&id) && !self.is_named(id) {
+            if !spare.contains(&id) && !tables.is_named(id) {
                 let key = self.key_of(&block)?.unwrap_or(0);
                 victims.push(Candidate { block, next: next.clone(), id, key });
             }
@@ -499,60 +629,87 @@ impl FreeQueue {
         Ok(victims)
     }
 
-    /// What the policy names, as far as it can go; duplicates first.
-    fn victims<'py>(
+    /// Second copies of other blocks, as far as they can go.
+    fn second_copies<'py>(
         &mut self,
         py: Python<'py>,
         want: usize,
-        now_us: u64,
         spare: &[u32],
+        tables: &mut Blocks,
     ) -> PyResult<Vec<Candidate<'py>>> {
         let blocks = self.blocks.bind(py).clone();
         let mut victims: Vec<Candidate<'py>> = Vec::with_capacity(want);
-        for _ in 0..self.duplicates.len().min(want) {
-            let Some(id) = self.duplicates.pop_front() else { break };
+        for _ in 0..tables.duplicates.len().min(want) {
+            let Some(id) = tables.duplicates.pop_front() else { break };
             let block = blocks.get_item(id as usize)?;
             let Some(key) = self.key_of(&block)? else { continue };
-            if self.known.get(&key) == Some(&id) {
+            if tables.known.get(&key) == Some(&id) {
                 continue;
             }
             match behind(&block)? {
                 None => {
                     // Still in use; it will be free some day. One is enough to see: copies of a system prompt always are.
-                    self.duplicates.push_back(id);
+                    tables.duplicates.push_back(id);
                     break;
                 }
-                Some(next) if !self.is_named(id) && !spare.contains(&id) && !victims.iter().any(|v| v.id == id) => {
+                Some(next) if !tables.is_named(id) && !spare.contains(&id) && !victims.iter().any(|v| v.id == id) => {
                     victims.push(Candidate { block, next, id, key });
                     self.duplicate_blocks += 1;
                 }
                 Some(_) => {}
             }
         }
+        Ok(victims)
+    }
+
+    /// What the policy names, as far as it can go; duplicates first.
+    fn victims<'py>(
+        &mut self,
+        py: Python<'py>,
+        (want, must): (usize, usize),
+        now_us: u64,
+        spare: &[u32],
+        tables: &Mutex<Blocks>,
+        mut ask: Option<&mut Ask<'_>>,
+    ) -> PyResult<Vec<Candidate<'py>>> {
+        let of_blocks = || tables.lock().unwrap_or_else(PoisonError::into_inner);
+        let blocks = self.blocks.bind(py).clone();
+        let mut victims = self.second_copies(py, want, spare, &mut of_blocks())?;
+        // A block that were linked in twice would cut the queue in two.
+        let mut seen: HashSet<u32, KeyHash> = victims.iter().map(|victim| victim.id).collect();
+        let mut asked = std::mem::take(&mut self.asked);
         for _ in 0..ROUNDS {
             let short = want.saturating_sub(victims.len());
             if short == 0 {
                 break;
             }
-            let mut keys = std::mem::take(&mut self.keys);
-            keys.clear();
-            self.ask(py, short, now_us, &mut keys)?;
-            let none = keys.is_empty();
-            // In rounds: the loads of each are independent and overlap.
-            self.look_for(&keys);
-            let mut named: Vec<(Bound<'py, PyAny>, u32, u64)> = Vec::with_capacity(keys.len());
-            for &key in &keys {
-                match self.known.remove(&key) {
-                    Some(id) => {
-                        // Whoever gets it next has no key to look for.
-                        self.at[id as usize].key = 0;
-                        named.push((blocks.get_item(id as usize)?, id, key));
+            asked.clear();
+            let none = if let Some(ask) = &mut ask {
+                ask(short, must.saturating_sub(victims.len()), &mut asked)?;
+                asked.is_empty()
+            } else {
+                self.ask(py, short, now_us)?;
+                let mut tables = of_blocks();
+                // In rounds: the loads of each are independent and overlap.
+                tables.look_for(&self.keys);
+                for &key in &self.keys {
+                    match tables.take(key) {
+                        Some(id) => asked.push((id, key)),
+                        None => self.stale_blocks += 1,
                     }
-                    None => self.stale_blocks += 1,
                 }
+                self.keys.is_empty()
+            };
+            if none {
+                break;
+            }
+            let mut named: Vec<(Bound<'py, PyAny>, u32, u64)> = Vec::with_capacity(asked.len());
+            for &(id, key) in &asked {
+                named.push((blocks.get_item(id as usize)?, id, key));
             }
             let slot = self.hash_slot.bind(py);
             let hashes = named.iter().map(|(block, ..)| block.getattr(slot)).collect::<PyResult<Vec<_>>>()?;
+            let mut tables = of_blocks();
             for ((block, id, key), hash) in named.into_iter().zip(&hashes) {
                 if key_in(hash)? != Some(key) {
                     // The engine has reused the block meanwhile.
@@ -561,23 +718,22 @@ impl FreeQueue {
                 }
                 match behind(&block)? {
                     // Named before the engine has released it: next time.
-                    None => self.duplicates.push_back(id),
-                    Some(next) if !spare.contains(&id) && !self.is_named(id) => {
+                    None => tables.duplicates.push_back(id),
+                    Some(next) if !spare.contains(&id) && !tables.is_named(id) && seen.insert(id) => {
                         victims.push(Candidate { block, next, id, key });
                     }
                     Some(_) => {}
                 }
             }
-            self.keys = keys;
-            if none {
-                break;
-            }
         }
+        self.asked = asked;
         Ok(victims)
     }
 
     /// Asks for `n` keys. What is no key counts as stale.
-    fn ask(&mut self, py: Python<'_>, n: usize, now_us: u64, keys: &mut Vec<u64>) -> PyResult<()> {
+    fn ask(&mut self, py: Python<'_>, n: usize, now_us: u64) -> PyResult<()> {
+        let keys = &mut self.keys;
+        keys.clear();
         match &self.source {
             Source::Queue => Ok(()),
             Source::Runtime(runtime) => runtime.get().name_victims(n, now_us, keys),

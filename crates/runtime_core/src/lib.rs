@@ -12,6 +12,7 @@
 //! | [`policy`], [`scheduling`] | policies as plug-ins, and what an engine's scheduler asks them |
 //! | [`identity`] | sessions and agents of calls that do not name them, from their prompts |
 //! | [`merge`] | states of replicas, added up |
+//! | [`beside`] | a thread that works off what an engine need not wait for |
 //! | [`ids`], [`error`] | names and errors |
 //!
 //! # Contract
@@ -58,6 +59,7 @@
 //! bytes of index a pool block (and 180 kB for small pools), and a bounded part per session. None of it depends on what
 //! happens.
 
+pub mod beside;
 pub mod error;
 pub mod histogram;
 

@@ -47,6 +47,9 @@ FREES = (False, None)
 # Blocks named at once beyond what is needed, and their share of the pool: what is named too early may be wanted yet.
 MAX_BATCH = 64
 BATCH_SHARE = 1024
+# Victims named ahead by a thread, and their share of the pool; in small pools that is too early for too many.
+AHEAD_SHARE = 512
+LEAST_AHEAD = 16
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,8 @@ class Adapter:
         told: Any = self.core.workload if isinstance(self.core, RuntimeCore) else self.core
         self.held = EngineCalls(pool, block_size, told, self.identities, queue)
         self.held.acting = acting and queue is not None
+        ahead = pool.num_gpu_blocks // AHEAD_SHARE
+        self.held.ahead = ahead if ahead >= LEAST_AHEAD else 0
         self.counters: EngineCounts = self.held.counts
         #: By request id.
         self.calls: dict[str, EngineCall] = self.held.calls

@@ -43,6 +43,7 @@ def totals(adapter: Adapter, guard: Guard) -> dict[str, float]:
     """What has been counted from the start, by name; faults by ``name:kind``."""
     counters, queue = adapter.counters, adapter.ranker
     runtime = getattr(adapter.core, "runtime", None)
+    adapter.held.catch_up()
     found: dict[str, float] = {
         "agentrt_calls": counters.finished,
         "agentrt_prompt_tokens": counters.prompt_tokens,

@@ -58,6 +58,7 @@ class PlanningAdapter(Adapter):
         self.runtime_core = core
         # What is idle or silent is asked about at any time.
         self.held.eager = True
+        self.held.ahead = 0
         self._hits: dict[str, int] = {}
         scheduling = self.gate.scheduling if self.gate is not None else None
         if not isinstance(scheduling, CoreScheduling) or self.ranker is None:
