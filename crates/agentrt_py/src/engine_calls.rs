@@ -542,7 +542,10 @@ impl EngineCalls {
         self.now_us = now_us;
         self.catch_up(py);
         let id = request.getattr(intern!(py, "request_id"))?;
-        let Some(call) = self.call(py, &id)? else { return Ok(None) };
+        let Some(call) = self.call(py, &id)? else {
+            self.strangers(block_ids_by_group)?;
+            return Ok(None);
+        };
         self.calls.bind(py).del_item(&id)?;
         if self.planned.is_some() && call.borrow().started && call.borrow().core_hit.is_none() {
             // It ends in the step in which it started.
@@ -681,7 +684,11 @@ impl EngineCalls {
                 self.tell(py, EventKind::CallEnd, (one.session, 0), one.number, now_us, &[])?;
             }
         }
-        self.reset(py, now_us)
+        self.reset(py, now_us)?;
+        match self.queue.as_ref().filter(|_| self.acting && !matches!(self.core, Core::Nobody)) {
+            Some(queue) => queue.bind(py).borrow().strangers_first(py),
+            None => Ok(()),
+        }
     }
 }
 
@@ -889,6 +896,18 @@ impl EngineCalls {
             self.tell(py, EventKind::SessionEnd, (over, 0), 0, self.now_us, &[])?;
         }
         Ok(call)
+    }
+
+    /// A request has ended of which nothing is known: so is nothing of its blocks, and the core will never name them.
+    fn strangers(&self, block_ids_by_group: &Bound<'_, PyAny>) -> PyResult<()> {
+        let Some(queue) = self.queue.as_ref().filter(|_| self.acting) else { return Ok(()) };
+        if block_ids_by_group.len()? > 0 {
+            let ids = numbers(&block_ids_by_group.get_item(0)?, 0)?;
+            let queue = queue.bind(block_ids_by_group.py()).borrow();
+            let mut tables = queue.tables();
+            ids.into_iter().rev().for_each(|id| tables.goes_first(id));
+        }
+        Ok(())
     }
 
     /// The youngest call of a session that vLLM holds.

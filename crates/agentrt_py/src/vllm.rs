@@ -26,8 +26,8 @@ use runtime_core::ids::mix;
 use crate::convert::{array, type_error, value_error};
 use crate::runtime::Runtime;
 
-/// Blocks used twice for the same content that are remembered, oldest first.
-const MAX_DUPLICATES: usize = 65_536;
+/// Blocks in use that are looked at in vain.
+const FEW: usize = 4;
 /// How often the policy is asked again where it names blocks that cannot go.
 const ROUNDS: usize = 4;
 /// Victims put in place ahead in one step, each of which costs about a microsecond.
@@ -137,6 +137,7 @@ pub(crate) struct Blocks {
     /// Namings in the order in which they stand in the queue.
     front: VecDeque<(u32, u64)>,
     namings: u64,
+    /// Blocks that go before what the policy names: second copies of others, and those that it knows nothing of.
     duplicates: VecDeque<u32>,
 }
 
@@ -169,6 +170,13 @@ impl Blocks {
             }
         }
         Ok(())
+    }
+
+    /// Such a block is named before others, unless it carries a known key by then. Not where it is one of very many.
+    pub(crate) fn goes_first(&mut self, id: u32) {
+        if self.duplicates.len() < self.keys.len() && (id as usize) < self.keys.len() && id != self.null_block {
+            self.duplicates.push_back(id);
+        }
     }
 
     /// Where the block of a key is that is named next: whoever gets it has no key to look for.
@@ -222,9 +230,9 @@ impl Blocks {
         }
         if key != 0 {
             if let Some(other) = self.known.insert(key, id) {
-                if other != id && self.duplicates.len() < MAX_DUPLICATES {
+                if other != id {
                     // The engine does not merge equal blocks: the other copy is the first to go.
-                    self.duplicates.push_back(other);
+                    self.goes_first(other);
                 }
             }
         }
@@ -456,6 +464,23 @@ impl FreeQueue {
         self.tables = Arc::new(Mutex::new(Blocks::new(self.blocks.bind(py).len(), self.null_block)));
     }
 
+    /// After a time in which nobody was told anything: what the queue holds, oldest first, goes before what the policy
+    /// names. Nobody else would ever name it, and what is known would have to live on the room that is left.
+    pub(crate) fn strangers_first(&self, py: Python<'_>) -> PyResult<()> {
+        let next_slot = intern!(py, "next_free_block");
+        let queue = self.pool.bind(py).getattr(intern!(py, "free_block_queue"))?;
+        let mut block = queue.getattr(intern!(py, "fake_free_list_head"))?.getattr(next_slot)?;
+        let mut tables = self.tables();
+        while !block.is_none() {
+            let next = block.getattr(next_slot)?;
+            if !next.is_none() && self.key_of(&block)?.is_some() {
+                tables.goes_first(block.getattr(intern!(py, "block_id"))?.extract()?);
+            }
+            block = next;
+        }
+        Ok(())
+    }
+
     /// Whether blocks are named.
     pub(crate) fn has_named(&self) -> bool {
         !self.tables().named.is_empty()
@@ -639,6 +664,7 @@ impl FreeQueue {
     ) -> PyResult<Vec<Candidate<'py>>> {
         let blocks = self.blocks.bind(py).clone();
         let mut victims: Vec<Candidate<'py>> = Vec::with_capacity(want);
+        let mut in_use = 0;
         for _ in 0..tables.duplicates.len().min(want) {
             let Some(id) = tables.duplicates.pop_front() else { break };
             let block = blocks.get_item(id as usize)?;
@@ -648,9 +674,12 @@ impl FreeQueue {
             }
             match behind(&block)? {
                 None => {
-                    // Still in use; it will be free some day. One is enough to see: copies of a system prompt always are.
-                    tables.duplicates.push_back(id);
-                    break;
+                    // Still in use; it will be free some day. A few are enough to see: copies of a system prompt always are.
+                    tables.goes_first(id);
+                    in_use += 1;
+                    if in_use == FEW {
+                        break;
+                    }
                 }
                 Some(next) if !tables.is_named(id) && !spare.contains(&id) && !victims.iter().any(|v| v.id == id) => {
                     victims.push(Candidate { block, next, id, key });
@@ -718,7 +747,7 @@ impl FreeQueue {
                 }
                 match behind(&block)? {
                     // Named before the engine has released it: next time.
-                    None => tables.duplicates.push_back(id),
+                    None => tables.goes_first(id),
                     Some(next) if !spare.contains(&id) && !tables.is_named(id) && seen.insert(id) => {
                         victims.push(Candidate { block, next, id, key });
                     }

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.engines.vllm.pool import BLOCK, Call, Engine, faults, words
+from benches.e2e.pool import closed_loop
+from tests.engines.vllm.pool import BLOCK, Call, Engine, faults, read_calls, words
 from tests.engines.vllm.test_ranker import Scripted, cached, engine, key
 
 from agentrt.engines.vllm.adapter import Adapter, Settings
@@ -270,6 +271,46 @@ def test_blocks_of_a_session_that_is_over_go_first(over: str) -> None:
         session: session != over for session in ("old", "new")
     }
     quiet(made)
+
+
+@pytest.mark.parametrize("how", ["switched off", "paused"])
+@pytest.mark.parametrize("ahead", [0, 16])
+def test_after_a_time_without_hooks_as_much_is_hit_as_ever(recorded_traces: list[Path], how: str, ahead: int) -> None:
+    path = next(p for p in recorded_traces if p.name == "whowhen_magentic.jsonl.gz")
+    calls = read_calls(path, 1_200)
+    sessions = list(dict.fromkeys(call.session for call in calls))
+    early = set(sessions[: len(sessions) // 2])
+    hits = []
+    for away in (False, True):
+        made = Engine(2_000)
+        connector = made.connector
+        assert connector is not None
+        adapter_of(made).held.ahead = ahead
+        # Somebody runs throughout.
+        running = made.request(Call("long", "a", list(range(10**6, 10**6 + 40)), []))
+        assert made.admit(running)
+        if away:
+            connector.live, connector.guard.paused_until = (
+                (None, 0) if how == "switched off" else (connector.live, 1e18)
+            )
+        closed_loop([call for call in calls if call.session in early], made, 1_900, concurrency=8, seed=0)
+        if away and how == "switched off":
+            connector.live = connector.adapter
+            adapter_of(made).restart()
+        elif away:
+            connector.guard.paused_until = 0
+            connector.guard.pauses += 1
+            connector._next_look = 0.0
+        made.finish(running)
+        # The clock of the second loop starts where that of the first one has ended.
+        before, start_us, made.now_us = made.hit_blocks, made.now_us, 0
+        adapter_of(made).now_us = lambda: start_us + made.now_us  # noqa: B023 - called in this turn only
+        closed_loop([call for call in calls if call.session not in early], made, 1_900, concurrency=8, seed=0)
+        hits.append(made.hit_blocks - before)
+        adapter_of(made).held.catch_up()
+        made.check()
+        assert not faults(connector)
+    assert hits[1] > 0.97 * hits[0]
 
 
 def test_a_control_file_switches_it_off_and_on_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,7 @@ class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, u
         self.enabled = True
         self._next_look = 0.0
         self._next_log = 0.0
+        self._pauses = 0
         self._scheduler: Any = None
         self._report = None if metrics is None else metrics.Report()
         self._report_due = False
@@ -153,6 +154,11 @@ class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, u
         self._report_due = True
         if self.settings.control_file is not None:
             self._control(self.settings.control_file)
+        if self.guard.pauses != self._pauses:
+            # The first time after a pause: during one nothing is called.
+            self._pauses = self.guard.pauses
+            if self.live is not None:
+                self.live.restart()
         if now >= self._next_log:
             first = self._next_log == 0.0
             self._next_log = now + self.settings.log_interval_s
