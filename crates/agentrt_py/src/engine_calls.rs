@@ -234,8 +234,9 @@ pub(crate) struct EngineCalls {
     planned: Option<Planned>,
     /// Calls of which the core's answer is not here yet: those of the step that is being worked off, then those told since.
     starting: VecDeque<Py<EngineCall>>,
-    /// What went wrong beside.
+    /// What went wrong beside, and whether the thread is gone and nobody has started over yet.
     failed: Option<PyErr>,
+    lost: bool,
     numbers: u64,
     /// The latest time a hook has been called at.
     now_us: u64,
@@ -284,6 +285,7 @@ impl EngineCalls {
             planned: None,
             starting: VecDeque::new(),
             failed: None,
+            lost: false,
             numbers: 0,
             now_us: 0,
             keys: Vec::new(),
@@ -526,6 +528,9 @@ impl EngineCalls {
         let prepared = if running > 0 && self.acting { self.prepare_next(scheduler_output, scheduled) } else { Ok(()) };
         self.post();
         prepared?;
+        if std::mem::take(&mut self.lost) {
+            self.restart(py, now_us)?;
+        }
         // What went wrong beside is nothing that a hook before could have done better.
         self.failed.take().map_or(Ok(()), Err)
     }
@@ -606,8 +611,12 @@ impl EngineCalls {
             self.tell(py, EventKind::SessionEnd, (one.session, 0), 0, now_us, &[])?;
         }
         let says = one.inferred.filter(|_| one.session_inferred && one.allocated);
+        let gave_up = self.planned.is_some() && !one.allocated;
         drop(one);
         self.settle_up(py)?;
+        if gave_up {
+            self.left_behind(py, &call)?;
+        }
         // What it says, an agent of the same run may quote. Last, so that tokens of a strange shape spoil nothing else.
         if let (Some(inferred), Some(answer)) = (says, request.getattr_opt(intern!(py, "output_token_ids"))?) {
             self.inferring.get().answered_now(inferred, &answer)?;
@@ -783,7 +792,10 @@ impl EngineCalls {
     /// The thread is gone, and with it what it had been told.
     #[cold]
     fn alone(&mut self, py: Python<'_>) {
-        self.planned = None;
+        if let Some(mut planned) = self.planned.take() {
+            planned.forget_all();
+        }
+        self.lost = true;
         self.starting.clear();
         self.pending.clear();
         if let Some(queue) = &self.queue {
@@ -906,6 +918,24 @@ impl EngineCalls {
             let queue = queue.bind(block_ids_by_group.py()).borrow();
             let mut tables = queue.tables();
             ids.into_iter().rev().for_each(|id| tables.goes_first(id));
+        }
+        Ok(())
+    }
+
+    /// A call has given up waiting. Blocks of its prompt that had been named stayed for its sake, and no start has brought
+    /// them back to the core.
+    #[cold]
+    fn left_behind(&mut self, py: Python<'_>, call: &Bound<'_, EngineCall>) -> PyResult<()> {
+        self.flush(py)?;
+        if let Some(planned) = &self.planned {
+            let mut blocks = planned.core().tables();
+            for &key in &call.borrow().keys {
+                if !planned.core().shared.core.is_resident(key) {
+                    if let Some(id) = blocks.take(key) {
+                        blocks.goes_first(id);
+                    }
+                }
+            }
         }
         Ok(())
     }

@@ -323,6 +323,9 @@ impl Planned {
 
     /// Lets go of victims that are not among the keys.
     fn give_back(&mut self) {
+        if self.victims.is_empty() {
+            return;
+        }
         let (left, mut blocks) = (&self.keys, self.core.tables());
         self.victims.retain(|&(id, key)| {
             let goes = left.contains(&key);

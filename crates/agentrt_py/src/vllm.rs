@@ -510,7 +510,8 @@ impl FreeQueue {
     pub(crate) fn in_use(&self, keys: &[u64]) {
         let mut tables = self.tables();
         for key in keys {
-            if let Some(&id) = tables.named_at.get(key) {
+            // Where another copy is known, that is the one in use.
+            if let Some(&id) = tables.named_at.get(key).filter(|_| !tables.known.contains_key(key)) {
                 tables.carries(id, *key);
             }
         }

@@ -29,6 +29,10 @@ def test_it_is_on_in_large_pools_only() -> None:
     assert ahead_of(Engine(9_000, "lru")) == 0
 
 
+def cached(made: Engine, block: int) -> bool:
+    return made.pool.get_cached_block(block_hash(block), [0]) is not None
+
+
 def ahead_of(made: Engine) -> int:
     blocks: int = made.connector.adapter.held.ahead  # type: ignore[union-attr]
     return blocks
@@ -114,7 +118,7 @@ def test_what_is_named_ahead_and_hit_again_stays() -> None:
     assert ranker.pending_blocks > 8
 
     def resident(call: Call) -> int:
-        there = [made.pool.get_cached_block(block_hash(b), [0]) is not None for b in call.prompt]
+        there = [cached(made, b) for b in call.prompt]
         return [*there, False].index(False)
 
     # What is resident is hit, whether it has been named or not, and can be named again.
@@ -157,12 +161,34 @@ def test_without_its_thread_everything_is_done_at_once() -> None:
         made.call(Call(f"s{n % 2}", "a", list(range(20 * n, 20 * n + 12)), []))
     assert list(faults(made.connector).values()) == [1]
     assert held.ahead == 0
-    # What it names now is there.
-    ranked = made.connector.adapter.ranker.ranked_blocks  # type: ignore[union-attr]
-    for n in range(10, 18):
-        made.call(Call(f"s{n % 2}", "a", list(range(20 * n, 20 * n + 12)), [200 + n]))
-    assert made.connector.adapter.ranker.ranked_blocks > ranked  # type: ignore[union-attr]
+    # It has started over: what it names now is there, and nothing of before stays for good.
+    for n in range(10, 40):
+        made.call(Call(f"s{n % 2}", "a", list(range(20 * n, 20 * n + 12)), [20 * n + 12]))
+    assert not any(cached(made, b) for b in range(200))
     assert list(faults(made.connector).values()) == [1]
+    made.check()
+
+
+@pytest.mark.parametrize("blocks", [0, 16])
+def test_calls_that_give_up_waiting_leave_nothing_for_good(blocks: int) -> None:
+    made = Engine(64)
+    ahead(made, blocks)
+    assert made.connector is not None
+    old = [Call(f"s{n}", "a", list(range(20 * n, 20 * n + 9)), [20 * n + 9, 20 * n + 10]) for n in range(8)]
+    for call in (*old, *old):
+        made.call(call)
+    for n in range(90, 96):
+        requests = [made.request(call) for call in old]
+        made.step({})
+        made.step({})
+        for request in requests:
+            made.connector.request_finished_all_groups(request, ([],))
+        # Makes room for itself, so that more is named ahead.
+        made.call(Call(f"s{n}", "a", list(range(20 * n, 20 * n + 4)), [20 * n + 4, 20 * n + 5]))
+    for n in range(100, 160):
+        made.call(Call(f"s{n}", "a", list(range(20 * n, 20 * n + 9)), [20 * n + 9, 20 * n + 10]))
+    assert not any(cached(made, b) for b in range(200))
+    assert not faults(made.connector)
     made.check()
 
 

@@ -156,9 +156,9 @@ class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, u
             self._control(self.settings.control_file)
         if self.guard.pauses != self._pauses:
             # The first time after a pause: during one nothing is called.
-            self._pauses = self.guard.pauses
             if self.live is not None:
                 self.live.restart()
+            self._pauses = self.guard.pauses
         if now >= self._next_log:
             first = self._next_log == 0.0
             self._next_log = now + self.settings.log_interval_s
