@@ -186,7 +186,7 @@ impl Blocks {
         Some(id)
     }
 
-    /// Blocks of `keys` that were taken and are to stay.
+    /// A block that was taken is to stay, unless it carries another key by now.
     pub(crate) fn give_back(&mut self, id: u32, key: u64) {
         if self.keys.get(id as usize) == Some(&0) {
             self.carries(id, key);
@@ -491,7 +491,8 @@ impl FreeQueue {
         let tables = self.tables();
         match self.source {
             _ if tables.named.is_empty() => false,
-            // The runtime names nothing below what it does not hold.
+            // The runtime names nothing below what it does not hold. (What goes before its victims may be hit: then there is a
+            // block too few, and the engine takes the next one in its own order.)
             Source::Runtime(_) => keys.iter().any(|key| tables.named_at.contains_key(key)),
             _ => true,
         }
