@@ -733,6 +733,9 @@ class Identity:
 
 # Transfer
 
+def monotonic_us() -> int:
+    """Microseconds of :func:`time.monotonic`, without asking the interpreter."""
+
 def block_keys(hashes: list[bytes], start: int, stop: int, /) -> NDArray[np.uint64]:
     """Keys of ``hashes[start:stop]``: their last 8 bytes, the integers of vLLM's KV events.
 

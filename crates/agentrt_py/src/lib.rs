@@ -3,6 +3,7 @@
 //! One file per room: each registers its classes and functions in the module below.
 #![deny(unsafe_code)]
 
+mod clock;
 mod convert;
 mod engine_calls;
 mod engine_steps;
@@ -39,6 +40,8 @@ fn is_debug_build() -> bool {
 mod _core {
     #[pymodule_export]
     use super::{build_info, is_debug_build};
+    #[pymodule_export]
+    use crate::clock::monotonic_us;
     #[pymodule_export]
     use crate::engine_calls::{EngineCall, EngineCalls, EngineCounts};
     #[pymodule_export]

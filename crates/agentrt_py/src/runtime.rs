@@ -7,7 +7,6 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Instant;
 
 use numpy::prelude::*;
 use numpy::{PyArray1, PyUntypedArray};
@@ -18,6 +17,7 @@ use runtime_core::kv::{self, Expected};
 use runtime_core::policy::{built_in, Action, Event, Kind, Policies, Policy, Request, BUILT_IN};
 use runtime_core::runtime::{EventKind, Events, Observed, Options, Scoring};
 
+use crate::clock::Clock;
 use crate::convert::{
     array, integer, key_of, kind_of, list, microseconds, output, output_rows, session_key, type_error, value_error,
     Keys,
@@ -112,16 +112,14 @@ pub(crate) struct Shared {
     pub(crate) names: Arc<NameTable>,
     trouble: Arc<Trouble>,
     counts: Counts,
-    /// The interpreter's monotonic clock at `started`, so that both clocks may be mixed.
-    monotonic_us: u64,
-    started: Instant,
+    clock: Clock,
 }
 
 impl Shared {
     pub(crate) fn time_us(&self, time: Option<f64>) -> PyResult<u64> {
         match time {
             Some(seconds) => microseconds(seconds),
-            None => Ok(self.monotonic_us + self.started.elapsed().as_micros() as u64),
+            None => Ok(self.clock.now_us()),
         }
     }
 
@@ -397,15 +395,13 @@ impl Runtime {
         let (names, trouble) = (Arc::<NameTable>::default(), Arc::<Trouble>::default());
         let list = self::policies(policies, &names, &trouble)?;
         let core = py.detach(|| runtime_core::Runtime::new(options)).map_err(from_core)?;
-        let monotonic_s: f64 = py.import("time")?.call_method0("monotonic")?.extract()?;
         let shared = Shared {
             core,
             policies: Policies::new(list),
             names,
             trouble,
             counts: Counts::default(),
-            monotonic_us: (monotonic_s * 1e6) as u64,
-            started: Instant::now(),
+            clock: Clock::new(py)?,
         };
         Ok(Self { shared: Arc::new(shared) })
     }

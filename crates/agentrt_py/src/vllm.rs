@@ -298,6 +298,7 @@ pub(crate) struct FreeQueue {
     short_rankings: u64,
     keys: Vec<u64>,
     asked: Vec<(u32, u64)>,
+    seen: HashSet<u32, KeyHash>,
 }
 
 /// Victims that are to stand ready beyond those that are needed, in the course of some steps.
@@ -396,6 +397,7 @@ impl FreeQueue {
             short_rankings: 0,
             keys: Vec::new(),
             asked: Vec::new(),
+            seen: HashSet::default(),
         })
     }
 
@@ -707,8 +709,9 @@ impl FreeQueue {
         let blocks = self.blocks.bind(py).clone();
         let mut victims = self.second_copies(py, want, spare, &mut of_blocks())?;
         // A block that were linked in twice would cut the queue in two.
-        let mut seen: HashSet<u32, KeyHash> = victims.iter().map(|victim| victim.id).collect();
-        let mut asked = std::mem::take(&mut self.asked);
+        let (mut seen, mut asked) = (std::mem::take(&mut self.seen), std::mem::take(&mut self.asked));
+        seen.clear();
+        seen.extend(victims.iter().map(|victim| victim.id));
         for _ in 0..ROUNDS {
             let short = want.saturating_sub(victims.len());
             if short == 0 {
@@ -757,7 +760,7 @@ impl FreeQueue {
                 }
             }
         }
-        self.asked = asked;
+        (self.seen, self.asked) = (seen, asked);
         Ok(victims)
     }
 

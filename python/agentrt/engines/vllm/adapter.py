@@ -21,12 +21,11 @@ Memory is bounded by the pool's blocks and the requests vLLM holds.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from agentrt._core import EngineCalls, FreeQueue
+from agentrt._core import EngineCalls, FreeQueue, monotonic_us
 from agentrt.engines.vllm.callers import CALLERS
 from agentrt.engines.vllm.core import Core, RuntimeCore, make_core, make_scheduling, names_of
 from agentrt.engines.vllm.gate import Gate, Load, Service, Waiting
@@ -109,7 +108,7 @@ class Adapter:
         self.pool = pool
         self.settings = settings
         self.block_size = block_size
-        self.now_us = now_us or (lambda: time.monotonic_ns() // 1000)
+        self.now_us = now_us or monotonic_us
         self.core = core if core is not None else self._make_core(settings, pool)
         acting = settings.policy != "observe"
         if groups != 1 or getattr(pool, "hash_block_size", block_size) != block_size or not pool.enable_caching:

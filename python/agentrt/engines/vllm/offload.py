@@ -13,7 +13,6 @@ for or changes nothing. Whatever goes wrong in the runtime costs its opinion onl
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 from vllm.v1.kv_offload.cpu.policies.base import CachePolicy
 
 from agentrt import block_key
+from agentrt._core import monotonic_us
 from agentrt.engines.vllm.callers import CALLERS
 from agentrt.engines.vllm.core import RuntimeCore
 from agentrt.engines.vllm.guard import Guard
@@ -84,7 +84,7 @@ class AgentRTCachePolicy(CachePolicy):  # type: ignore[misc, unused-ignore]
         self._free.clear()
         self._named.clear()
         self._keys.clear()
-        self.guard.run("reset", None, self.core.reset, _now_us())
+        self.guard.run("reset", None, self.core.reset, monotonic_us())
 
     def _forget(self, key: Any) -> None:
         self._free.pop(key, None)
@@ -135,7 +135,7 @@ class AgentRTCachePolicy(CachePolicy):  # type: ignore[misc, unused-ignore]
         # Of what the scheduler's side has inferred, it tells the end itself.
         identity = found._replace(call=None) if found else self.identities.resolve(req_context, array)
         self._calls += 1
-        now_us = _now_us()
+        now_us = monotonic_us()
         self._end_sessions(identity.ended_sessions, now_us)
         hit = self.core.call_started(identity.session, identity.agent, self._calls, now_us, array)
         # Chunks that found no room end the chain.
@@ -177,16 +177,16 @@ class AgentRTCachePolicy(CachePolicy):  # type: ignore[misc, unused-ignore]
         gone = [block_key(key) for key in chosen if key not in self._named]
         for key in chosen:
             self._forget(key)
-        self.guard.run("removed", None, self.core.removed, _now_us(), np.array(gone, np.uint64))
+        self.guard.run("removed", None, self.core.removed, monotonic_us(), np.array(gone, np.uint64))
         return evicted
 
     def _choose(self, chosen: dict[Any, None], n: int, protected: set[Any]) -> None:
         """Adds what the runtime names; what cannot go now is remembered."""
-        self._end_sessions((), _now_us())
+        self._end_sessions((), monotonic_us())
         for _ in range(ROUNDS):
             if len(chosen) >= n:
                 return
-            victims = self.core.runtime.act("evict", n - len(chosen), None, _now_us() / 1e6).tolist()
+            victims = self.core.runtime.act("evict", n - len(chosen), None, monotonic_us() / 1e6).tolist()
             if not victims:
                 return
             for number in victims:
@@ -196,7 +196,3 @@ class AgentRTCachePolicy(CachePolicy):  # type: ignore[misc, unused-ignore]
                 self._named[key] = None
                 if key in self._free and key not in protected:
                     chosen[key] = None
-
-
-def _now_us() -> int:
-    return time.monotonic_ns() // 1000
