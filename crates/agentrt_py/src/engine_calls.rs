@@ -4,194 +4,38 @@
 //! What a hook has to tell the core goes there in one batch. Ends of calls and new blocks may wait for the next start or
 //! the end of the step, whichever is first: neither is asked about before. They carry their own times and keep their
 //! order. In large pools victims are named ahead, and all that a step has to tell may wait for a thread beside
-//! (`engine_steps`); what depends on the core's answer, see [`EngineCall::core_hit`], is settled when it comes.
+//! (`engine_steps`); what depends on the core's answer, see `EngineCall::core_hit`, is settled when it comes.
 //!
 //! Everything rarer than that is Python's: identities that are not plain strings or are inferred, cores that are Python
 //! objects, order and holds of waiting calls, recording.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 
 use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::exceptions::PyTypeError;
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList, PyString, PyTuple};
+use pyo3::types::{PyDict, PyList};
 use runtime_core::runtime::EventKind;
 
-use crate::convert::{array, key_of};
+use crate::convert::array;
+use crate::engine_call::{add, Decoding, EngineCall, EngineCounts};
+use crate::engine_names::Names;
 use crate::engine_steps::{self as steps, Planned, Step, Told};
 use crate::errors::AgentRTError;
 use crate::identity::Identity;
 use crate::runtime::Workload;
 use crate::vllm::{read_keys, Ahead, FreeQueue};
 
-/// Names longer than this are somebody's mistake; Python cuts them.
-const NAME_CHARS: usize = 256;
-/// Of a longer list of ended sessions Python leaves out the rest.
-const MAX_ENDED: usize = 256;
 /// So many events wait at most.
 const MAX_PENDING: usize = 256;
-
-/// A request that vLLM holds.
-#[pyclass(module = "agentrt._core")]
-pub(crate) struct EngineCall {
-    #[pyo3(get)]
-    number: u64,
-    #[pyo3(get)]
-    session: u64,
-    #[pyo3(get)]
-    agent: u16,
-    #[pyo3(get)]
-    session_ends: bool,
-    #[pyo3(get)]
-    session_inferred: bool,
-    #[pyo3(get)]
-    agent_inferred: bool,
-    /// Other sessions that are over since, as the request says; not those that still have a call here.
-    #[pyo3(get)]
-    ended_sessions: Vec<u64>,
-    /// What `Identity.ended` needs; None where nothing was inferred.
-    inferred: Option<u32>,
-    keys: Vec<u64>,
-    output: Vec<u64>,
-    /// When it was told to the core as waiting, or started.
-    #[pyo3(get)]
-    arrived_us: u64,
-    #[pyo3(get)]
-    started_us: u64,
-    /// Whether the core knows of it; whether it is still to be told as waiting, unless it starts first.
-    told: bool,
-    untold: bool,
-    /// Whether the core has been told that it starts, and leading blocks that the core held to be resident then, once known.
-    started: bool,
-    core_hit: Option<usize>,
-    /// Leading blocks that vLLM has found.
-    #[pyo3(get)]
-    hit: usize,
-    /// Blocks from here on may be new since the core was asked.
-    low: usize,
-    #[pyo3(get)]
-    allocated: bool,
-    /// Tokens that it is admitted with, and how many of them it has slots for.
-    tokens: usize,
-    computed: usize,
-    /// Where it stands among [`Decoding`], once its prompt is computed.
-    decodes: Option<usize>,
-    request_id: Py<PyAny>,
-}
-
-#[pymethods]
-impl EngineCall {
-    /// Keys of the prompt's full blocks.
-    #[getter]
-    fn keys<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<u64>> {
-        PyArray1::from_slice(py, &self.keys)
-    }
-
-    /// Keys of the answer's full blocks, once it is over.
-    #[getter]
-    fn output<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<u64>> {
-        PyArray1::from_slice(py, &self.output)
-    }
-
-    /// Key of the deepest block that vLLM has found; 0 without one.
-    #[getter]
-    fn group(&self) -> u64 {
-        self.hit.checked_sub(1).and_then(|at| self.keys.get(at)).copied().unwrap_or(0)
-    }
-}
-
-impl EngineCall {
-    /// Blocks that its prompt will still take.
-    fn left(&self, block_size: usize) -> usize {
-        self.tokens.div_ceil(block_size).saturating_sub(self.computed.div_ceil(block_size))
-    }
-
-    fn before(&self, to: usize) -> &[u64] {
-        &self.keys[..to.min(self.keys.len())]
-    }
-
-    fn after(&self, from: usize) -> &[u64] {
-        self.keys.get(from..).unwrap_or(&[])
-    }
-}
-
-macro_rules! counts {
-    ($($name:ident: $about:literal),* $(,)?) => {
-        /// What has been seen, for logs, metrics and tests.
-        #[pyclass(frozen, module = "agentrt._core")]
-        #[derive(Default)]
-        pub(crate) struct EngineCounts {
-            $($name: AtomicU64),*
-        }
-
-        #[pymethods]
-        impl EngineCounts {
-            $(#[doc = $about]
-            #[getter]
-            fn $name(&self) -> u64 {
-                self.$name.load(Relaxed)
-            })*
-        }
-    };
-}
-counts! {
-    requests: "Requests queued.",
-    finished: "Requests that are over.",
-    prompt_tokens: "Tokens of admitted prompts.",
-    hit_tokens: "Of these, found in the pool.",
-    resets: "Resets of the prefix cache.",
-    sessions_inferred: "Requests that named no session.",
-    agents_inferred: "Requests that named no agent.",
-    sessions_ended: "Times that a request said of a session that it is over.",
-    steps: "Steps scheduled.",
-    running: "Requests in the last step.",
-}
-
-fn add(count: &AtomicU64, n: u64) {
-    count.fetch_add(n, Relaxed);
-}
 
 /// Whom the hooks tell.
 enum Core {
     Nobody,
     Workload(Py<Workload>),
     Object(Py<PyAny>),
-}
-
-/// How many calls that decode will take a block in which step: each takes one every `block_size` steps, since it computes
-/// a token a step. Of those that compute several only the average is known.
-struct Decoding {
-    /// By step, modulo the size of a block.
-    takers: Vec<usize>,
-    /// The step that is scheduled next.
-    next: usize,
-}
-
-impl Decoding {
-    /// From the next step on a call decodes that has slots for so many tokens.
-    fn join(&mut self, computed: usize) -> usize {
-        let size = self.takers.len();
-        let at = (self.next + (size - computed % size)) % size;
-        self.takers[at] += 1;
-        at
-    }
-
-    fn leave(&mut self, at: Option<usize>) {
-        if let Some(takers) = at.and_then(|at| self.takers.get_mut(at)) {
-            *takers = takers.saturating_sub(1);
-        }
-    }
-}
-
-/// Who a request says it is of.
-struct Named {
-    session: u64,
-    agent: u16,
-    session_ends: bool,
-    ended_sessions: Vec<u64>,
-    inferred: Option<(bool, bool, Option<u32>)>,
 }
 
 /// The requests that vLLM holds and what the core knows of them. One thread calls everything.
@@ -214,9 +58,8 @@ pub(crate) struct EngineCalls {
     /// Called after a reset.
     #[pyo3(get, set)]
     on_reset: Option<Py<PyAny>>,
-    /// Python's `Identities`, with its table of agents' numbers by name, and what infers.
-    identities: Py<PyAny>,
-    agents: Py<PyDict>,
+    /// Whose requests are, and who infers it where they do not say so.
+    names: Names,
     inferring: Py<Identity>,
     /// By request id.
     #[pyo3(get)]
@@ -272,15 +115,14 @@ impl EngineCalls {
             acting: false,
             eager: false,
             on_reset: None,
-            identities: identities.clone().unbind(),
-            agents: identities.getattr("agents")?.cast_into::<PyDict>()?.unbind(),
+            names: Names::new(identities)?,
             inferring: identities.getattr("core")?.cast_into::<Identity>()?.unbind(),
             calls: PyDict::new(py).unbind(),
             counts: Py::new(py, EngineCounts::default())?,
             untold: Vec::new(),
             untold_calls: 0,
             prefilling: Vec::new(),
-            decoding: Decoding { takers: vec![0; block_size.max(1)], next: 0 },
+            decoding: Decoding::new(block_size),
             pending: Told::default(),
             planned: None,
             starting: VecDeque::new(),
@@ -661,7 +503,7 @@ impl EngineCalls {
             queue.bind(py).borrow().forget_all();
         }
         self.prefilling.clear();
-        self.decoding.takers.fill(0);
+        self.decoding.clear();
         add(&self.counts.get().resets, 1);
         for call in self.calls.bind(py).values() {
             // They are queued again and start anew.
@@ -712,7 +554,7 @@ impl EngineCalls {
     /// Victims for what running requests will take in the next step.
     fn prepare_next(&mut self, scheduler_output: &Bound<'_, PyAny>, scheduled: &Bound<'_, PyDict>) -> PyResult<()> {
         let (py, running) = (scheduled.py(), scheduled.len());
-        self.decoding.next = (self.decoding.next + 1) % self.block_size;
+        self.decoding.step();
         let mut prefilled = (0, 0);
         let waiting = if self.prefilling.is_empty() { 0 } else { self.still_waiting(scheduled, &mut prefilled)? };
         let decoding = running.saturating_sub(prefilled.0);
@@ -720,7 +562,7 @@ impl EngineCalls {
             Some(tokens) => tokens.extract::<usize>()?.saturating_sub(prefilled.1),
             None => decoding,
         };
-        let takers = self.decoding.takers[self.decoding.next];
+        let takers = self.decoding.next_takers();
         let average = if decoded > decoding { decoded.div_ceil(self.block_size) } else { decoding / self.block_size };
         let soon = waiting + takers.max(average);
         match &self.queue {
@@ -850,9 +692,9 @@ impl EngineCalls {
         let stop = tokens / self.block_size;
         let mut keys = Vec::with_capacity(stop.min(1 << 16));
         read_keys(&request.getattr(intern!(py, "block_hashes"))?, 0, stop, &mut keys)?;
-        let named = match self.named(request)? {
+        let named = match self.names.said(request)? {
             Some(named) => named,
-            None => self.resolved(request, &keys)?,
+            None => self.names.resolved(request, &keys)?,
         };
         let (session_inferred, agent_inferred, inferred) = named.inferred.unwrap_or_default();
         let mut told = Vec::new();
@@ -963,61 +805,6 @@ impl EngineCalls {
         let mut other = other.borrow_mut();
         other.session_ends |= other.number < number;
         Ok(false)
-    }
-
-    /// What a request says of itself, as `identity.given` reads it; None where it says too little or says it strangely.
-    fn named(&self, request: &Bound<'_, PyAny>) -> PyResult<Option<Named>> {
-        let py = request.py();
-        let params = match dict(request.getattr_opt(intern!(py, "kv_transfer_params"))?) {
-            Some(params) => dict(params.get_item(intern!(py, "agentrt"))?),
-            None => None,
-        };
-        let extra = match request.getattr_opt(intern!(py, "sampling_params"))? {
-            Some(sampling) if !sampling.is_none() => dict(sampling.getattr_opt(intern!(py, "extra_args"))?),
-            _ => None,
-        };
-        let (mut session, mut agent, mut session_ends) = (None, None, false);
-        let mut ended_sessions = Vec::new();
-        for source in [params, extra].into_iter().flatten() {
-            if session.is_none() {
-                session = source.get_item(intern!(py, "session_id"))?.filter(is_said);
-            }
-            if agent.is_none() {
-                agent = source.get_item(intern!(py, "agent_id"))?.filter(is_said);
-            }
-            if !session_ends {
-                session_ends = source.get_item(intern!(py, "session_end"))?.map_or(Ok(false), |end| end.is_truthy())?;
-            }
-            if let Some(ended) = source.get_item(intern!(py, "ended_sessions"))? {
-                let Some(ended) = sessions_of(&ended)? else { return Ok(None) };
-                ended_sessions.extend(ended);
-            }
-        }
-        if session.is_none() {
-            session = request.getattr_opt(intern!(py, "session_id"))?.filter(is_said);
-        }
-        let (Some(session), Some(agent)) = (session, agent) else { return Ok(None) };
-        if !is_name(&session)? || !is_name(&agent)? {
-            return Ok(None);
-        }
-        let Some(session) = session_of(&session) else { return Ok(None) };
-        let identities = self.identities.bind(py);
-        let agent = match self.agents.bind(py).get_item(&agent)? {
-            Some(agent) => agent,
-            None => identities.call_method1(intern!(py, "intern"), (agent,))?,
-        };
-        Ok(Some(Named { session, agent: agent.extract()?, session_ends, ended_sessions, inferred: None }))
-    }
-
-    /// Asks Python.
-    fn resolved(&self, request: &Bound<'_, PyAny>, keys: &[u64]) -> PyResult<Named> {
-        let py = request.py();
-        let keys = PyArray1::from_slice(py, keys);
-        let identity = self.identities.bind(py).call_method1(intern!(py, "resolve"), (request, keys))?;
-        let (session, agent, session_inferred, agent_inferred, session_ends, call, ended_sessions) =
-            identity.cast::<PyTuple>()?.as_any().extract::<(u64, u16, bool, bool, bool, Option<u32>, Vec<u64>)>()?;
-        let inferred = Some((session_inferred, agent_inferred, call));
-        Ok(Named { session, agent, session_ends, ended_sessions, inferred })
     }
 
     // ---- what the core is told ----
@@ -1227,45 +1014,6 @@ impl EngineCalls {
         }
         Ok(waiting)
     }
-}
-
-/// A dictionary; None for anything else.
-fn dict(object: Option<Bound<'_, PyAny>>) -> Option<Bound<'_, PyDict>> {
-    object.and_then(|object| object.cast_into::<PyDict>().ok())
-}
-
-/// Whether something has been said: neither None nor an empty string.
-fn is_said(value: &Bound<'_, PyAny>) -> bool {
-    !value.is_none() && value.cast::<PyString>().map_or(true, |text| text.len().map_or(true, |len| len > 0))
-}
-
-/// Whether it is a name as it is.
-fn is_name(value: &Bound<'_, PyAny>) -> PyResult<bool> {
-    match value.cast_exact::<PyString>() {
-        Ok(name) => Ok(name.len()? <= NAME_CHARS),
-        Err(_) => Ok(false),
-    }
-}
-
-/// The number of a session's name; None for a name that is no text.
-fn session_of(name: &Bound<'_, PyAny>) -> Option<u64> {
-    Some(key_of(name.cast::<PyString>().ok()?.to_cow().ok()?.as_bytes()))
-}
-
-/// The numbers of a list of names; None for anything else.
-fn sessions_of(names: &Bound<'_, PyAny>) -> PyResult<Option<Vec<u64>>> {
-    let Ok(names) = names.cast::<PyList>() else { return Ok(None) };
-    if names.len() > MAX_ENDED {
-        return Ok(None);
-    }
-    let mut sessions = Vec::with_capacity(names.len());
-    for name in names {
-        match session_of(&name) {
-            Some(session) if is_name(&name)? && is_said(&name) => sessions.push(session),
-            _ => return Ok(None),
-        }
-    }
-    Ok(Some(sessions))
 }
 
 /// Ids of `blocks[from..to]`.

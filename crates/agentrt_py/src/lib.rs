@@ -5,7 +5,9 @@
 
 mod clock;
 mod convert;
+mod engine_call;
 mod engine_calls;
+mod engine_names;
 mod engine_steps;
 mod errors;
 mod explain;
@@ -43,7 +45,9 @@ mod _core {
     #[pymodule_export]
     use crate::clock::monotonic_us;
     #[pymodule_export]
-    use crate::engine_calls::{EngineCall, EngineCalls, EngineCounts};
+    use crate::engine_call::{EngineCall, EngineCounts};
+    #[pymodule_export]
+    use crate::engine_calls::EngineCalls;
     #[pymodule_export]
     use crate::explain::explain;
     #[pymodule_export]
