@@ -23,17 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benches.e2e.run import predict  # noqa: E402
-from benches.e2e.workloads import (  # noqa: E402
-    BATCH,
-    CALLS,
-    CONCURRENCY,
-    LONGEST,
-    Call,
-    ClosedLoop,
-    calls_of,
-    sessions,
-)
-from tests.engines.vllm.scheduler import Server, transfer  # noqa: E402
+from benches.e2e.simulated import run as simulate  # noqa: E402
+from benches.e2e.workloads import CALLS, Call, calls_of, sessions  # noqa: E402
+from tests.engines.vllm.scheduler import transfer  # noqa: E402
 
 # The pools that `benches/e2e/run.py` finds.
 POOLS = {"coding_team": 280, "research_tree": 320}
@@ -54,57 +46,17 @@ def run(
 ) -> Rates:
     """Runs sessions in a closed loop and replays what was recorded."""
     rng = random.Random(clock_seed)
-    now_us = 1_000_000
 
-    def clock() -> int:
-        nonlocal now_us
-        now_us += 3
-        return now_us
+    def step_us(tokens: int) -> int:
+        if asked.steady:
+            return STEADY_US + 1_500 * clock_seed
+        return int((STEP_US + TOKEN_US * tokens) * rng.lognormvariate(0, NOISE))
 
     with tempfile.TemporaryDirectory() as folder:
         recording = Path(folder) / "recording.jsonl"
-        server = Server(
-            Path(folder),
-            blocks,
-            transfer(asked.policy, record=str(recording)),
-            asynchronous=asked.asynchronous,
-            max_num_seqs=BATCH,
-            max_model_len=LONGEST + 64,
-        )
-        adapter = server.connector.adapter
-        adapter.now_us = clock
-        schedule = server.scheduler.schedule
-
-        def timed() -> object:
-            nonlocal now_us
-            output = schedule()
-            if asked.steady:
-                now_us += STEADY_US + 1_500 * clock_seed
-            else:
-                us = STEP_US + TOKEN_US * output.total_num_scheduled_tokens
-                now_us += int(us * rng.lognormvariate(0, NOISE))
-            return output
-
-        server.scheduler.schedule = timed
-        loop = ClosedLoop(todo, CONCURRENCY, calls, seed)
-        live: dict[str, tuple[list[Call], int]] = {}
-        tokens = hit = 0
-        while True:
-            for session, step in loop.due():
-                call = session[step]
-                live[call.name] = session, step
-                tokens += call.n_tokens
-                server.add(call.name, call.tokens(), tokens=2, session_id=call.session, agent_id=call.agent)
-            if not live:
-                break
-            before = len(server.finished)
-            server.step()
-            for name in server.finished[before:]:
-                hit += server.cached[name]
-                loop.ended(*live.pop(name))
-        server.check()
-        adapter.close()
-        return Rates(hit / tokens, predict(recording, blocks, {asked.policy: asked.policy})[asked.policy])
+        flag = transfer(asked.policy, record=str(recording))
+        outcome = simulate(todo, calls, blocks, seed, flag, step_us, asynchronous=asked.asynchronous)
+        return Rates(outcome.hit_rate, predict(recording, blocks, {asked.policy: asked.policy})[asked.policy])
 
 
 def main() -> None:

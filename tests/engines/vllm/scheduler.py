@@ -148,10 +148,11 @@ class Server:
             req_ids=names, req_id_to_index={name: i for i, name in enumerate(names)}, sampled_token_ids=sampled
         )
         self._computing.append((out, made))
-        before = set(self.scheduler.requests)
+        before = list(self.scheduler.requests)
         while len(self._computing) > (self._ahead if names else 0):
             self.scheduler.update_from_output(*self._computing.popleft())
-        self.finished += sorted(before - set(self.scheduler.requests))
+        # As they arrived, which is the order in which an engine reports them.
+        self.finished += [name for name in before if name not in self.scheduler.requests]
         return names
 
     def _token(self, name: str) -> int:
