@@ -11,9 +11,10 @@ use super::chain::STEPS;
 use super::followers::{Kin, KIN};
 use super::index::{Segment, NONE};
 use super::kin::RECENT;
+use super::odds::Habit;
 use super::sharing::{Curves, Owner};
 use super::workload::{Workload, MAX_WORKLOADS};
-use super::{odds, KvCache, CURVES};
+use super::{KvCache, CURVES};
 use crate::ids::spread;
 use crate::sessions::SessionHandle;
 
@@ -34,8 +35,8 @@ pub(super) struct Lane {
     pub(super) before: u32,
     /// Calls of its session when it called last.
     pub(super) at: u16,
-    /// What that call used of what the one before had used, see `odds.rs`; and the blocks of its prompt.
-    pub(super) kept: u8,
+    /// What that call was like, and the blocks of its prompt.
+    pub(super) habit: Habit,
     pub(super) prompt_len: u32,
 }
 
@@ -47,7 +48,7 @@ const VACANT: Lane = Lane {
     next: NONE,
     before: NONE,
     at: 0,
-    kept: odds::NEW,
+    habit: Habit::NEW,
     prompt_len: 0,
 };
 

@@ -4,7 +4,8 @@
 //! blocks of one cell:
 //!
 //! - *habit*: what the lane did when it called last (it used nearly all, some, or hardly any of what its call before had
-//!   used, or has not called twice), by how many calls of its session ago that was. For blocks that this call used.
+//!   used, or has not called twice), how many calls in a row it had then made at once, nobody else of its session calling in
+//!   between (none, one, more), and how many calls of its session ago that was. For blocks that this call used.
 //! - *place* in the lane's last prompt, in fifths, or behind it;
 //! - *sessions* that have used the block: one, two, more.
 //!
@@ -20,17 +21,17 @@ use super::Config;
 
 /// What a lane's last call used of what the one before had used: hardly any, some, nearly all; or there was none before.
 const KEPT: usize = 4;
-/// The last of these.
-pub(crate) const NEW: u8 = KEPT as u8 - 1;
-/// Calls of the session since the lane's last one: none, 1, 2-3, 4-7, more.
-const SINCE: usize = 5;
+/// Calls at once in a row up to its last one: that one came after others, or at once, or so did the one before it.
+const RUNS: usize = 3;
+/// Calls of the session since the lane's last one: none, one, more.
+const SINCE: usize = 3;
 /// Fifths of the prompt, and what follows it.
 const PLACES: usize = 6;
 /// Sessions: one, two, more.
 const DEGREES: usize = 3;
 /// Places and sessions, for blocks that the lane's last call used and for those it did not.
 const BLOCKS: usize = 2 * (PLACES + DEGREES);
-const CELLS: usize = KEPT * SINCE + BLOCKS;
+const CELLS: usize = KEPT * RUNS * SINCE + BLOCKS;
 /// Weight, in votes, of "as the cell says".
 const PRIOR: f32 = 1.0;
 
@@ -48,8 +49,26 @@ impl Default for Odds {
     }
 }
 
-fn habit(kept: u8, since: u16) -> usize {
-    BLOCKS + usize::from(kept) * SINCE + ((u16::BITS - since.leading_zeros()) as usize).min(SINCE - 1)
+/// What a lane's last call was like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Habit {
+    kept: u8,
+    run: u8,
+}
+
+impl Habit {
+    /// Of a lane that has not called twice.
+    pub(crate) const NEW: Self = Self { kept: KEPT as u8 - 1, run: 0 };
+
+    /// After one more call, which used so much, see [`Votes::kept`].
+    pub(crate) fn next(self, kept: u8, at_once: bool) -> Self {
+        Self { kept, run: if at_once { (self.run + 1).min(RUNS as u8 - 1) } else { 0 } }
+    }
+
+    fn cell(self, since: u16) -> usize {
+        let lane = usize::from(self.kept) * RUNS + usize::from(self.run);
+        BLOCKS + lane * SINCE + usize::from(since).min(SINCE - 1)
+    }
 }
 
 /// Cells of a block: its place and its sessions.
@@ -88,9 +107,9 @@ impl Odds {
 
     /// Of the blocks that a lane's last call has used, by that call, if its next one comes after `since` others of its
     /// session.
-    pub(crate) fn of_habit(&self, kept: u8, since: u16, config: &Config) -> f32 {
+    pub(crate) fn of_habit(&self, habit: Habit, since: u16, config: &Config) -> f32 {
         if config.content_odds {
-            self.of(habit(kept, since))
+            self.of(habit.cell(since))
         } else {
             1.0
         }
@@ -130,8 +149,8 @@ pub(crate) struct Votes {
 
 impl Votes {
     /// Of a call after `since` others of its session since the lane's last one, whose prompt had `prompt_len` blocks.
-    pub(crate) fn new(odds: &Odds, kept: u8, since: u16, prompt_len: u32) -> Self {
-        let habit = habit(kept, since);
+    pub(crate) fn new(odds: &Odds, habit: Habit, since: u16, prompt_len: u32) -> Self {
+        let habit = habit.cell(since);
         let odds = std::array::from_fn(|i| odds.of(if i == BLOCKS { habit } else { i }));
         Self { habit, prompt_len, odds, blocks: [Vote::default(); BLOCKS + 1] }
     }
@@ -151,7 +170,7 @@ impl Votes {
         }
     }
 
-    /// What the call uses of what the one before has used: the lane's habit from now on. None where nothing is known of that.
+    /// What the call uses of what the one before has used, see [`Habit::next`]. None where nothing is known of that.
     pub(crate) fn kept(&self) -> Option<u8> {
         let Vote { n, used, .. } = self.blocks[BLOCKS];
         match (u64::from(used) * 4).checked_div(u64::from(n))? {
@@ -175,11 +194,15 @@ mod tests {
 
     const CONFIG: fn() -> Config = Config::default;
 
-    /// Calls of lanes that kept `kept` at their last one: of ten blocks in the first fifth of the prompt and as many behind
+    fn kept(kept: u8) -> Habit {
+        Habit { kept, run: 0 }
+    }
+
+    /// Calls of lanes with a habit: of ten blocks in the first fifth of the prompt and as many behind
     /// it, of which their cell says `rate`, they use so many.
-    fn calls(odds: &Odds, kept: u8, rate: f32, used: impl Fn(u64) -> [u32; 2]) {
+    fn calls(odds: &Odds, habit: Habit, rate: f32, used: impl Fn(u64) -> [u32; 2]) {
         for call in 0..300 {
-            let mut votes = Votes::new(odds, kept, 0, 50);
+            let mut votes = Votes::new(odds, habit, 0, 50);
             for (depth, n) in [0, 50].into_iter().zip(used(call)) {
                 votes.expect(0, depth, 1, rate, 10);
                 votes.used(0, depth, 1, n);
@@ -192,27 +215,43 @@ mod tests {
     fn a_lane_does_what_lanes_of_its_habit_do() {
         let odds = Odds::default();
         for _ in 0..4 {
-            calls(&odds, 0, 0.5, |_| [0, 0]);
-            calls(&odds, 2, 0.5, |_| [10, 10]);
+            calls(&odds, kept(0), 0.5, |_| [0, 0]);
+            calls(&odds, kept(2), 0.5, |_| [10, 10]);
         }
-        let rate = |kept, since| adjusted(0.5, odds.of_habit(kept, since, &CONFIG()));
+        let rate = |all, since| adjusted(0.5, odds.of_habit(kept(all), since, &CONFIG()));
         assert!(rate(0, 0) < 0.1 && rate(2, 0) > 0.9, "{} {}", rate(0, 0), rate(2, 0));
         assert_eq!(rate(0, 9), 0.5, "nothing was seen of lanes that called so long ago");
         let off = Config { content_odds: false, ..CONFIG() };
-        assert_eq!((odds.of_habit(0, 0, &off), odds.of_block(0, 0, 50, 1, &off)), (1.0, 1.0));
+        assert_eq!((odds.of_habit(kept(0), 0, &off), odds.of_block(0, 0, 50, 1, &off)), (1.0, 1.0));
+    }
+
+    #[test]
+    fn a_lane_that_has_called_twice_in_a_row_is_told_from_one_that_has_called_once() {
+        let odds = Odds::default();
+        let once = Habit::NEW.next(2, false);
+        let twice = once.next(2, true);
+        for _ in 0..4 {
+            calls(&odds, once, 0.5, |_| [10, 10]);
+            calls(&odds, twice, 0.5, |_| [0, 0]);
+        }
+        let rate = |habit: Habit| adjusted(0.5, odds.of_habit(habit, 0, &CONFIG()));
+        assert!(rate(once) > 0.9 && rate(twice) < 0.1, "{} {}", rate(once), rate(twice));
+        assert_eq!(rate(twice.next(2, true)), 0.5, "three in a row have not been seen");
+        assert_eq!(twice.next(2, true).next(2, true), twice.next(2, true));
+        assert_eq!(twice.next(2, false), once);
     }
 
     #[test]
     fn a_place_that_is_used_is_told_from_one_that_is_not() {
         let odds = Odds::default();
-        calls(&odds, 1, 0.5, |_| [10, 0]);
+        calls(&odds, kept(1), 0.5, |_| [10, 0]);
         let rate = |depth| {
-            let all = odds.of_block(0, depth, 50, 1, &CONFIG()) * odds.of_habit(1, 0, &CONFIG());
+            let all = odds.of_block(0, depth, 50, 1, &CONFIG()) * odds.of_habit(kept(1), 0, &CONFIG());
             adjusted(0.5, all)
         };
         assert!(rate(9) > 0.9 && rate(50) < 0.1, "{} {}", rate(9), rate(50));
         // What the habit says is not said twice.
-        assert!((adjusted(0.5, odds.of_habit(1, 0, &CONFIG())) - 0.5).abs() < 0.1);
+        assert!((adjusted(0.5, odds.of_habit(kept(1), 0, &CONFIG())) - 0.5).abs() < 0.1);
     }
 
     #[test]
@@ -221,11 +260,11 @@ mod tests {
         for rate in [5u32, 50, 98] {
             // So many calls in a hundred use everything, the others nothing.
             for _ in 0..3 {
-                calls(&odds, 2, rate as f32 / 100.0, |call| {
+                calls(&odds, kept(2), rate as f32 / 100.0, |call| {
                     [if mix(call) % 100 < u64::from(rate) { 10 } else { 0 }; 2]
                 });
             }
-            let p = adjusted(rate as f32 / 100.0, odds.of_habit(2, 0, &CONFIG()));
+            let p = adjusted(rate as f32 / 100.0, odds.of_habit(kept(2), 0, &CONFIG()));
             assert!((p - rate as f32 / 100.0).abs() < 0.04, "{rate} {p}");
         }
     }
@@ -234,13 +273,13 @@ mod tests {
     fn what_a_call_kept_is_the_habit() {
         let odds = Odds::default();
         let kept = |used| {
-            let mut votes = Votes::new(&odds, NEW, 0, 50);
+            let mut votes = Votes::new(&odds, Habit::NEW, 0, 50);
             votes.expect(0, 0, 1, 0.5, 8);
             votes.expect(3, 20, 1, 0.5, 100);
             votes.used(0, 0, 1, used);
             votes.kept()
         };
         assert_eq!([0, 1, 2, 5, 6, 8].map(kept), [Some(0), Some(0), Some(1), Some(1), Some(2), Some(2)]);
-        assert_eq!(Votes::new(&odds, NEW, 0, 50).kept(), None);
+        assert_eq!(Votes::new(&odds, Habit::NEW, 0, 50).kept(), None);
     }
 }

@@ -85,7 +85,7 @@ impl KvCache {
             let mut used = 0.0;
             for (i, use_then) in (0u16..).zip(&mut first_use) {
                 let habit = match misses {
-                    0 => workload.odds.of_habit(lane.kept, since.saturating_add(i), &self.config),
+                    0 => workload.odds.of_habit(lane.habit, since.saturating_add(i), &self.config),
                     _ => 1.0,
                 };
                 let rate = |rate| odds::adjusted(rate, now * habit);

@@ -26,7 +26,7 @@ impl KvCache {
         hints: &[Hint],
     ) -> bool {
         let prompt_len = keys.len() as u32;
-        let Lane { agent, calls, at: called_at, kept, prompt_len: last_len, .. } = self.lanes[lane as usize];
+        let Lane { agent, calls, at: called_at, habit, prompt_len: last_len, .. } = self.lanes[lane as usize];
         let Tenant { kin, calls: step, .. } = self.tenants[slot as usize];
         // Calls of others since the lane's last one.
         let since = step.wrapping_sub(called_at).saturating_sub(1);
@@ -35,7 +35,7 @@ impl KvCache {
         // One vote per (misses, class) cell: all blocks of the lane, used or not, evicted or not.
         let mut expected = [[0u32; CLASSES]; MISSES];
         let mut used = [[0u32; CLASSES]; MISSES];
-        let mut compared = odds::Votes::new(&workload.odds, kept, since, last_len);
+        let mut compared = odds::Votes::new(&workload.odds, habit, since, last_len);
         let misses = |touch_call: u32| calls.wrapping_sub(touch_call);
         let row = |misses: u32| (misses as usize).min(MISSES - 1);
         let mut segment = self.lanes[lane as usize].head;
@@ -136,7 +136,7 @@ impl KvCache {
         self.follow(workload, slot, &votes, leads);
         workload.odds.learn(&compared, now_us);
         if let Some(kept) = compared.kept() {
-            self.lanes[lane as usize].kept = kept;
+            self.lanes[lane as usize].habit = habit.next(kept, calls > 0 && !later);
         }
         for (misses, (expected, used)) in expected.iter().zip(&used).enumerate() {
             for (class, (&n, &m)) in expected.iter().zip(used).enumerate() {

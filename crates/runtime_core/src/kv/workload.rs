@@ -2,7 +2,7 @@
 //!
 //! | field | what | bytes |
 //! |---|---|---|
-//! | `transitions` | successors of (agent before last, last agent) and of (last agent), 79 sets of 8 | 5,135 |
+//! | `transitions` | successors of (agent before last, last agent) and of (last agent), 77 sets of 8 | 5,005 |
 //! | `drift` | share of right guesses of the next agent, quick and slow | 8 |
 //! | `ranks` | rank of the next agent in the session's recency list | 16 |
 //! | `content` | promises by agent, misses (called at once or later), class | 5,760 |
@@ -12,7 +12,7 @@
 //! | `sharing` | uses by other sessions by degree, depth and age, agent and step; remembered anchors | 3,232 |
 //! | `warm` | agents whose votes are drawn | 4 |
 //! | `followers` | uses by sessions that walk the owner's path, private or shared, by offset, lag and agent | 192 |
-//! | `odds` | used and passed over, seen and due, by the lane's habit, place and sessions | 304 |
+//! | `odds` | used and passed over, seen and due, by the lane's habit, place and sessions | 432 |
 //! | | padding to a cache line | |
 //! | victim queue | heads of 256 score classes (kept beside the index, counted here) | 1,056 |
 //!
@@ -42,7 +42,7 @@ pub(crate) const RANKS: usize = 7;
 pub(crate) const NEW: usize = RANKS;
 
 /// Sets of the transition table.
-const SETS: usize = if cfg!(feature = "unbounded") { 4_096 } else { 79 };
+const SETS: usize = if cfg!(feature = "unbounded") { 4_096 } else { 77 };
 /// Successors of a context that are counted.
 pub(crate) const SUCCESSORS: usize = if cfg!(feature = "unbounded") { 64 } else { 8 };
 
