@@ -34,7 +34,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from agentrt.engines.vllm import offload
 
     now = [1_000_000]
-    monkeypatch.setattr(offload, "_now_us", lambda: now[0])
+    monkeypatch.setattr(offload, "monotonic_us", lambda: now[0])
     return now
 
 
