@@ -162,7 +162,7 @@ def main() -> None:
     os.environ.setdefault("PYTHONHASHSEED", "0")
     recorded = [name for name in RECORDED if (asked.traces / f"{name}.jsonl.gz").exists()]
     names = asked.workloads.split(",") if asked.workloads else [*recorded, *GENERATED]
-    policies = {name: {**(PREFETCHING if name == PREFETCH else {})} for name in asked.policies.split(",")}
+    policies = {name: PREFETCHING if name == PREFETCH else {} for name in asked.policies.split(",")}
     if unknown := set(policies) - set(CORES):
         raise SystemExit(f"error: unknown policy `{min(unknown)}`; known: {', '.join(CORES)}")
     if "stock" not in policies:
