@@ -105,9 +105,8 @@ impl KvCache {
         let x = *self.index.seg(segment);
         let take = most.min(x.len as usize);
         if let Some(workload) = workloads.get(self.workload_of(x.lane) as usize) {
-            let age_s = self.now_us.saturating_sub(x.last_use_us) as f32 / 1e6;
             self.refresh_curves(x.lane, workload);
-            workload.sharing.learn(self.curves(x.lane), self.owner(&x), age_s, take as u32, false);
+            workload.sharing.learn(self.curves(x.lane), self.owner(&x), x.had_s(self.now_us), take as u32, false);
             if x.degree > 1 {
                 workload.sharing.remember(self.index.key(x.tail), x.degree);
             }

@@ -100,6 +100,8 @@ pub(crate) struct Segment {
     pub(crate) degree: u8,
     /// Step class of the session's call that first used it.
     pub(crate) born: u8,
+    /// When that was, see [`Segment::had_s`].
+    pub(crate) born_at: u32,
     /// Number of the lane's call that first used it since it has been in the pool, saturating; of an answer, and of what
     /// was brought back, of the lane's next call.
     pub(crate) ordinal: u8,
@@ -127,6 +129,17 @@ impl Segment {
         self.queue_prev = score.map_or(NONE, f32::to_bits);
     }
 
+    /// A time as it is kept in `born_at`: in 2^13 us, modulo 407 days.
+    pub(crate) const fn moment(now_us: u64) -> u32 {
+        (now_us >> 13) as u32
+    }
+
+    /// Seconds for which its session has had it.
+    pub(crate) fn had_s(&self, now_us: u64) -> f32 {
+        let had = Self::moment(now_us).wrapping_sub(self.born_at) as i32;
+        had.max(0) as f32 * (8_192.0 / 1e6)
+    }
+
     const EMPTY: Self = Self {
         last_use_us: 0,
         top: NONE,
@@ -148,6 +161,7 @@ impl Segment {
         touches: 0,
         degree: 0,
         born: 0,
+        born_at: 0,
         ordinal: 0,
         restored: 0,
         awaited: (0, 0),
@@ -629,5 +643,22 @@ impl Index {
             self.set_aside(self.oldest);
         }
         self.oldest
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_session_has_had_a_segment_for_no_negative_time_also_where_the_clock_that_keeps_it_turns() {
+        let had_s = |born_us: u64, now_us: u64| {
+            let x = Segment { born_at: Segment::moment(born_us), ..Segment::EMPTY };
+            x.had_s(now_us)
+        };
+        assert!((had_s(5_000_000, 7_000_000) - 2.0).abs() < 0.01);
+        assert_eq!((had_s(5_000_000, 5_000_000), had_s(5_000_000, 1_000_000)), (0.0, 0.0));
+        let turn_us = 1 << 45;
+        assert!((had_s(turn_us - 1_000_000, turn_us + 1_000_000) - 2.0).abs() < 0.02);
     }
 }

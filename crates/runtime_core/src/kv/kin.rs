@@ -110,7 +110,7 @@ impl KvCache {
 #[cfg(test)]
 mod tests {
     use super::super::followers::COMMON;
-    use super::super::sharing::AGES;
+    use super::super::sharing::{self, AGES};
     use super::super::workload::{Sessions, Workloads};
     use super::super::{CallStart, Config};
     use super::*;
@@ -385,6 +385,27 @@ mod tests {
         pool.call(2, 0, &task);
         let after = pool.shared();
         assert!(after.0 > before.0 && after.1 == before.1, "{before:?} {after:?}");
+    }
+
+    #[test]
+    fn a_strangers_use_is_as_late_as_the_session_has_had_the_blocks_however_often_it_has_used_them() {
+        let mut pool = Pool::new();
+        let task = prompt(1, 20);
+        pool.call(1, 0, &task);
+        let before = pool.shared();
+        for _ in 0..5 {
+            pool.call(1, 0, &task);
+        }
+        assert_eq!(pool.shared(), before, "own uses are neither events nor ends");
+        let used_at = |pool: &Pool| -> Vec<usize> {
+            let rows = || pool.learned().sharing.rows();
+            (0..AGES).filter(|&age| rows().any(|row| row.get(age) > 0)).collect()
+        };
+        pool.call(2, 0, &task);
+        assert_eq!(used_at(&pool), [sharing::position(6.0) as usize], "not one second, as after the last use");
+        // From here on they are the other session's.
+        pool.call(3, 0, &task);
+        assert_eq!(used_at(&pool), [1.0, 6.0].map(|s| sharing::position(s - 0.01) as usize));
     }
 
     #[test]

@@ -104,7 +104,7 @@ impl KvCache {
         let mut foreign = Foreign::Learned {
             curve: self.curves(x.lane).of(owner.class()),
             risk: workload.sharing.risk(owner, &self.config),
-            age_s: self.now_us.saturating_sub(x.last_use_us) as f32 / 1e6,
+            age_s: x.had_s(self.now_us),
         };
         if self.config.oracle.any() {
             self.foretold(segment, lane, &mut first_use, &mut foreign);

@@ -2,7 +2,7 @@
 //! they are, in `lanes.rs`. Here both are kept in step: a segment is in one lane's list, and in the victim queue where
 //! it has become a leaf.
 
-use super::index::{self, NONE, NOT_QUEUED};
+use super::index::{self, Segment, NONE, NOT_QUEUED};
 use super::offers::NO_KIND;
 use super::workload::Workload;
 use super::{content, Hint, KvCache};
@@ -174,7 +174,7 @@ impl KvCache {
                 };
                 x.degree = if i < anchor_len { anchor_degree.saturating_add(1) } else { 1 };
                 x.depth = *len;
-                x.born = born;
+                (x.born, x.born_at) = (born, Segment::moment(now_us));
                 x.ordinal = ordinal(touch_call.saturating_add((!matches!(origin, Origin::Prompt(_))).into()));
                 x.touch_call = touch_call;
                 x.last_use_us = now_us;

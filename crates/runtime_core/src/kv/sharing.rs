@@ -1,9 +1,11 @@
 //! Sharing: when will *another* session use a segment?
 //!
-//! Hazards over the age since the last use (octaves from 1/16 s to two hours) by class: how many sessions have used the
-//! segment (1, 2, 3-4, 5-8, 9-16, 17-64, more) x depth (below 16, 64, 256 blocks, deeper). A use by another session is
-//! an event; a use by the same session or an eviction ends the observation (censored), which was at risk in half of its
-//! last bucket (the actuarial estimator: octaves are wide, and many observations end in them). Prior of a class: all private
+//! Hazards over the age, the time for which its session has had a segment (octaves from 1/16 s to two hours), by class: how
+//! many sessions have used the segment (1, 2, 3-4, 5-8, 9-16, 17-64, more) x depth (below 16, 64, 256 blocks, deeper). A use
+//! by another session is an event, and the segment is that one's from then on; an eviction ends the observation (censored),
+//! which was at risk in half of its last bucket (the actuarial estimator: octaves are wide, and many observations end in
+//! them). Uses by its own session end nothing: they say little of when others come, and an age since the last use would
+//! be long only where the session has gone on to something else. Prior of a class: all private
 //! (or all shared) segments together.
 //!
 //! A segment that several sessions used is still that after an eviction: its last block and degree are remembered in a
@@ -222,8 +224,9 @@ impl Sharing {
         let due = weight * curves.of(class).due(bucket(age_s), shared);
         let seen = if shared { weight } else { 0.0 };
         for (cell, ratio) in cells.into_iter().zip(ratios) {
-            // Steps are whole, what is due is not: it is rounded up as often as it must be, by the bits of the age.
-            let chance = (mix(u64::from(age_s.to_bits()) ^ cell as u64) >> 40) as f32 / (1u64 << 24) as f32;
+            // Steps are whole, what is due is not: it is rounded up as often as it must be, by the bits of both.
+            let bits = u64::from(age_s.to_bits()) << 32 | u64::from(due.to_bits());
+            let chance = (mix(bits ^ cell as u64) >> 40) as f32 / (1u64 << 24) as f32;
             let due = (due * all / ratio + chance) as u32;
             self.ratios[cell / 2].add_steps(cell % 2 * 2, [seen as u32, due], Often::ALWAYS);
         }

@@ -5,7 +5,7 @@
 
 use super::content::{CLASSES, MISSES};
 use super::followers::{Kin, COMMON, KIN};
-use super::index::NONE;
+use super::index::{Segment, NONE};
 use super::lanes::{Lane, Tenant};
 use super::offers::NO_KIND;
 use super::segments::ordinal;
@@ -68,32 +68,32 @@ impl KvCache {
                 n = hints[at..at + n].iter().take_while(|&h| *h == hints[at]).count();
                 self.hints[segment as usize] = hints[at];
             }
-            let same_session = self.lanes[old.lane as usize].session == slot;
+            let Lane { session: owner, agent: owners, .. } = self.lanes[old.lane as usize];
             if old.lane == lane {
                 let misses = misses(old.touch_call);
                 used[row(misses)][old.class as usize] += n as u32;
                 compared.used(misses, old.depth, old.degree, n as u32);
             }
-            let age_s = now_us.saturating_sub(old.last_use_us) as f32 / 1e6;
-            let owner = self.owner(&old);
-            let other = self.lanes[old.lane as usize].session;
-            // What kin use in step with the owner is foreseen by that.
-            let mut foreseen = false;
-            if !same_session && other != NONE {
-                let votes = kin.iter().zip(&mut votes).find(|(kin, _)| kin.slot == other);
-                if let Some((_, Some(votes))) = votes {
-                    if owner.agent == agent {
-                        foreseen = old.last_use_us >= in_step_us;
-                        votes.used(old.degree > 1, old.ordinal, n as u32);
+            if owner != slot {
+                // What kin use in step with the owner is foreseen by that.
+                let mut foreseen = false;
+                if owner != NONE {
+                    let votes = kin.iter().zip(&mut votes).find(|(kin, _)| kin.slot == owner);
+                    if let Some((_, Some(votes))) = votes {
+                        if owners == agent {
+                            foreseen = old.last_use_us >= in_step_us;
+                            votes.used(old.degree > 1, old.ordinal, n as u32);
+                        }
+                    }
+                    if at * 3 >= prompt_len as usize && old.degree < COMMON && !leads.contains(&owner) {
+                        leads.rotate_right(1);
+                        leads[0] = owner;
                     }
                 }
-                if at * 3 >= prompt_len as usize && old.degree < COMMON && !leads.contains(&other) {
-                    leads.rotate_right(1);
-                    leads[0] = other;
-                }
+                // Uses by the owner's session are no end of what is observed: they say nothing of others.
+                let (curves, owner, had_s) = (self.curves(old.lane), self.owner(&old), old.had_s(now_us));
+                workload.sharing.learn(curves, owner, had_s, n as u32, !foreseen);
             }
-            let foreign = !same_session && !foreseen;
-            workload.sharing.learn(self.curves(old.lane), owner, age_s, n as u32, foreign);
             if n < old.len as usize {
                 let lower = self.split(segment, self.path[at + n - 1], n as u32);
                 if lower == NONE {
@@ -116,12 +116,12 @@ impl KvCache {
             }
             x.touch_call = calls + 1;
             x.last_use_us = now_us;
-            if same_session {
+            if owner == slot {
                 x.touches = x.touches.saturating_add(1);
                 x.class = content::used_class(x.touches);
             } else {
                 x.touches = 1;
-                x.born = step.min(255) as u8;
+                (x.born, x.born_at) = (step.min(255) as u8, Segment::moment(now_us));
                 x.degree = x.degree.saturating_add(1);
                 x.class = content::first_class(prompt_len - (at + n) as u32);
             }
