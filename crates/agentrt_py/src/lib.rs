@@ -5,10 +5,7 @@
 
 mod clock;
 mod convert;
-mod engine_call;
-mod engine_calls;
-mod engine_names;
-mod engine_steps;
+mod engine;
 mod errors;
 mod explain;
 mod flat;
@@ -21,7 +18,6 @@ mod safety;
 mod scheduling;
 mod simulate;
 mod transfer;
-mod vllm;
 
 use pyo3::prelude::*;
 
@@ -45,9 +41,7 @@ mod _core {
     #[pymodule_export]
     use crate::clock::monotonic_us;
     #[pymodule_export]
-    use crate::engine_call::{EngineCall, EngineCounts};
-    #[pymodule_export]
-    use crate::engine_calls::EngineCalls;
+    use crate::engine::{block_keys, EngineCall, EngineCalls, EngineCounts, FreeQueue};
     #[pymodule_export]
     use crate::explain::explain;
     #[pymodule_export]
@@ -68,6 +62,4 @@ mod _core {
     use crate::simulate::{scenarios, simulate};
     #[pymodule_export]
     use crate::transfer::copy_host_blocks;
-    #[pymodule_export]
-    use crate::vllm::{block_keys, FreeQueue};
 }

@@ -15,29 +15,29 @@ const NAME_CHARS: usize = 256;
 const MAX_ENDED: usize = 256;
 
 /// Who a request says it is of.
-pub(crate) struct Named {
-    pub(crate) session: u64,
-    pub(crate) agent: u16,
-    pub(crate) session_ends: bool,
-    pub(crate) ended_sessions: Vec<u64>,
+pub(super) struct Named {
+    pub(super) session: u64,
+    pub(super) agent: u16,
+    pub(super) session_ends: bool,
+    pub(super) ended_sessions: Vec<u64>,
     /// Whether session and agent were inferred, and what `Identity.ended` needs; None where nothing was.
-    pub(crate) inferred: Option<(bool, bool, Option<u32>)>,
+    pub(super) inferred: Option<(bool, bool, Option<u32>)>,
 }
 
 /// Python's `Identities`, with its table of agents' numbers by name.
-pub(crate) struct Names {
+pub(super) struct Names {
     identities: Py<PyAny>,
     agents: Py<PyDict>,
 }
 
 impl Names {
-    pub(crate) fn new(identities: &Bound<'_, PyAny>) -> PyResult<Self> {
+    pub(super) fn new(identities: &Bound<'_, PyAny>) -> PyResult<Self> {
         let agents = identities.getattr("agents")?.cast_into::<PyDict>()?.unbind();
         Ok(Self { identities: identities.clone().unbind(), agents })
     }
 
     /// What a request says of itself, as `identity.given` reads it; None where it says too little or says it strangely.
-    pub(crate) fn said(&self, request: &Bound<'_, PyAny>) -> PyResult<Option<Named>> {
+    pub(super) fn said(&self, request: &Bound<'_, PyAny>) -> PyResult<Option<Named>> {
         let py = request.py();
         let params = match dict(request.getattr_opt(intern!(py, "kv_transfer_params"))?) {
             Some(params) => dict(params.get_item(intern!(py, "agentrt"))?),
@@ -80,7 +80,7 @@ impl Names {
     }
 
     /// Asks Python.
-    pub(crate) fn resolved(&self, request: &Bound<'_, PyAny>, keys: &[u64]) -> PyResult<Named> {
+    pub(super) fn resolved(&self, request: &Bound<'_, PyAny>, keys: &[u64]) -> PyResult<Named> {
         let py = request.py();
         let keys = PyArray1::from_slice(py, keys);
         let identity = self.identities.bind(py).call_method1(intern!(py, "resolve"), (request, keys))?;

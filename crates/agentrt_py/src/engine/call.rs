@@ -9,48 +9,48 @@ use pyo3::prelude::*;
 #[pyclass(module = "agentrt._core")]
 pub(crate) struct EngineCall {
     #[pyo3(get)]
-    pub(crate) number: u64,
+    pub(super) number: u64,
     #[pyo3(get)]
-    pub(crate) session: u64,
+    pub(super) session: u64,
     #[pyo3(get)]
-    pub(crate) agent: u16,
+    pub(super) agent: u16,
     #[pyo3(get)]
-    pub(crate) session_ends: bool,
+    pub(super) session_ends: bool,
     #[pyo3(get)]
-    pub(crate) session_inferred: bool,
+    pub(super) session_inferred: bool,
     #[pyo3(get)]
-    pub(crate) agent_inferred: bool,
+    pub(super) agent_inferred: bool,
     /// Other sessions that are over since, as the request says; not those that still have a call here.
     #[pyo3(get)]
-    pub(crate) ended_sessions: Vec<u64>,
+    pub(super) ended_sessions: Vec<u64>,
     /// What `Identity.ended` needs; None where nothing was inferred.
-    pub(crate) inferred: Option<u32>,
-    pub(crate) keys: Vec<u64>,
-    pub(crate) output: Vec<u64>,
+    pub(super) inferred: Option<u32>,
+    pub(super) keys: Vec<u64>,
+    pub(super) output: Vec<u64>,
     /// When it was told to the core as waiting, or started.
     #[pyo3(get)]
-    pub(crate) arrived_us: u64,
+    pub(super) arrived_us: u64,
     #[pyo3(get)]
-    pub(crate) started_us: u64,
+    pub(super) started_us: u64,
     /// Whether the core knows of it; whether it is still to be told as waiting, unless it starts first.
-    pub(crate) told: bool,
-    pub(crate) untold: bool,
+    pub(super) told: bool,
+    pub(super) untold: bool,
     /// Whether the core has been told that it starts, and leading blocks that the core held to be resident then, once known.
-    pub(crate) started: bool,
-    pub(crate) core_hit: Option<usize>,
+    pub(super) started: bool,
+    pub(super) core_hit: Option<usize>,
     /// Leading blocks that vLLM has found.
     #[pyo3(get)]
-    pub(crate) hit: usize,
+    pub(super) hit: usize,
     /// Blocks from here on may be new since the core was asked.
-    pub(crate) low: usize,
+    pub(super) low: usize,
     #[pyo3(get)]
-    pub(crate) allocated: bool,
+    pub(super) allocated: bool,
     /// Tokens that it is admitted with, and how many of them it has slots for.
-    pub(crate) tokens: usize,
-    pub(crate) computed: usize,
+    pub(super) tokens: usize,
+    pub(super) computed: usize,
     /// Where it stands among [`Decoding`], once its prompt is computed.
-    pub(crate) decodes: Option<usize>,
-    pub(crate) request_id: Py<PyAny>,
+    pub(super) decodes: Option<usize>,
+    pub(super) request_id: Py<PyAny>,
 }
 
 #[pymethods]
@@ -76,15 +76,15 @@ impl EngineCall {
 
 impl EngineCall {
     /// Blocks that its prompt will still take.
-    pub(crate) fn left(&self, block_size: usize) -> usize {
+    pub(super) fn left(&self, block_size: usize) -> usize {
         self.tokens.div_ceil(block_size).saturating_sub(self.computed.div_ceil(block_size))
     }
 
-    pub(crate) fn before(&self, to: usize) -> &[u64] {
+    pub(super) fn before(&self, to: usize) -> &[u64] {
         &self.keys[..to.min(self.keys.len())]
     }
 
-    pub(crate) fn after(&self, from: usize) -> &[u64] {
+    pub(super) fn after(&self, from: usize) -> &[u64] {
         self.keys.get(from..).unwrap_or(&[])
     }
 }
@@ -95,7 +95,7 @@ macro_rules! counts {
         #[pyclass(frozen, module = "agentrt._core")]
         #[derive(Default)]
         pub(crate) struct EngineCounts {
-            $(pub(crate) $name: AtomicU64),*
+            $(pub(super) $name: AtomicU64),*
         }
 
         #[pymethods]
@@ -121,13 +121,13 @@ counts! {
     running: "Requests in the last step.",
 }
 
-pub(crate) fn add(count: &AtomicU64, n: u64) {
+pub(super) fn add(count: &AtomicU64, n: u64) {
     count.fetch_add(n, Relaxed);
 }
 
 /// How many calls that decode will take a block in which step: each takes one every `block_size` steps, since it computes
 /// a token a step. Of those that compute several only the average is known.
-pub(crate) struct Decoding {
+pub(super) struct Decoding {
     /// By step, modulo the size of a block.
     takers: Vec<usize>,
     /// The step that is scheduled next.
@@ -135,34 +135,34 @@ pub(crate) struct Decoding {
 }
 
 impl Decoding {
-    pub(crate) fn new(block_size: usize) -> Self {
+    pub(super) fn new(block_size: usize) -> Self {
         Self { takers: vec![0; block_size.max(1)], next: 0 }
     }
 
     /// A step has been scheduled.
-    pub(crate) fn step(&mut self) {
+    pub(super) fn step(&mut self) {
         self.next = (self.next + 1) % self.takers.len();
     }
 
     /// Calls that take a block in the next step.
-    pub(crate) fn next_takers(&self) -> usize {
+    pub(super) fn next_takers(&self) -> usize {
         self.takers[self.next]
     }
 
     /// No call decodes.
-    pub(crate) fn clear(&mut self) {
+    pub(super) fn clear(&mut self) {
         self.takers.fill(0);
     }
 
     /// From the next step on a call decodes that has slots for so many tokens.
-    pub(crate) fn join(&mut self, computed: usize) -> usize {
+    pub(super) fn join(&mut self, computed: usize) -> usize {
         let size = self.takers.len();
         let at = (self.next + (size - computed % size)) % size;
         self.takers[at] += 1;
         at
     }
 
-    pub(crate) fn leave(&mut self, at: Option<usize>) {
+    pub(super) fn leave(&mut self, at: Option<usize>) {
         if let Some(takers) = at.and_then(|at| self.takers.get_mut(at)) {
             *takers = takers.saturating_sub(1);
         }

@@ -13,23 +13,23 @@ use runtime_core::beside::{Beside, Fetched};
 use runtime_core::ids::WorkloadId;
 use runtime_core::runtime::{EventKind, Events, Scoring};
 
+use super::blocks::{Blocks, KeyHash};
 use crate::errors::from_core;
 use crate::runtime::Shared;
-use crate::vllm::{Blocks, KeyHash};
 
 /// How many victims a step has taken at most is forgotten by half in some 350 steps.
 const PEAK_FADES: f32 = 0.998;
 
 /// Events that the core has not been told yet, one vector a field.
 #[derive(Default)]
-pub(crate) struct Told {
-    pub(crate) kinds: Vec<u8>,
-    pub(crate) sessions: Vec<u64>,
-    pub(crate) agents: Vec<u16>,
-    pub(crate) calls: Vec<u64>,
-    pub(crate) times_us: Vec<u64>,
-    pub(crate) offsets: Vec<u32>,
-    pub(crate) blocks: Vec<u64>,
+pub(super) struct Told {
+    pub(super) kinds: Vec<u8>,
+    pub(super) sessions: Vec<u64>,
+    pub(super) agents: Vec<u16>,
+    pub(super) calls: Vec<u64>,
+    pub(super) times_us: Vec<u64>,
+    pub(super) offsets: Vec<u32>,
+    pub(super) blocks: Vec<u64>,
     /// The blocks that carry keys from now on, one for each key of the [`CARRIED`].
     ids: Vec<u32>,
 }
@@ -38,7 +38,7 @@ pub(crate) struct Told {
 const CARRIED: u8 = u8::MAX;
 
 impl Told {
-    pub(crate) fn push(
+    pub(super) fn push(
         &mut self,
         kind: EventKind,
         (session, agent): (u64, u16),
@@ -59,7 +59,7 @@ impl Told {
     }
 
     /// `ids` carry `keys` from now on, ids beyond the keys none.
-    pub(crate) fn push_carried(&mut self, keys: &[u64], ids: &[u32], time_us: u64) {
+    pub(super) fn push_carried(&mut self, keys: &[u64], ids: &[u32], time_us: u64) {
         self.push(EventKind::Removed, (0, 0), 0, time_us, &keys[..keys.len().min(ids.len())]);
         self.blocks.resize(self.blocks.len() + ids.len().saturating_sub(keys.len()), 0);
         self.ids.extend_from_slice(ids);
@@ -68,7 +68,7 @@ impl Told {
         }
     }
 
-    pub(crate) fn events(&self) -> Events<'_> {
+    pub(super) fn events(&self) -> Events<'_> {
         Events {
             kinds: &self.kinds,
             sessions: &self.sessions,
@@ -80,11 +80,11 @@ impl Told {
         }
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.kinds.is_empty()
     }
 
-    pub(crate) fn clear(&mut self) {
+    pub(super) fn clear(&mut self) {
         self.kinds.clear();
         self.sessions.clear();
         self.agents.clear();
@@ -113,23 +113,23 @@ struct Start {
 
 /// What a step asks of the core, and the answers.
 #[derive(Default)]
-pub(crate) struct Step {
+pub(super) struct Step {
     /// A [`EventKind::Stored`] without blocks stores what its call, which has started in this step, did not hit.
-    pub(crate) told: Told,
+    pub(super) told: Told,
     /// Victims to be named.
-    pub(crate) wanted: usize,
-    pub(crate) now_us: u64,
+    pub(super) wanted: usize,
+    pub(super) now_us: u64,
     starts: Vec<Start>,
     /// Victims and the keys that they carry, first to go first.
-    pub(crate) victims: Vec<(u32, u64)>,
+    pub(super) victims: Vec<(u32, u64)>,
     /// Such as are no block's any more.
-    pub(crate) stale: u64,
+    pub(super) stale: u64,
     keys: Vec<u64>,
     failed: Option<PyErr>,
 }
 
 impl Step {
-    pub(crate) fn clear(&mut self) {
+    pub(super) fn clear(&mut self) {
         self.told.clear();
         self.starts.clear();
         self.victims.clear();
@@ -137,17 +137,17 @@ impl Step {
     }
 
     /// Resident blocks of the calls that have started, in order.
-    pub(crate) fn hits(&self) -> impl Iterator<Item = usize> + '_ {
+    pub(super) fn hits(&self) -> impl Iterator<Item = usize> + '_ {
         self.starts.iter().map(|start| start.hit)
     }
 
     /// The first thing that went wrong.
-    pub(crate) fn failed(&mut self) -> Option<PyErr> {
+    pub(super) fn failed(&mut self) -> Option<PyErr> {
         self.failed.take()
     }
 
     /// Tells the core, one event after another: what a call stores depends on what it has hit.
-    pub(crate) fn tell(&mut self, beside: &Core) {
+    pub(super) fn tell(&mut self, beside: &Core) {
         let mut ids = 0;
         for at in 0..self.told.kinds.len() {
             let told = &self.told;
@@ -196,7 +196,7 @@ impl Step {
     }
 
     /// Names `n` victims.
-    pub(crate) fn name(&mut self, n: usize, now_us: u64, beside: &Core) {
+    pub(super) fn name(&mut self, n: usize, now_us: u64, beside: &Core) {
         self.keys.clear();
         if let Err(error) = beside.shared.name_victims(n, now_us, &mut self.keys) {
             self.failed.get_or_insert_with(|| from_core(error));
@@ -212,7 +212,7 @@ impl Step {
     }
 
     /// All of a step: tells, scores what has changed, names the next victims.
-    pub(crate) fn work_off(&mut self, beside: &Core) {
+    pub(super) fn work_off(&mut self, beside: &Core) {
         self.tell(beside);
         match beside.shared.core.settle_step(self.now_us) {
             Ok(()) if self.wanted > 0 => self.name(self.wanted, self.now_us, beside),
@@ -224,20 +224,20 @@ impl Step {
 
 /// Whom a step tells, and where blocks are.
 #[derive(Clone)]
-pub(crate) struct Core {
-    pub(crate) shared: Arc<Shared>,
-    pub(crate) workload: WorkloadId,
-    pub(crate) blocks: Arc<Mutex<Blocks>>,
+pub(super) struct Core {
+    pub(super) shared: Arc<Shared>,
+    pub(super) workload: WorkloadId,
+    pub(super) blocks: Arc<Mutex<Blocks>>,
 }
 
 impl Core {
-    pub(crate) fn tables(&self) -> MutexGuard<'_, Blocks> {
+    pub(super) fn tables(&self) -> MutexGuard<'_, Blocks> {
         self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Victims that are named ahead, and the thread that does it.
-pub(crate) struct Planned {
+pub(super) struct Planned {
     beside: Beside<Box<Step>>,
     core: Core,
     most: usize,
@@ -253,7 +253,7 @@ pub(crate) struct Planned {
 
 impl Planned {
     /// At most `most` victims are named ahead.
-    pub(crate) fn start(core: Core, most: usize) -> std::io::Result<Self> {
+    pub(super) fn start(core: Core, most: usize) -> std::io::Result<Self> {
         let theirs = core.clone();
         Ok(Self {
             beside: Beside::start("agentrt-steps", move |step: &mut Box<Step>| step.work_off(&theirs))?,
@@ -268,28 +268,28 @@ impl Planned {
         })
     }
 
-    pub(crate) fn core(&self) -> &Core {
+    pub(super) fn core(&self) -> &Core {
         &self.core
     }
 
-    pub(crate) fn most(&self) -> usize {
+    pub(super) fn most(&self) -> usize {
         self.most
     }
 
     /// Keys that were named and are no block's any more, since the last call.
-    pub(crate) fn take_stale(&mut self) -> u64 {
+    pub(super) fn take_stale(&mut self) -> u64 {
         std::mem::take(&mut self.stale)
     }
 
     /// A step to be filled.
-    pub(crate) fn blank(&mut self) -> Box<Step> {
+    pub(super) fn blank(&mut self) -> Box<Step> {
         let mut step = std::mem::take(&mut self.blank);
         step.clear();
         step
     }
 
     /// What a step has answered.
-    pub(crate) fn answered(&mut self, step: Box<Step>) {
+    pub(super) fn answered(&mut self, step: Box<Step>) {
         self.keys.extend(step.victims.iter().map(|&(_, key)| key));
         self.victims.extend(&step.victims);
         self.stale += step.stale;
@@ -297,7 +297,7 @@ impl Planned {
     }
 
     /// Up to `n` victims.
-    pub(crate) fn take(&mut self, n: usize, victims: &mut Vec<(u32, u64)>) -> usize {
+    pub(super) fn take(&mut self, n: usize, victims: &mut Vec<(u32, u64)>) -> usize {
         self.taken += n;
         let n = n.min(self.victims.len());
         for (id, key) in self.victims.drain(..n) {
@@ -308,7 +308,7 @@ impl Planned {
     }
 
     /// These blocks are to stay.
-    pub(crate) fn keep(&mut self, keys: &[u64]) {
+    pub(super) fn keep(&mut self, keys: &[u64]) {
         if self.keys.is_empty() {
             return;
         }
@@ -337,13 +337,13 @@ impl Planned {
     }
 
     /// The prefix cache has been reset.
-    pub(crate) fn forget_all(&mut self) {
+    pub(super) fn forget_all(&mut self) {
         self.victims.clear();
         self.keys.clear();
     }
 
     /// Hands a step over to the thread; where victims are taken, it names the next ones.
-    pub(crate) fn post(&mut self, mut step: Box<Step>, names: bool, now_us: u64) {
+    pub(super) fn post(&mut self, mut step: Box<Step>, names: bool, now_us: u64) {
         self.peak = (self.peak * PEAK_FADES).max(self.taken as f32).min(self.most as f32);
         self.taken = 0;
         step.wanted = if names { (self.peak as usize).saturating_sub(self.victims.len()) } else { 0 };
@@ -352,12 +352,12 @@ impl Planned {
     }
 
     /// Whether a step has been handed over and not been fetched.
-    pub(crate) fn is_busy(&self) -> bool {
+    pub(super) fn is_busy(&self) -> bool {
         self.beside.is_busy()
     }
 
     /// The step that was handed over, worked off; None where the thread is lost.
-    pub(crate) fn fetch(&mut self) -> Option<Box<Step>> {
+    pub(super) fn fetch(&mut self) -> Option<Box<Step>> {
         match self.beside.fetch() {
             Fetched::Done(step) => Some(step),
             Fetched::Undone(mut step) => {
@@ -369,7 +369,7 @@ impl Planned {
     }
 
     /// As if the thread had panicked.
-    pub(crate) fn lose_thread(&mut self) {
+    pub(super) fn lose_thread(&mut self) {
         self.beside.close();
     }
 }

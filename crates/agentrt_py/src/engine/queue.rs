@@ -1,28 +1,25 @@
-//! vLLM's free queue, in one call from Python a hook: which block carries which key, which blocks have been named as
-//! victims, and how they get to the head of the queue.
+//! vLLM's free queue: how victims get to its head.
 //!
-//! A *key* is the low 64 bits of a block hash. vLLM allocates from the head of `BlockPool.free_block_queue`, a doubly
-//! linked list of Python objects. Victims are linked in behind those named before (the *front*); blocks without a hash,
-//! which vLLM itself puts at the head, stay before both. Runs of victims that are neighbours already, as the blocks of
-//! one request are after vLLM has freed them, move in one piece.
+//! vLLM allocates from the head of `BlockPool.free_block_queue`, a doubly linked list of Python objects. Victims are linked
+//! in behind those named before (the *front*); blocks without a hash, which vLLM itself puts at the head, stay before
+//! both. Runs of victims that are neighbours already, as the blocks of one request are after vLLM has freed them, move in
+//! one piece.
 //!
 //! Invariants: everything is read and checked before the first link is written; links are written through the blocks'
 //! own slots; every block in the queue stays in it, and their number does not change. A victim is moved only if it is
 //! what its key says *now*: it carries that hash, nobody uses it, it is queued.
 //!
-//! Cost: a prepared front is found again in a few attribute reads, whatever its length; a victim costs some ten of
-//! them. Memory: at most 80 bytes a block of the pool.
+//! Cost: a prepared front is found again in a few attribute reads, whatever its length; a victim costs some ten of them.
 
-use std::collections::{HashMap, HashSet, VecDeque};
-use std::hash::{BuildHasher, Hasher};
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyString};
-use runtime_core::ids::mix;
 
+use super::blocks::{tail, Blocks, KeyHash, GROUP_BYTES};
 use crate::convert::{array, type_error, value_error};
 use crate::runtime::Runtime;
 
@@ -35,78 +32,6 @@ const IN_QUIET_STEPS: usize = 64;
 const IN_OTHER_STEPS: usize = 32;
 /// Of those beyond what is needed as many have to be there: what is needed may turn out to be a little more.
 const SLACK: usize = 4;
-/// Bytes that vLLM appends to a block's hash: the number of its cache group.
-const GROUP_BYTES: usize = 4;
-
-/// Keys are hashes already; mixing them once is enough.
-#[derive(Clone, Copy, Default)]
-pub(crate) struct KeyHash(u64);
-
-impl Hasher for KeyHash {
-    fn write(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            self.0 = mix(self.0 ^ u64::from(byte));
-        }
-    }
-
-    fn write_u32(&mut self, id: u32) {
-        self.0 = mix(u64::from(id));
-    }
-
-    fn write_u64(&mut self, key: u64) {
-        self.0 = mix(key);
-    }
-
-    fn finish(&self) -> u64 {
-        self.0
-    }
-}
-
-impl BuildHasher for KeyHash {
-    type Hasher = Self;
-
-    fn build_hasher(&self) -> Self {
-        Self(0)
-    }
-}
-
-/// The last 8 bytes before the `behind` last ones.
-fn tail(hash: &[u8], behind: usize) -> Option<u64> {
-    let end = hash.len().checked_sub(behind)?;
-    let bytes = hash.get(end.checked_sub(8)?..end)?;
-    bytes.try_into().ok().map(u64::from_be_bytes)
-}
-
-/// Keys of `hashes[start:stop]`: their last 8 bytes, the integers of vLLM's KV events.
-#[pyfunction]
-#[pyo3(signature = (hashes, start, stop, /))]
-pub(crate) fn block_keys<'py>(
-    py: Python<'py>,
-    hashes: &Bound<'py, PyAny>,
-    start: usize,
-    stop: usize,
-) -> PyResult<Bound<'py, PyArray1<u64>>> {
-    let mut keys = Vec::new();
-    read_keys(hashes, start, stop, &mut keys)?;
-    Ok(PyArray1::from_vec(py, keys))
-}
-
-/// Appends what [`block_keys`] returns.
-pub(crate) fn read_keys(hashes: &Bound<'_, PyAny>, start: usize, stop: usize, keys: &mut Vec<u64>) -> PyResult<()> {
-    let hashes = hashes.cast::<PyList>().map_err(|_| {
-        type_error("hashes", "is not a list".into(), "pass the list of a request's block hashes".into())
-    })?;
-    let stop = stop.min(hashes.len());
-    keys.reserve(stop.saturating_sub(start));
-    for i in start..stop {
-        let hash = hashes.get_item(i)?;
-        let key = hash.cast::<PyBytes>().ok().and_then(|hash| tail(hash.as_bytes(), 0));
-        keys.push(key.ok_or_else(|| {
-            value_error("hashes", format!("item {i} is no hash"), "pass bytes, at least 8 of them".into())
-        })?);
-    }
-    Ok(())
-}
 
 /// Who names victims.
 enum Source {
@@ -116,163 +41,6 @@ enum Source {
     Runtime(Py<Runtime>),
     /// Python: `evict(n, now_us)` returns keys.
     Callable(Py<PyAny>),
-}
-
-/// A naming; `number` tells two namings of one block apart.
-#[derive(Clone, Copy)]
-struct Naming {
-    number: u64,
-    key: u64,
-}
-
-/// Which block carries which key, and which are named.
-pub(crate) struct Blocks {
-    null_block: u32,
-    /// Where each key's block is, and the other way round; 0: none, or asked for since.
-    known: HashMap<u64, u32, KeyHash>,
-    keys: Vec<u64>,
-    named: HashMap<u32, Naming, KeyHash>,
-    /// Where the block of each named key is.
-    named_at: HashMap<u64, u32, KeyHash>,
-    /// Namings in the order in which they stand in the queue.
-    front: VecDeque<(u32, u64)>,
-    namings: u64,
-    /// Blocks that go before what the policy names: second copies of others, and those that it knows nothing of.
-    duplicates: VecDeque<u32>,
-}
-
-impl Blocks {
-    fn new(n: usize, null_block: u32) -> Self {
-        Self {
-            null_block,
-            known: HashMap::with_capacity_and_hasher(n, KeyHash(0)),
-            keys: vec![0; n],
-            named: HashMap::default(),
-            named_at: HashMap::default(),
-            front: VecDeque::new(),
-            namings: 0,
-            duplicates: VecDeque::new(),
-        }
-    }
-
-    /// `ids` carry `keys` from now on, ids beyond the keys none; appends the keys that are lost.
-    pub(crate) fn carry_all(&mut self, keys: &[u64], ids: &[u32], lost: &mut Vec<u64>) -> PyResult<()> {
-        // Independent loads overlap where what follows would wait for one after the other.
-        let had = ids.iter().filter_map(|&id| self.keys.get(id as usize));
-        std::hint::black_box(had.fold(0, |sum, had| sum ^ had));
-        self.look_for(keys);
-        for (i, &id) in ids.iter().enumerate() {
-            if id as usize >= self.keys.len() {
-                return Err(value_error("block_ids", format!("has block {id}"), "pass blocks of the pool".into()));
-            }
-            if id != self.null_block {
-                lost.extend(self.carries(id, keys.get(i).copied().unwrap_or(0)));
-            }
-        }
-        Ok(())
-    }
-
-    /// Such a block is named before others, unless it carries a known key by then. Not where it is one of very many.
-    pub(crate) fn goes_first(&mut self, id: u32) {
-        if self.duplicates.len() < self.keys.len() && (id as usize) < self.keys.len() && id != self.null_block {
-            self.duplicates.push_back(id);
-        }
-    }
-
-    /// Where the block of a key is that is named next: whoever gets it has no key to look for.
-    pub(crate) fn take(&mut self, key: u64) -> Option<u32> {
-        let id = self.known.remove(&key)?;
-        self.keys[id as usize] = 0;
-        Some(id)
-    }
-
-    /// A block that was taken is to stay, unless it carries another key by now.
-    pub(crate) fn give_back(&mut self, id: u32, key: u64) {
-        if self.keys.get(id as usize) == Some(&0) {
-            self.carries(id, key);
-        }
-    }
-
-    /// Reads where the blocks of `keys` are known to be.
-    pub(crate) fn look_for(&self, keys: &[u64]) {
-        std::hint::black_box(keys.iter().fold(0, |sum, key| sum ^ self.known.get(key).copied().unwrap_or(0)));
-    }
-
-    /// A block is no victim any more.
-    fn unname(&mut self, id: u32) {
-        if let Some(naming) = self.named.remove(&id) {
-            if self.named_at.get(&naming.key) == Some(&id) {
-                self.named_at.remove(&naming.key);
-            }
-        }
-    }
-
-    fn name(&mut self, id: u32, key: u64) {
-        self.namings += 1;
-        let number = self.namings;
-        self.named.insert(id, Naming { number, key });
-        self.named_at.insert(key, id);
-        self.front.push_back((id, number));
-    }
-
-    fn is_named(&self, id: u32) -> bool {
-        self.named.contains_key(&id)
-    }
-
-    /// A block carries a key (0: none) from now on; returns the key that it has lost.
-    fn carries(&mut self, id: u32, key: u64) -> Option<u64> {
-        self.unname(id);
-        let before = std::mem::replace(&mut self.keys[id as usize], key);
-        let mut lost = None;
-        if before != key && before != 0 && self.known.get(&before) == Some(&id) {
-            self.known.remove(&before);
-            lost = Some(before);
-        }
-        if key != 0 {
-            if let Some(other) = self.known.insert(key, id) {
-                if other != id {
-                    // The engine does not merge equal blocks: the other copy is the first to go.
-                    self.goes_first(other);
-                }
-            }
-        }
-        lost
-    }
-
-    /// Drops namings before the one of this block, which stands at the head of the queue: they have been allocated.
-    fn pop_front_until(&mut self, id: u32, key: u64) -> bool {
-        let Some(&naming) = self.named.get(&id) else { return false };
-        if naming.key != key {
-            return false;
-        }
-        while let Some(&(at, number)) = self.front.front() {
-            if number == naming.number {
-                return true;
-            }
-            self.front.pop_front();
-            self.unname_numbered(at, number);
-        }
-        false
-    }
-
-    fn unname_numbered(&mut self, id: u32, number: u64) {
-        if self.named.get(&id).is_some_and(|naming| naming.number == number) {
-            self.unname(id);
-        }
-    }
-
-    fn forget_all(&mut self) {
-        self.known.clear();
-        self.keys.fill(0);
-        self.duplicates.clear();
-        self.forget_front();
-    }
-
-    fn forget_front(&mut self) {
-        self.front.clear();
-        self.named.clear();
-        self.named_at.clear();
-    }
 }
 
 /// Which block carries which key and which have been named; puts victims in place.
@@ -291,7 +59,7 @@ pub(crate) struct FreeQueue {
     #[pyo3(get)]
     ranked_blocks: u64,
     #[pyo3(get)]
-    pub(crate) stale_blocks: u64,
+    pub(super) stale_blocks: u64,
     #[pyo3(get)]
     duplicate_blocks: u64,
     #[pyo3(get)]
@@ -303,11 +71,11 @@ pub(crate) struct FreeQueue {
 
 /// Victims that are to stand ready beyond those that are needed, in the course of some steps.
 #[derive(Clone, Copy, Default)]
-pub(crate) struct Ahead {
-    pub(crate) most: usize,
+pub(super) struct Ahead {
+    pub(super) most: usize,
     /// Whether nothing else has happened in this step: then is the time to put them in place. Where hardly any are left,
     /// other steps do it as well, or the next arrivals find none.
-    pub(crate) quiet: bool,
+    pub(super) quiet: bool,
 }
 
 impl Ahead {
@@ -325,7 +93,7 @@ impl Ahead {
 }
 
 /// Appends up to so many victims, of which so many are needed: blocks and the keys that they carry.
-pub(crate) type Ask<'a> = dyn FnMut(usize, usize, &mut Vec<(u32, u64)>) -> PyResult<()> + 'a;
+pub(super) type Ask<'a> = dyn FnMut(usize, usize, &mut Vec<(u32, u64)>) -> PyResult<()> + 'a;
 
 /// A block of the queue that may go, with what was read of it.
 struct Candidate<'py> {
@@ -409,13 +177,13 @@ impl FreeQueue {
     /// Blocks named and not allocated or hit since, as far as is known.
     #[getter]
     fn pending_blocks(&self) -> usize {
-        self.tables().named.len()
+        self.tables().n_named()
     }
 
     /// Keys whose block is known.
     #[getter]
     fn known_blocks(&self) -> usize {
-        self.tables().known.len()
+        self.tables().n_known()
     }
 
     /// `block_ids[start:]` carry `keys` from now on, blocks beyond the keys none.
@@ -448,27 +216,27 @@ impl FreeQueue {
 
 impl FreeQueue {
     /// The tables, also for a thread beside, which has them while nobody else calls.
-    pub(crate) fn share(&self) -> Arc<Mutex<Blocks>> {
+    pub(super) fn share(&self) -> Arc<Mutex<Blocks>> {
         Arc::clone(&self.tables)
     }
 
-    pub(crate) fn tables(&self) -> MutexGuard<'_, Blocks> {
+    pub(super) fn tables(&self) -> MutexGuard<'_, Blocks> {
         self.tables.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// As `clear` of Python.
-    pub(crate) fn forget_all(&self) {
+    pub(super) fn forget_all(&self) {
         self.tables().forget_all();
     }
 
     /// The same, where whoever shares the tables may never let go of them.
-    pub(crate) fn forsake(&mut self, py: Python<'_>) {
+    pub(super) fn forsake(&mut self, py: Python<'_>) {
         self.tables = Arc::new(Mutex::new(Blocks::new(self.blocks.bind(py).len(), self.null_block)));
     }
 
     /// After a time in which nobody was told anything: what the queue holds, oldest first, goes before what the policy
     /// names. Nobody else would ever name it, and what is known would have to live on the room that is left.
-    pub(crate) fn strangers_first(&self, py: Python<'_>) -> PyResult<()> {
+    pub(super) fn strangers_first(&self, py: Python<'_>) -> PyResult<()> {
         let next_slot = intern!(py, "next_free_block");
         let queue = self.pool.bind(py).getattr(intern!(py, "free_block_queue"))?;
         let mut block = queue.getattr(intern!(py, "fake_free_list_head"))?.getattr(next_slot)?;
@@ -484,49 +252,43 @@ impl FreeQueue {
     }
 
     /// Whether blocks are named.
-    pub(crate) fn has_named(&self) -> bool {
-        !self.tables().named.is_empty()
+    pub(super) fn has_named(&self) -> bool {
+        self.tables().n_named() > 0
     }
 
     /// Whether blocks with these keys may be among the named ones, or be named by whoever names.
-    pub(crate) fn may_spare(&self, keys: &[u64]) -> bool {
+    pub(super) fn may_spare(&self, keys: &[u64]) -> bool {
         let tables = self.tables();
         match self.source {
-            _ if tables.named.is_empty() => false,
+            _ if tables.n_named() == 0 => false,
             // The runtime names nothing below what it does not hold. (What goes before its victims may be hit: then there is a
             // block too few, and the engine takes the next one in its own order.)
-            Source::Runtime(_) => keys.iter().any(|key| tables.named_at.contains_key(key)),
+            Source::Runtime(_) => keys.iter().any(|&key| tables.named_at(key).is_some()),
             _ => true,
         }
     }
 
     /// Blocks that are named under these keys.
-    pub(crate) fn named(&self, keys: &[u64]) -> Vec<u32> {
+    pub(super) fn named(&self, keys: &[u64]) -> Vec<u32> {
         let tables = self.tables();
-        if tables.named.is_empty() {
+        if tables.n_named() == 0 {
             return Vec::new();
         }
-        keys.iter().filter_map(|key| tables.named_at.get(key).copied()).collect()
+        keys.iter().filter_map(|&key| tables.named_at(key)).collect()
     }
 
     /// Named blocks with these keys are in use again: no victims any more.
-    pub(crate) fn in_use(&self, keys: &[u64]) {
-        let mut tables = self.tables();
-        for key in keys {
-            // Where another copy is known, that is the one in use.
-            if let Some(&id) = tables.named_at.get(key).filter(|_| !tables.known.contains_key(key)) {
-                tables.carries(id, *key);
-            }
-        }
+    pub(super) fn in_use(&self, keys: &[u64]) {
+        self.tables().in_use(keys);
     }
 
     /// As `prepare` of Python.
-    pub(crate) fn prepare_now(&mut self, py: Python<'_>, n: usize, now_us: u64, spare: &[u32]) -> PyResult<usize> {
+    pub(super) fn prepare_now(&mut self, py: Python<'_>, n: usize, now_us: u64, spare: &[u32]) -> PyResult<usize> {
         self.prepare_asking(py, n, now_us, spare, None)
     }
 
     /// The same, where somebody else is asked for victims, and some are to stand ready beyond `n`.
-    pub(crate) fn prepare_asking(
+    pub(super) fn prepare_asking(
         &mut self,
         py: Python<'_>,
         n: usize,
@@ -573,7 +335,7 @@ impl FreeQueue {
             return Ok(0);
         }
         if fronted {
-            ready += of_blocks().named.len();
+            ready += of_blocks().n_named();
         } else {
             of_blocks().forget_front();
         }
@@ -618,15 +380,12 @@ impl FreeQueue {
     /// The last named block that still waits in the queue.
     fn end_of_front<'py>(&self, py: Python<'py>, tables: &mut Blocks) -> PyResult<Option<Bound<'py, PyAny>>> {
         let blocks = self.blocks.bind(py);
-        while let Some(&(at, number)) = tables.front.back() {
-            if let Some(&naming) = tables.named.get(&at).filter(|naming| naming.number == number) {
-                let block = blocks.get_item(at as usize)?;
-                if is_queued(&block)? && self.key_of(&block)? == Some(naming.key) {
-                    return Ok(Some(block));
-                }
-                tables.unname(at);
+        while let Some((id, key)) = tables.last_named() {
+            let block = blocks.get_item(id as usize)?;
+            if is_queued(&block)? && self.key_of(&block)? == Some(key) {
+                return Ok(Some(block));
             }
-            tables.front.pop_back();
+            tables.unname(id);
         }
         Ok(None)
     }
@@ -669,11 +428,11 @@ impl FreeQueue {
         let blocks = self.blocks.bind(py).clone();
         let mut victims: Vec<Candidate<'py>> = Vec::with_capacity(want);
         let mut in_use = 0;
-        for _ in 0..tables.duplicates.len().min(want) {
-            let Some(id) = tables.duplicates.pop_front() else { break };
+        for _ in 0..tables.n_going_first().min(want) {
+            let Some(id) = tables.next_going_first() else { break };
             let block = blocks.get_item(id as usize)?;
             let Some(key) = self.key_of(&block)? else { continue };
-            if tables.known.get(&key) == Some(&id) {
+            if tables.is_known_at(key, id) {
                 continue;
             }
             match behind(&block)? {
