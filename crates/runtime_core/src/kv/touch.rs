@@ -68,29 +68,29 @@ impl KvCache {
                 n = hints[at..at + n].iter().take_while(|&h| *h == hints[at]).count();
                 self.hints[segment as usize] = hints[at];
             }
-            let Lane { session: owner, agent: owners, .. } = self.lanes[old.lane as usize];
+            let Lane { session: holder, agent: holders_agent, .. } = self.lanes[old.lane as usize];
             if old.lane == lane {
                 let misses = misses(old.touch_call);
                 used[row(misses)][old.class as usize] += n as u32;
                 compared.used(misses, old.depth, old.degree, n as u32);
             }
-            if owner != slot {
+            if holder != slot {
                 // What kin use in step with the owner is foreseen by that.
                 let mut foreseen = false;
-                if owner != NONE {
-                    let votes = kin.iter().zip(&mut votes).find(|(kin, _)| kin.slot == owner);
+                if holder != NONE {
+                    let votes = kin.iter().zip(&mut votes).find(|(kin, _)| kin.slot == holder);
                     if let Some((_, Some(votes))) = votes {
-                        if owners == agent {
+                        if holders_agent == agent {
                             foreseen = old.last_use_us >= in_step_us;
                             votes.used(old.degree > 1, old.ordinal, n as u32);
                         }
                     }
-                    if at * 3 >= prompt_len as usize && old.degree < COMMON && !leads.contains(&owner) {
+                    if at * 3 >= prompt_len as usize && old.degree < COMMON && !leads.contains(&holder) {
                         leads.rotate_right(1);
-                        leads[0] = owner;
+                        leads[0] = holder;
                     }
                 }
-                // Uses by the owner's session are no end of what is observed: they say nothing of others.
+                // Uses by the holder's session are no end of what is observed: they say nothing of others.
                 let (curves, owner, had_s) = (self.curves(old.lane), self.owner(&old), old.had_s(now_us));
                 workload.sharing.learn(curves, owner, had_s, n as u32, !foreseen);
             }
@@ -116,7 +116,7 @@ impl KvCache {
             }
             x.touch_call = calls + 1;
             x.last_use_us = now_us;
-            if owner == slot {
+            if holder == slot {
                 x.touches = x.touches.saturating_add(1);
                 x.class = content::used_class(x.touches);
             } else {
