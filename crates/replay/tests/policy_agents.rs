@@ -3,9 +3,11 @@
 mod policy_support;
 
 use policy_support::{schedule, TraceBuilder};
+use replay::generate::{generate, GenerateOptions};
 use replay::policies;
 use replay::schedule::Order;
 use replay::sim;
+use replay::sweep::Capacity;
 use replay::trace::Trace;
 
 fn hits(policy: &str, trace: &Trace, capacity: usize) -> Vec<u32> {
@@ -129,4 +131,20 @@ fn what_a_session_on_the_same_task_is_going_to_ask_for_is_kept() {
         hits("agentrt") - hits("agentrt-no-followers")
     });
     assert!(more.iter().sum::<f64>() > 3.0 * 0.6, "{more:.2?} points more in three schedules");
+}
+
+#[test]
+fn how_many_sessions_have_used_a_prompt_tells_popular_applications_from_others() {
+    let gain = |policy: &str| -> f64 {
+        let of = |policy: &str, seed| {
+            let trace = generate("applications", &GenerateOptions { sessions: 1_500, seed, agents: None }).unwrap();
+            let capacity = Capacity::Fraction(0.05).blocks(trace.mean_session_blocks(), 64);
+            let schedule = schedule(&trace, Order::Closed, 64, capacity, seed);
+            let mut policy = policies::build(policy, &trace, &schedule).unwrap();
+            sim::run(&trace, &schedule, policy.as_mut(), &mut |_| {}).hit_rate()
+        };
+        (0..3).map(|seed| 100.0 * (of(policy, seed) - of("lru", seed))).sum::<f64>() / 3.0
+    };
+    let (with, without) = (gain("agentrt"), gain("agentrt-no-sharing-classes"));
+    assert!(with > without + 0.4, "{with:.2} and {without:.2} points above LRU");
 }

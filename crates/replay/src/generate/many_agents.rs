@@ -16,9 +16,7 @@ pub(super) fn play(stage: &mut Stage, agents: usize) {
     let first = stage.session_number() * WALKING;
     let mut team: Vec<usize> = (0..WALKING).map(|i| (first + i) % agents).collect();
     for _ in 0..POPULAR {
-        // Inverse transform of the density 1 / x between 1 and n + 1.
-        let rank = ((agents as f64 + 1.0).ln() * stage.uniform()).exp();
-        team.push((rank as usize - 1).min(agents - 1));
+        team.push(stage.popular(agents));
     }
     team.sort_unstable();
     team.dedup();

@@ -13,6 +13,7 @@
 //! No times are recorded except tool times, which are drawn independently of everything else: gaps carry no
 //! information about sizes, agents or the future.
 
+mod applications;
 mod coding_team;
 mod debate;
 mod drift;
@@ -54,8 +55,8 @@ pub struct Workload {
     play: fn(&mut Stage, usize),
 }
 
-/// The built-in workloads: five multi-agent applications, then the capacity and the drift test.
-pub const WORKLOADS: [Workload; 7] = [
+/// The built-in workloads: five multi-agent applications, then tests of capacity, drift and popularity.
+pub const WORKLOADS: [Workload; 8] = [
     Workload {
         name: "pipeline",
         about: "six roles in fixed order, each reading what the one before wrote",
@@ -118,6 +119,15 @@ pub const WORKLOADS: [Workload; 7] = [
         block_size: 16,
         fewest_agents: 2,
         play: drift::play,
+    },
+    Workload {
+        name: "applications",
+        about: "popularity test: short conversations with one of forty applications each, popular as 1 / rank (not among the five)",
+        default_sessions: 1500,
+        default_agents: 40,
+        block_size: 16,
+        fewest_agents: 2,
+        play: applications::play,
     },
 ];
 

@@ -109,6 +109,13 @@ impl Stage {
         self.rng.random()
     }
 
+    /// One of `n`, drawn with popularity 1 / rank.
+    pub(super) fn popular(&mut self, n: usize) -> usize {
+        // Inverse transform of the density 1 / x between 1 and n + 1.
+        let rank = ((n as f64 + 1.0).ln() * self.uniform()).exp();
+        (rank as usize - 1).min(n - 1)
+    }
+
     /// Records that `agent` sent `prompt` and received `answer`, then ran `tool`. Returns the step.
     pub(super) fn call(
         &mut self,
