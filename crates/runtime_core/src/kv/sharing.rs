@@ -224,7 +224,7 @@ impl Sharing {
         let due = weight * curves.of(class).due(bucket(age_s), shared);
         let seen = if shared { weight } else { 0.0 };
         for (cell, ratio) in cells.into_iter().zip(ratios) {
-            // Steps are whole, what is due is not: it is rounded up as often as it must be, by the bits of both.
+            // Steps are whole, what is due is not: it is rounded up as often as it must be, by the bits of that and of the age.
             let bits = u64::from(age_s.to_bits()) << 32 | u64::from(due.to_bits());
             let chance = (mix(bits ^ cell as u64) >> 40) as f32 / (1u64 << 24) as f32;
             let due = (due * all / ratio + chance) as u32;
