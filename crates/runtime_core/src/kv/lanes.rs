@@ -138,7 +138,7 @@ impl KvCache {
     /// Must have been called before segments of the lane's workload are scored or taught from.
     pub(super) fn refresh_curves(&mut self, lane: u32, workload: &Workload) {
         let id = self.workload_of(lane);
-        self.curves[id as usize % CURVES].refresh(id, &workload.sharing, &self.config);
+        self.curves[id as usize % CURVES].refresh(id, &workload.sharing);
     }
 
     fn first_nobodys(&self) -> u32 {

@@ -102,7 +102,7 @@ impl KvCache {
         }
         let owner = self.owner(x);
         let mut foreign = Foreign::Learned {
-            curve: self.curves(x.lane).of(owner.class()),
+            curve: self.curves(x.lane).of(owner.group()),
             risk: workload.sharing.risk(owner, &self.config),
             age_s: x.had_s(self.now_us),
         };

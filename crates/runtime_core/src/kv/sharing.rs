@@ -1,12 +1,15 @@
 //! Sharing: when will *another* session use a segment?
 //!
-//! Hazards over the age, the time for which its session has had a segment (octaves from 1/16 s to two hours), by class: how
-//! many sessions have used the segment (1, 2, 3-4, 5-8, 9-16, 17-64, more) x depth (below 16, 64, 256 blocks, deeper). A use
-//! by another session is an event, and the segment is that one's from then on; an eviction ends the observation (censored),
-//! which was at risk in half of its last bucket (the actuarial estimator: octaves are wide, and many observations end in
-//! them). Uses by its own session end nothing: they say little of when others come, and an age since the last use would
-//! be long only where the session has gone on to something else. Prior of a class: all private
-//! (or all shared) segments together.
+//! Hazards over the age, the time for which its session has had a segment (octaves from 1/16 s to two hours), of private
+//! segments and of those that several sessions have used. A use by another session is an event, and the segment is that
+//! one's from then on; an eviction ends the observation (censored), which was at risk in half of its last bucket (the
+//! actuarial estimator: octaves are wide, and many observations end in them). Uses by its own session end nothing: they say
+//! little of when others come, and an age since the last use would be long only where the session has gone on to something
+//! else.
+//!
+//! Relative risks multiply the hazard: uses seen over uses due of the owner's agent, of the session's step, of how many
+//! sessions have used the segment (2, 3-4, 5-8, 9-16, 17-64, more) and of its depth (below 16, 64, 256 blocks, deeper),
+//! each worked out with the others given.
 //!
 //! A segment that several sessions used is still that after an eviction: its last block and degree are remembered in a
 //! direct-mapped table, and blocks that are stored again above such a block take up where they left.
@@ -21,21 +24,22 @@ use super::Config;
 
 /// Age buckets.
 pub(crate) const AGES: usize = 18;
-const DEGREES: usize = 7;
-const DEPTHS: usize = 4;
-const CLASSES: usize = DEGREES * DEPTHS;
-const GHOSTS: usize = 256;
+/// Private segments, and shared ones.
+const GROUPS: usize = 2;
+const GHOSTS: usize = 512;
 /// Steps to the vote in ratios, and where these halve.
 const STEPS_TO_VOTE: u32 = 4;
 pub(super) const RATIO_HALVES: u32 = 0x2000;
-/// Agents and steps with a ratio of their own, for private and for shared segments.
+/// Agents, steps, numbers of sessions and depths with a ratio of their own, for private and for shared segments.
 const AGENTS: usize = ROWS + 1;
 const STEPS: usize = 12;
-const RATIOS: usize = 2 * (AGENTS + STEPS);
-/// Weight of the pooled hazard.
-const KAPPA: f32 = 4.0;
+const DEGREES: usize = 6;
+const DEPTHS: usize = 4;
+const RATIOS: usize = GROUPS * (AGENTS + STEPS + DEGREES + DEPTHS);
 
-/// Weight, in blocks' votes, of "as its class says".
+/// Uses that are expected at an age of which nothing has been seen, of one observation.
+const FLOOR: f32 = 0.001;
+/// Weight, in blocks' votes, of "as the group says".
 const RATIO_PRIOR: f32 = 8.0;
 
 /// Class of a session's step: exact up to eight, then octaves.
@@ -59,17 +63,25 @@ pub(crate) struct Owner {
 }
 
 impl Owner {
-    pub(crate) fn class(self) -> usize {
-        class(self.degree, self.depth)
+    /// Private (0) or shared (1).
+    pub(crate) fn group(self) -> usize {
+        class(self.degree, self.depth)[0]
     }
 
-    fn cells(self) -> [usize; 2] {
-        let group = if self.degree > 1 { AGENTS + STEPS } else { 0 };
-        [group + usize::from(self.agent).min(AGENTS - 1), group + AGENTS + step_class(self.born)]
+    fn cells(self) -> [usize; 4] {
+        let [group, degree, depth] = class(self.degree, self.depth);
+        let agents = group * (AGENTS + STEPS + DEGREES + DEPTHS);
+        let (steps, degrees) = (agents + AGENTS, agents + AGENTS + STEPS);
+        [
+            agents + usize::from(self.agent).min(AGENTS - 1),
+            steps + step_class(self.born),
+            degrees + degree,
+            degrees + DEGREES + depth,
+        ]
     }
 }
 
-/// Hazards of a class, cumulated.
+/// Hazards of a group, cumulated.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Curve {
     /// -ln P(no use) up to each age bucket.
@@ -114,12 +126,12 @@ impl Curve {
     }
 }
 
-/// The curves of all classes of one workload, as of a few dozen observations ago: they change slowly and cost microseconds.
+/// The curves of one workload, as of a few dozen observations ago: they change slowly and cost microseconds.
 #[derive(Clone, Debug)]
 pub(crate) struct Curves {
     workload: u32,
     left: u32,
-    classes: [Curve; CLASSES],
+    groups: [Curve; GROUPS],
 }
 
 impl Curves {
@@ -127,34 +139,33 @@ impl Curves {
     const HOLD: u32 = 64;
 
     pub(crate) fn new() -> Self {
-        Self { workload: u32::MAX, left: 0, classes: [Curve::NEVER; CLASSES] }
+        Self { workload: u32::MAX, left: 0, groups: [Curve::NEVER; GROUPS] }
     }
 
     /// Brings the curves up to date for a workload, if it is time.
-    pub(crate) fn refresh(&mut self, workload: u32, sharing: &Sharing, config: &Config) {
+    pub(crate) fn refresh(&mut self, workload: u32, sharing: &Sharing) {
         if self.workload == workload && self.left > 0 {
             self.left -= 1;
             return;
         }
         (self.workload, self.left) = (workload, Self::HOLD);
-        sharing.curves(&mut self.classes, config);
+        self.groups = [0, 1].map(|group| Curve::new(&sharing.hazards(group)));
     }
 
-    pub(crate) fn of(&self, class: usize) -> &Curve {
-        &self.classes[class]
+    pub(crate) fn of(&self, group: usize) -> &Curve {
+        &self.groups[group]
     }
 }
 
-/// Class of a segment at `depth` that `degree` sessions have used.
-pub(crate) fn class(degree: u8, depth: u32) -> usize {
-    let degree = match degree {
-        0 | 1 => 0,
-        2 => 1,
-        3..=4 => 2,
-        5..=8 => 3,
-        9..=16 => 4,
-        17..=64 => 5,
-        _ => 6,
+/// Class of a segment at `depth` that `degree` sessions have used: its group, and in that the cells of both.
+pub(crate) fn class(degree: u8, depth: u32) -> [usize; 3] {
+    let sessions = match degree {
+        0..=2 => 0,
+        3..=4 => 1,
+        5..=8 => 2,
+        9..=16 => 3,
+        17..=64 => 4,
+        _ => 5,
     };
     let depth = match depth {
         0..=15 => 0,
@@ -162,7 +173,7 @@ pub(crate) fn class(degree: u8, depth: u32) -> usize {
         64..=255 => 2,
         _ => 3,
     };
-    degree * DEPTHS + depth
+    [usize::from(degree > 1), sessions, depth]
 }
 
 fn bucket(age_s: f32) -> usize {
@@ -187,7 +198,7 @@ pub(crate) fn position(age_s: f32) -> f32 {
 #[repr(C)]
 pub(crate) struct Sharing {
     /// Events in the first half of the lanes, ends of observation in the second.
-    counts: [Counters<{ AGES * 2 / 4 }>; CLASSES],
+    counts: [Counters<{ AGES * 2 / 4 }>; GROUPS],
     ghosts: [AtomicU32; GHOSTS],
     /// Uses by other sessions that were seen and that were due, by agent and by step; two cells a word.
     ratios: [Counters<1, RATIO_HALVES>; RATIOS / 2],
@@ -215,13 +226,13 @@ impl Sharing {
     /// An observation of `n` blocks ended at `age_s`: by another session's use, or otherwise.
     pub(crate) fn learn(&self, curves: &Curves, of: Owner, age_s: f32, n: u32, shared: bool) {
         let weight = n.ilog2() + 1;
-        let class = of.class();
-        self.counts[class].add_step(bucket(age_s) + if shared { 0 } else { AGES }, weight);
+        let group = of.group();
+        self.counts[group].add_step(bucket(age_s) + if shared { 0 } else { AGES }, weight);
         let cells = of.cells();
         let ratios = cells.map(|cell| self.ratio(cell));
         let all: f32 = ratios.iter().product();
         let weight = (STEPS_TO_VOTE * weight) as f32;
-        let due = weight * curves.of(class).due(bucket(age_s), shared);
+        let due = weight * curves.of(group).due(bucket(age_s), shared);
         let seen = if shared { weight } else { 0.0 };
         for (cell, ratio) in cells.into_iter().zip(ratios) {
             // Steps are whole, what is due is not: it is rounded up as often as it must be, by the bits of that and of the age.
@@ -240,46 +251,30 @@ impl Sharing {
 
     /// How much likelier than its class says a use is, by the owner's agent and the session's step.
     pub(crate) fn risk(&self, of: Owner, config: &Config) -> f32 {
+        let [agent, step, degree, depth] = of.cells();
+        let mut risk = 1.0;
         if config.sharing_agents {
-            of.cells().map(|cell| self.ratio(cell)).iter().product()
-        } else {
-            1.0
+            risk *= self.ratio(agent) * self.ratio(step);
         }
-    }
-
-    /// Hazard per age bucket of a class.
-    #[cfg(test)]
-    pub(crate) fn hazards(&self, class: usize, config: &Config) -> [f32; AGES] {
-        self.refined(class, &self.pooled(usize::from(class >= DEPTHS)), config)
-    }
-
-    fn curves(&self, out: &mut [Curve; CLASSES], config: &Config) {
-        let pooled = [self.pooled(0), self.pooled(1)];
-        for (class, curve) in out.iter_mut().enumerate() {
-            *curve = Curve::new(&self.refined(class, &pooled[usize::from(class >= DEPTHS)], config));
-        }
-    }
-
-    /// Hazards of all private (0) or all shared (1) segments.
-    fn pooled(&self, group: usize) -> [f32; AGES] {
-        let group = if group == 0 { 0..DEPTHS } else { DEPTHS..CLASSES };
-        let (mut events, mut ends) = ([0.0f32; AGES], [0.0f32; AGES]);
-        for class in group {
-            add_counts(&self.counts[class], &mut events, &mut ends);
-        }
-        let mut hazards = [0.0; AGES];
-        refine(&mut hazards, &events, &ends, 1.0, 0.001);
-        hazards
-    }
-
-    fn refined(&self, class: usize, pooled: &[f32; AGES], config: &Config) -> [f32; AGES] {
-        let mut hazards = *pooled;
         if config.sharing_classes {
-            let (mut events, mut ends) = ([0.0f32; AGES], [0.0f32; AGES]);
-            add_counts(&self.counts[class], &mut events, &mut ends);
-            refine(&mut hazards, &events, &ends, KAPPA, 0.0);
+            risk *= self.ratio(degree) * self.ratio(depth);
         }
-        hazards
+        risk
+    }
+
+    /// Hazard per age bucket of a group.
+    pub(crate) fn hazards(&self, group: usize) -> [f32; AGES] {
+        let mut counts = [0u16; AGES * 2];
+        self.counts[group].snapshot(&mut counts);
+        let (events, ends) = counts.split_at(AGES);
+        let mut at_risk = counts.iter().map(|&n| f32::from(n)).sum::<f32>();
+        std::array::from_fn(|age| {
+            let (events, ends) = (f32::from(events[age]), f32::from(ends[age]));
+            // What ended in the bucket was at risk in half of it.
+            let hazard = (events + FLOOR) / (at_risk - ends / 2.0 + 1.0);
+            at_risk -= events + ends;
+            hazard.min(0.95)
+        })
     }
 
     fn ghost(key: u64) -> (usize, u32) {
@@ -305,25 +300,6 @@ impl Sharing {
     }
 }
 
-fn add_counts(counts: &Counters<{ AGES * 2 / 4 }>, events: &mut [f32; AGES], ends: &mut [f32; AGES]) {
-    let mut lanes = [0u16; AGES * 2];
-    counts.snapshot(&mut lanes);
-    for age in 0..AGES {
-        events[age] += f32::from(lanes[age]);
-        ends[age] += f32::from(lanes[AGES + age]);
-    }
-}
-
-fn refine(hazards: &mut [f32; AGES], events: &[f32; AGES], ends: &[f32; AGES], kappa: f32, floor: f32) {
-    let mut at_risk: f32 = events.iter().chain(ends).sum();
-    for age in 0..AGES {
-        // What ended in the bucket was at risk in half of it.
-        let exposed = at_risk - ends[age] / 2.0;
-        hazards[age] = ((events[age] + floor + kappa * hazards[age]) / (exposed + kappa)).min(0.95);
-        at_risk -= events[age] + ends[age];
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -333,18 +309,33 @@ mod tests {
     }
 
     #[test]
-    fn shared_classes_learn_their_own_pace() {
+    fn private_and_shared_segments_learn_their_own_pace() {
         let sharing = Sharing::default();
         let (anchor, tail) = (owner(20, 0, 0, 1), owner(1, 100, 0, 1));
         for _ in 0..200 {
             sharing.learn(&Curves::new(), anchor, 1.0, 1, true);
             sharing.learn(&Curves::new(), tail, 50.0, 1, false);
         }
-        let config = Config::default();
-        let anchor = sharing.hazards(anchor.class(), &config);
-        let tail = sharing.hazards(tail.class(), &config);
-        assert!(anchor[bucket(1.0)] > 0.9, "{anchor:?}");
-        assert!(tail.iter().all(|&h| h < 0.05), "{tail:?}");
+        let [private, shared] = [0, 1].map(|group| sharing.hazards(group));
+        assert!(shared[bucket(1.0)] > 0.9, "{shared:?}");
+        assert!(private.iter().all(|&h| h < 0.05), "{private:?}");
+    }
+
+    #[test]
+    fn popular_and_shallow_segments_are_told_from_others() {
+        let (sharing, config, mut curves) = (Sharing::default(), Config::default(), Curves::new());
+        for round in 0..2_000 {
+            curves.refresh(0, &sharing);
+            sharing.learn(&curves, owner(40, 0, 0, 1), 2.0, 16, true);
+            sharing.learn(&curves, owner(40, 300, 0, 1), 2.0, 16, round % 3 == 0);
+            sharing.learn(&curves, owner(2, 0, 0, 1), 2.0, 16, round % 20 == 0);
+            sharing.learn(&curves, owner(2, 300, 0, 1), 2.0, 16, round % 50 == 0);
+        }
+        let risk = |degree, depth| sharing.risk(owner(degree, depth, 0, 1), &config);
+        assert!(risk(40, 0) > 1.3 && risk(2, 300) < 0.3, "{} {}", risk(40, 0), risk(2, 300));
+        assert!(risk(40, 0) > risk(40, 300) && risk(40, 0) > risk(2, 0), "{} {}", risk(40, 300), risk(2, 0));
+        let off = Config { sharing_classes: false, sharing_agents: false, ..config };
+        assert!((sharing.risk(owner(2, 300, 0, 1), &off) - 1.0).abs() < 1e-6);
     }
 
     #[test]
@@ -352,7 +343,7 @@ mod tests {
         let (sharing, config, mut curves) = (Sharing::default(), Config::default(), Curves::new());
         // Others use what agent 0 wrote, in its session's first step more than in its ninth.
         for round in 0..2_000 {
-            curves.refresh(0, &sharing, &config);
+            curves.refresh(0, &sharing);
             sharing.learn(&curves, owner(1, 100, 0, 1), 2.0, 16, true);
             sharing.learn(&curves, owner(1, 100, 0, 9), 2.0, 16, round % 3 == 0);
             sharing.learn(&curves, owner(1, 100, 1, 1), 2.0, 16, round % 20 == 0);
@@ -361,7 +352,7 @@ mod tests {
         let risk = |agent, born| sharing.risk(owner(1, 100, agent, born), &config);
         assert!(risk(0, 1) > 1.3 && risk(1, 9) < 0.3, "{} {}", risk(0, 1), risk(1, 9));
         assert!(risk(0, 1) > risk(0, 9) && risk(0, 1) > risk(1, 1), "{} {}", risk(0, 9), risk(1, 1));
-        let off = Config { sharing_agents: false, ..config };
+        let off = Config { sharing_classes: false, sharing_agents: false, ..config };
         assert!((sharing.risk(owner(1, 100, 1, 9), &off) - 1.0).abs() < 1e-6);
     }
 
@@ -369,7 +360,7 @@ mod tests {
     fn what_is_due_is_what_is_seen_where_nothing_tells_agents_apart() {
         let (sharing, config, mut curves) = (Sharing::default(), Config::default(), Curves::new());
         for round in 0..20_000u32 {
-            curves.refresh(0, &sharing, &config);
+            curves.refresh(0, &sharing);
             let x = mix(u64::from(round));
             let of = owner(1, 100, (x % 5) as u16, (x / 5 % 7) as u8);
             sharing.learn(&curves, of, (x / 35 % 60) as f32, 8, x / 2_100 % 4 == 0);

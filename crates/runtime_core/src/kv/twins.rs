@@ -96,26 +96,15 @@ proptest! {
         seen in proptest::collection::vec((0u8..20, 0u32..300, 0.0f32..4000.0, any::<bool>()), 0..400)
     ) {
         let sharing = Sharing::default();
-        let mut counts: HashMap<usize, [Vec<f64>; 2]> = HashMap::new();
+        let mut counts = [[[0.0; AGES]; 2]; 2];
         for &(degree, depth, age_s, shared) in &seen {
-            let class = sharing::class(degree, depth);
             sharing.learn(&Curves::new(), Owner { degree, depth, agent: 0, born: 0 }, age_s, 1, shared);
             let bucket = sharing::position(age_s) as usize;
-            let rows = counts.entry(class).or_insert_with(|| [vec![0.0; AGES], vec![0.0; AGES]]);
-            rows[usize::from(!shared)][bucket] += 1.0;
+            counts[usize::from(degree > 1)][usize::from(!shared)][bucket] += 1.0;
         }
-        let none = || [vec![0.0; AGES], vec![0.0; AGES]];
-        for class in 0..28 {
-            let mut pooled = none();
-            for (_, rows) in counts.iter().filter(|(other, _)| (**other < 4) == (class < 4)) {
-                for (pooled, row) in pooled.iter_mut().zip(rows) {
-                    pooled.iter_mut().zip(row).for_each(|(a, b)| *a += b);
-                }
-            }
-            let prior = refine(&[0.0; AGES], &pooled[0], &pooled[1], (1.0, 0.001, 0.95));
-            let own = counts.get(&class).cloned().unwrap_or_else(none);
-            let twin = refine(&prior, &own[0], &own[1], (4.0, 0.0, 0.95));
-            near(&sharing.hazards(class, &Config::default()), &twin, 1e-3);
+        for (group, [events, ends]) in counts.iter().enumerate() {
+            let twin = refine(&[0.0; AGES], events, ends, (1.0, 0.001, 0.95));
+            near(&sharing.hazards(group), &twin, 1e-3);
         }
     }
 

@@ -9,7 +9,7 @@
 //! | `gaps` | gap histograms by agent, pace, tool; skill of four chains | 3,888 |
 //! | `services` | histogram of durations of calls | 88 |
 //! | `ends` | trials and successes by agent, step, size, tool | 256 |
-//! | `sharing` | uses by other sessions by degree, depth and age, agent and step; remembered anchors | 3,232 |
+//! | `sharing` | uses by other sessions by age; agent, step, degree and depth; remembered anchors | 2,464 |
 //! | `warm` | agents whose votes are drawn | 4 |
 //! | `followers` | uses by sessions that walk the owner's path, private or shared, by offset, lag and agent | 192 |
 //! | `odds` | used and passed over, seen and due, by the lane's habit, place and sessions | 432 |
