@@ -141,7 +141,8 @@ class Bench:
             from agentrt.engines.vllm.adapter import Settings
 
             self.connector.settings = Settings.read({"policy": job["core"], **job["extra"]}, {})
-            self.connector.guard = type(self.connector.guard)()
+            guard = type(self.connector.guard)()
+            self.connector.guard = self.connector.hooks.guard = guard
             self.connector.bind_gpu_block_pool(manager.block_pool)
             assert self.connector.adapter is not None
         gc.collect()

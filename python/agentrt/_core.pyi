@@ -7,6 +7,9 @@ from typing import Any, Literal, final, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from agentrt.engines.vllm.adapter import Adapter
+from agentrt.engines.vllm.callers import Callers
+from agentrt.engines.vllm.guard import Guard
 from agentrt.policy import Policy
 
 def build_info() -> str: ...
@@ -945,6 +948,41 @@ class EngineCalls:
         """Forgets all blocks; what was learned stays."""
     def restart(self, now_us: int, /) -> None:
         """Starts over after a time without hooks: what was in flight may be gone."""
+
+@final
+class EngineHooks:
+    """The hooks that vLLM calls, guarded: what goes wrong in one is counted and answered as if agentrt were not there.
+
+    Where the adapter is ``plain`` and nobody asks for callers, a hook tells the adapter's ``held``, and nothing of it
+    runs in Python; otherwise it calls the adapter's method (named behind each). Hooks may be given more arguments than
+    they know.
+
+    Args:
+        guard: The connector's ``Guard``.
+        callers: Has ``wanted``: whether somebody asks whose request it is.
+        slow_s: A hook that takes longer is a fault, seconds.
+    """
+
+    guard: Guard
+    adapter: Adapter | None
+    """Whom the hooks call. None, as made and while it is switched off: nobody."""
+    def __new__(cls, guard: Guard, callers: Callers, slow_s: float, /) -> EngineHooks: ...
+    def on_new_request(self, request: object, /, *more: object) -> None:
+        """A request has been queued (``new_request``)."""
+    def get_num_new_matched_tokens(
+        self, request: object, num_computed_tokens: int, /, *more: object
+    ) -> tuple[int | None, bool]:
+        """Right before the allocation of a waiting request (``before_allocation``); nothing comes from outside."""
+    def update_state_after_alloc(self, request: object, blocks: object, /, *more: object) -> None:
+        """The request has its blocks (``allocated``)."""
+    def step_ended(self, scheduler_output: object, /, *more: object) -> None:
+        """The step has been scheduled (``step_ended``)."""
+    def has_pending_push_work(self) -> bool:
+        """Whether to make a step although no client waits (``pending``)."""
+    def request_finished_all_groups(
+        self, request: object, block_ids: Sequence[Sequence[int]], /, *more: object
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """The request is over; its blocks, one list a cache group, are freed next (``finished``)."""
 
 def copy_host_blocks(
     arrays: Sequence[NDArray[np.uint8]],

@@ -22,7 +22,7 @@ impl Clock {
     }
 }
 
-static CLOCK: PyOnceLock<Clock> = PyOnceLock::new();
+pub(crate) static CLOCK: PyOnceLock<Clock> = PyOnceLock::new();
 
 /// Microseconds of `time.monotonic`, in a third of the time that asking that takes.
 #[pyfunction]

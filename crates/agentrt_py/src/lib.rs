@@ -41,7 +41,7 @@ mod _core {
     #[pymodule_export]
     use crate::clock::monotonic_us;
     #[pymodule_export]
-    use crate::engine::{block_keys, EngineCall, EngineCalls, EngineCounts, FreeQueue};
+    use crate::engine::{block_keys, EngineCall, EngineCalls, EngineCounts, EngineHooks, FreeQueue};
     #[pymodule_export]
     use crate::explain::explain;
     #[pymodule_export]

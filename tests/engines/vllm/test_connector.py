@@ -290,12 +290,12 @@ def test_after_a_time_without_hooks_as_much_is_hit_as_ever(recorded_traces: list
         running = made.request(Call("long", "a", list(range(10**6, 10**6 + 40)), []))
         assert made.admit(running)
         if away and how == "switched off":
-            connector.live = None
+            connector.hooks.adapter = None
         elif away:
             connector.guard.paused_until = 1e18
         closed_loop([call for call in calls if call.session in early], made, 1_900, concurrency=8, seed=0)
         if away and how == "switched off":
-            connector.live = connector.adapter
+            connector.hooks.adapter = connector.adapter
             adapter_of(made).restart()
         elif away:
             connector.guard.paused_until = 0

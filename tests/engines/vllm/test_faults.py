@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,8 @@ from tests.engines.vllm.pool import Call, Engine, faults
 from tests.engines.vllm.test_ranker import Scripted
 
 from agentrt.engines.vllm import guard as guard_module
+from agentrt.engines.vllm.adapter import Adapter
+from agentrt.engines.vllm.callers import CALLERS
 from agentrt.engines.vllm.guard import Guard
 
 pytestmark = pytest.mark.usefixtures("vllm")
@@ -50,9 +54,13 @@ def boom(*_: object, **__: object) -> Any:
     raise RuntimeError("injected")
 
 
-def break_hook(engine: Engine, name: str) -> None:
-    assert engine.connector is not None
-    setattr(engine.connector.adapter, name, boom)
+def break_hook(engine: Engine, *names: str) -> None:
+    """Methods of the adapter raise: one of another class, so that the hooks call them."""
+    connector = engine.connector
+    assert connector is not None
+    assert connector.adapter is not None
+    connector.adapter.__class__ = type("Broken", (Adapter,), dict.fromkeys(names, boom))
+    connector.hooks.adapter = connector.adapter
 
 
 @pytest.mark.parametrize("hook", HOOKS)
@@ -69,10 +77,114 @@ def test_a_hook_that_raises_is_answered_by_vllm(hook: str, caplog: pytest.LogCap
 
 def test_all_hooks_at_once_leave_stock_behaviour() -> None:
     engine, stock = Engine(60, SCRIPTED), Engine(60, None)
-    for hook in HOOKS:
-        break_hook(engine, hook)
+    break_hook(engine, *HOOKS)
     assert served(engine) == served(stock)
     assert engine.evicted == stock.evicted
+
+
+class Raises:
+    """Raises whatever is asked of it."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        self._error = error
+
+    def __getattr__(self, name: str) -> Any:
+        raise self._error(name)
+
+
+# By what vLLM calls: the adapter's name for it, how many arguments it has, and the answer that leaves vLLM as it is.
+GUARDED: dict[str, tuple[str, int, Any]] = {
+    "on_new_request": ("new_request", 1, None),
+    "get_num_new_matched_tokens": ("before_allocation", 2, (0, False)),
+    "update_state_after_alloc": ("allocated", 3, None),
+    "step_ended": ("step_ended", 1, None),
+    "request_finished_all_groups": ("finished", 2, (False, None)),
+}
+
+
+@pytest.mark.parametrize("hook", GUARDED)
+def test_a_hook_that_is_given_nonsense_is_answered_by_vllm(hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(60, SCRIPTED)
+    connector = engine.connector
+    assert connector is not None
+    name, n, default = GUARDED[hook]
+    call = getattr(connector.hooks, hook)
+    beside = [0] * (n - 1)
+    assert call(Raises(RuntimeError), *beside) == default
+    assert connector.guard.faults == {f"{name}: RuntimeError": 1}
+    # A version of vLLM that tells less; one that tells more is understood.
+    assert call() == default
+    assert faults(connector) == {f"{name}: RuntimeError": 1, f"{name}: IndexError": 1}
+    with pytest.raises(KeyboardInterrupt):
+        call(Raises(KeyboardInterrupt), *beside)
+    # Whoever asks for callers hears of requests from Python's side.
+    monkeypatch.setattr(CALLERS, "wanted", True)
+    assert call(Raises(LookupError), *beside) == default
+    assert faults(connector)[f"{name}: LookupError"] == 1
+    monkeypatch.undo()
+    spent_s = connector.guard.spent_s
+    engine.step({})
+    assert connector.guard.spent_s > spent_s
+    assert len(served(engine)) == 120
+
+
+def test_hooks_that_are_told_more_than_they_know_take_what_they_know() -> None:
+    engine = Engine(60, SCRIPTED)
+    connector = engine.connector
+    assert connector is not None
+    for hook in GUARDED:
+        real = getattr(connector.hooks, hook)
+        if hook != "step_ended":
+            setattr(connector, hook, lambda *told, real=real: real(*told, "more"))
+    assert len(served(engine)) == 120
+    assert not faults(connector)
+    assert connector.adapter is not None
+    assert connector.adapter.counters.finished == 120
+
+
+def test_too_many_faults_keep_the_hooks_away_and_they_come_back() -> None:
+    engine = Engine(60, SCRIPTED)
+    connector = engine.connector
+    assert connector is not None
+    now = [1.0]
+    connector.guard.clock = lambda: now[0]
+    for _ in range(guard_module.LIMIT + 50):
+        connector.on_new_request(Raises(RuntimeError))
+    assert faults(connector) == {"new_request: RuntimeError": guard_module.LIMIT + 1}
+    assert connector.guard.pauses == 1
+    assert connector.adapter is not None
+    assert len(served(engine)) == 120
+    assert connector.adapter.counters.finished == 0
+    now[0] += guard_module.PAUSE_S + 1
+    assert len(served(engine)) == 120
+    # The first one was in flight when it started over.
+    assert connector.adapter.counters.finished == 119
+
+
+def test_a_hook_that_takes_long_is_a_fault() -> None:
+    class Slow(Raises):
+        def __getattr__(self, name: str) -> Any:
+            time.sleep(1.5 * guard_module.SLOW_S)
+            return super().__getattr__(name)
+
+    engine = Engine(60, SCRIPTED)
+    connector = engine.connector
+    assert connector is not None
+    connector.on_new_request(Slow(RuntimeError))
+    assert connector.guard.faults == {"new_request: RuntimeError": 1, "new_request: slow": 1}
+
+
+def test_only_an_adapter_that_adds_nothing_is_passed_over() -> None:
+    engine = Engine(60, SCRIPTED)
+    assert engine.connector is not None
+    assert engine.connector.adapter is not None
+    assert engine.connector.adapter.plain
+    for engine in (Engine(60, record=os.devnull), Engine(60, scheduling="fairness")):
+        other = engine.connector
+        assert other is not None
+        assert other.adapter is not None
+        assert not other.adapter.plain
+        other.adapter.close()
 
 
 @pytest.mark.parametrize("method", CORE)

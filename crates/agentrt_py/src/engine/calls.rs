@@ -184,7 +184,7 @@ impl EngineCalls {
 
     /// A request has been queued; None where it is known.
     #[pyo3(signature = (request, now_us, /))]
-    fn new_request<'py>(
+    pub(super) fn new_request<'py>(
         &mut self,
         request: &Bound<'py, PyAny>,
         now_us: u64,
@@ -228,7 +228,7 @@ impl EngineCalls {
 
     /// Blocks for a waiting request are about to be allocated: the call starts, and victims are put in place.
     #[pyo3(signature = (request, num_computed_tokens, now_us, /))]
-    fn before_allocation(
+    pub(super) fn before_allocation(
         &mut self,
         request: &Bound<'_, PyAny>,
         num_computed_tokens: usize,
@@ -285,7 +285,7 @@ impl EngineCalls {
 
     /// A request has its blocks; returns its call the first time.
     #[pyo3(signature = (request, blocks, /))]
-    fn allocated<'py>(
+    pub(super) fn allocated<'py>(
         &mut self,
         request: &Bound<'py, PyAny>,
         blocks: &Bound<'py, PyAny>,
@@ -348,7 +348,7 @@ impl EngineCalls {
 
     /// A step has been scheduled: prepares what running requests will take in the next one.
     #[pyo3(signature = (scheduler_output, now_us, /))]
-    fn step_ended(&mut self, scheduler_output: &Bound<'_, PyAny>, now_us: u64) -> PyResult<()> {
+    pub(super) fn step_ended(&mut self, scheduler_output: &Bound<'_, PyAny>, now_us: u64) -> PyResult<()> {
         let py = scheduler_output.py();
         self.now_us = now_us;
         let scheduled = scheduler_output.getattr(intern!(py, "num_scheduled_tokens"))?;
@@ -383,7 +383,7 @@ impl EngineCalls {
 
     /// A request is over, one way or another; its blocks are freed next.
     #[pyo3(signature = (request, block_ids_by_group, now_us, /))]
-    fn finished<'py>(
+    pub(super) fn finished<'py>(
         &mut self,
         request: &Bound<'py, PyAny>,
         block_ids_by_group: &Bound<'py, PyAny>,

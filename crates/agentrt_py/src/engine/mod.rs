@@ -2,6 +2,7 @@
 //!
 //! | file | question |
 //! |---|---|
+//! | `hooks.rs` | which hooks are there, and what if one fails? |
 //! | `calls.rs` | what does a hook of vLLM mean for the requests that it holds? |
 //! | `calls/arrival.rs` | whose is a request, and is it its session's last? |
 //! | `calls/telling.rs` | what is the core told, and when? |
@@ -13,6 +14,7 @@
 mod blocks;
 mod call;
 mod calls;
+mod hooks;
 mod names;
 mod queue;
 mod steps;
@@ -20,4 +22,5 @@ mod steps;
 pub(crate) use blocks::block_keys;
 pub(crate) use call::{EngineCall, EngineCounts};
 pub(crate) use calls::EngineCalls;
+pub(crate) use hooks::EngineHooks;
 pub(crate) use queue::FreeQueue;

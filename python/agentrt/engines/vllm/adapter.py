@@ -12,8 +12,9 @@ vLLM does not tell when it reuses a block by itself (an allocation nothing was p
 block resident until it names it as a victim, sees that it is not one any more and goes on to the next. A prefix-cache
 reset is noticed by vLLM's map being another object.
 
-What a hook does is done in Rust, in one call (:class:`agentrt._core.EngineCalls`); here is what only some need: order
-and holds of waiting calls, and recording.
+What a hook does is done in Rust (:class:`agentrt._core.EngineCalls`), which :class:`agentrt._core.EngineHooks` calls
+itself where nothing here adds to it (``plain``); here is what only some need: order and holds of waiting calls, and
+recording.
 
 Memory is bounded by the pool's blocks and the requests vLLM holds.
 """
@@ -145,6 +146,11 @@ class Adapter:
     @acting.setter
     def acting(self, acting: bool) -> None:
         self.held.acting = acting
+
+    @property
+    def plain(self) -> bool:
+        """Whether a hook does no more than tell ``held``, as long as nobody asks for callers."""
+        return type(self) is Adapter and self.gate is None and self.recorder is None
 
     @property
     def ranker(self) -> Any:

@@ -17,8 +17,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from agentrt._core import EngineHooks
 from agentrt.engines.vllm.adapter import Adapter, Settings
-from agentrt.engines.vllm.guard import Guard, guarded
+from agentrt.engines.vllm.callers import CALLERS
+from agentrt.engines.vllm.guard import SLOW_S, Guard
 from agentrt.engines.vllm.planning import make_adapter
 from agentrt.engines.vllm.prefill import scheduler_of
 
@@ -51,8 +53,7 @@ class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, u
         super().__init__(vllm_config, role, kv_cache_config, *more)
         self.guard = Guard()
         self.adapter: Adapter | None = None
-        # The same while it is switched on.
-        self.live: Adapter | None = None
+        self.hooks = EngineHooks(self.guard, CALLERS, SLOW_S)
         self.settings = Settings()
         self.enabled = True
         self._next_look = 0.0
@@ -82,9 +83,8 @@ class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, u
         block_size = getattr(getattr(groups[0], "kv_cache_spec", None), "block_size", pool.hash_block_size)
         step_tokens = getattr(getattr(self._vllm_config, "scheduler_config", None), "max_num_batched_tokens", 0)
         self._scheduler = self.guard.run("scheduler", None, scheduler_of, pool) or self._scheduler
-        self.adapter = self.live = make_adapter(
-            pool, self.settings, block_size, len(groups), step_tokens, self._scheduler
-        )
+        self.adapter = make_adapter(pool, self.settings, block_size, len(groups), step_tokens, self._scheduler)
+        self.hooks.adapter = self.adapter
         logger.info(
             "agentrt: policy `%s`, %d blocks of %d tokens, %s",
             self.settings.policy,
@@ -93,28 +93,38 @@ class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, u
             "acting" if self.adapter.acting else "observing only",
         )
 
-    on_new_request = guarded("new_request", None, "A request has been queued.")
-    get_num_new_matched_tokens = guarded(
-        "before_allocation", (0, False), "Right before the allocation of a waiting request; nothing comes from outside."
-    )
-    update_state_after_alloc = guarded("allocated", None, "The request has its blocks.")
-    _step_ended = guarded("step_ended", None, "The step has been scheduled.")
-    has_pending_push_work = guarded("pending", False, "Whether to make a step although no client waits.")
-    request_finished_all_groups = guarded(
-        "finished", (False, None), "The request is over; its blocks, one list a cache group, are freed next."
-    )
+    def on_new_request(self, request: Any, *more: Any) -> None:
+        """A request has been queued."""
+        self.hooks.on_new_request(request, *more)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int, *more: Any) -> tuple[int | None, bool]:
+        """Right before the allocation of a waiting request; nothing comes from outside."""
+        return self.hooks.get_num_new_matched_tokens(request, num_computed_tokens, *more)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, *more: Any) -> None:
+        """The request has its blocks."""
+        self.hooks.update_state_after_alloc(request, blocks, *more)
+
+    def has_pending_push_work(self) -> bool:
+        """Whether to make a step although no client waits."""
+        return self.hooks.has_pending_push_work()
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: Sequence[Sequence[int]]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """The request is over; its blocks, one list a cache group, are freed next."""
+        return self.hooks.request_finished_all_groups(request, block_ids)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """The step has been scheduled."""
-        self._step_ended(scheduler_output)
+        self.hooks.step_ended(scheduler_output)
         if self.guard.clock() >= self._next_look:
             self.guard.run("housekeeping", None, self._housekeeping)
         return NOTHING
 
     def request_finished(self, request: Any, block_ids: Sequence[int]) -> tuple[bool, dict[str, Any] | None]:
         """As :meth:`request_finished_all_groups`, from versions of vLLM that know one group only."""
-        answer: tuple[bool, dict[str, Any] | None] = self.request_finished_all_groups(request, (block_ids,))
-        return answer
+        return self.request_finished_all_groups(request, (block_ids,))
 
     def reset_cache(self) -> bool | None:
         """The operator resets connectors together with the prefix cache."""
@@ -156,8 +166,8 @@ class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, u
             self._control(self.settings.control_file)
         if self.guard.pauses != self._pauses:
             # The first time after a pause: during one nothing is called.
-            if self.live is not None:
-                self.live.restart()
+            if self.hooks.adapter is not None:
+                self.hooks.adapter.restart()
             self._pauses = self.guard.pauses
         if now >= self._next_log:
             first = self._next_log == 0.0
@@ -174,7 +184,7 @@ class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, u
         enabled = word not in ("off", "0", "false")
         if enabled != self.enabled:
             self.enabled = enabled
-            self.live = self.adapter if enabled else None
+            self.hooks.adapter = self.adapter if enabled else None
             if enabled and self.adapter is not None:
                 # Much has happened unseen.
                 self.adapter.restart()

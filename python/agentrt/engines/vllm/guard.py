@@ -1,4 +1,4 @@
-"""Faults must not reach vLLM: every hook runs inside :meth:`Guard.run` or, where microseconds count, :func:`guarded`.
+"""Faults must not reach vLLM: everything runs inside :meth:`Guard.run`; hooks, in Rust, likewise (``EngineHooks``).
 
 A fault is counted under its kind (hook and exception type), logged in full the first time only, and answered with the
 hook's default, which leaves vLLM as it would be without agentrt. More than ``LIMIT`` faults within ``WINDOW_S`` pause
@@ -12,9 +12,9 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-__all__ = ["Guard", "guarded"]
+__all__ = ["Guard"]
 
 T = TypeVar("T")
 
@@ -88,34 +88,3 @@ class Guard:
             self.pauses += 1
             if self.pauses == 1:
                 logger.warning("agentrt: too many faults, paused for %.0f s; vLLM runs in its own order", PAUSE_S)
-
-
-def guarded(name: str, default: Any, about: str) -> Callable[..., Any]:
-    """A method of the connector that passes its arguments on to the adapter's method ``name``.
-
-    As :meth:`Guard.run`, without its calls. The connector has ``guard``, and ``live``: the adapter, None while it is
-    switched off.
-    """
-
-    def method(self: Any, *arguments: Any) -> Any:
-        adapter = self.live
-        if adapter is None:
-            return default
-        guard: Guard = self.guard
-        start = guard.clock()
-        if start < guard.paused_until:
-            return default
-        try:
-            return getattr(adapter, name)(*arguments)
-        except Exception as error:  # noqa: BLE001 - a fault in agentrt must never fail a request
-            guard.failed(name, error)
-            return default
-        finally:
-            # As Guard.took.
-            seconds = guard.clock() - start
-            guard.spent_s += seconds
-            if seconds > SLOW_S:
-                guard.note(f"{name}: slow")
-
-    method.__doc__ = about
-    return method
