@@ -1,9 +1,11 @@
 """A real vLLM engine on the CPU under several policies: hit tokens, time to first token, calls per second.
 
 Two engines run side by side and take turns: stock vLLM without the connector, and one with it, whose policy is set
-for every run. Each run starts from an empty cache and an untaught policy; within a repetition all policies are given
-the same calls, and which of them comes first changes from one repetition to the next. The pool of a workload is the one
-at which the replay says MIN - LRU is largest; a second pool, for which both engines are started anew, holds everything.
+for every run. Each run starts from an empty cache and an untaught policy, after a few calls that are not counted, for
+a process that has just waited is slower; within a repetition all policies are given the same calls, and which of them
+comes first changes from one repetition to the next. The pool of a workload is the one at which the replay says MIN -
+LRU is largest; a second pool holds everything. Both engines are started anew for each repetition: two processes that do
+the same may differ by some percent for as long as they live.
 Finished runs are kept in the result file, so an interrupted benchmark goes on where it stopped.
 
     make e2e E2E_JSON=results.json         all workloads
@@ -13,6 +15,7 @@ Finished runs are kept in the result file, so an interrupted benchmark goes on w
 | policy | what decides |
 |---|---|
 | stock | vLLM, no connector |
+| stock-again | the same in a process of its own: what two processes differ by; not run unless asked for |
 | neutral | the adapter with vLLM's own order: what it costs, and that it changes nothing |
 | cachescout | the published policy behind the same adapter |
 | agentrt | agentrt |
@@ -21,7 +24,8 @@ Finished runs are kept in the result file, so an interrupted benchmark goes on w
 | agentrt-prefetch | with prefills in idle capacity (`speculation`): little of it without `--pause-every N` |
 | optimal | the offline order: evicts what the calls of the stock run need last |
 
-`neutral`, `agentrt` and `agentrt-told-ends` record themselves as `agentrt record` does; the recordings are replayed.
+Under pressure `neutral`, `agentrt` and `agentrt-told-ends` record themselves as `agentrt record` does; the recordings
+are replayed.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benches.e2e.summary import problems, report
+from benches.e2e.summary import STOCK, problems, report
 from benches.e2e.workloads import (
     BATCH,
     CALLS,
@@ -56,9 +60,12 @@ from benches.e2e.workloads import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
+AGAIN = "stock-again"
+CONNECTOR = "connector"
 # What is given to the adapter as its policy.
 CORES = {
-    "stock": "stock",
+    STOCK: STOCK,
+    AGAIN: STOCK,
     "neutral": "lru",
     "cachescout": "benches.e2e.cores:CacheScout",
     "agentrt": "agentrt",
@@ -77,6 +84,9 @@ PREDICTED = {
     "agentrt": {"agentrt": "agentrt"},
     TOLD: {TOLD: TOLD},
 }
+
+# Calls at the beginning of each run that are not counted.
+WARM_UP = 40
 
 Row = dict[str, Any]
 
@@ -105,6 +115,12 @@ class Engine:
             tail = "\n".join(self.log.read_text().splitlines()[-20:])
             raise SystemExit(f"error: the engine process has ended; its last lines:\n{tail}")
         return line
+
+    def run_warm(self, job: dict[str, Any]) -> dict[str, Any]:
+        """One job, after the first calls of it under vLLM's own order."""
+        core = STOCK if job["core"] == STOCK else "lru"
+        self.run({**job, "calls": WARM_UP, "core": core, "told_ends": False, "extra": {}, "future": None})
+        return self.run(job)
 
     def run(self, job: dict[str, Any]) -> dict[str, Any]:
         """One job."""
@@ -148,7 +164,7 @@ class Results:
         """Whether this run is done."""
         wanted = workload, pressure, repetition, policy
         done = any((r["workload"], r["pressure"], r["repetition"], r["policy"]) == wanted for r in self.rows)
-        return done and (policy != "stock" or self.key(workload, pressure, repetition) in self.stock)
+        return done and (policy != STOCK or self.key(workload, pressure, repetition) in self.stock)
 
     def add(self, row: Row) -> None:
         """Keeps a run."""
@@ -178,30 +194,34 @@ def turns(policies: list[str], repetition: int) -> list[str]:
     """The order in this repetition; ``optimal`` needs the calls of the stock run."""
     at = repetition % len(policies)
     order = policies[at:] + policies[:at]
-    if "optimal" in order and "stock" in order and order.index("optimal") < order.index("stock"):
+    if "optimal" in order and STOCK in order and order.index("optimal") < order.index(STOCK):
         order.remove("optimal")
-        order.insert(order.index("stock") + 1, "optimal")
+        order.insert(order.index(STOCK) + 1, "optimal")
     return order
 
 
-def started(kinds: set[bool], folder: Path, blocks: int, job: dict[str, Any]) -> dict[bool, Engine]:
-    """Engines without and with the connector, by whether they are stock, that have done their first calls."""
+def process_of(policy: str) -> str:
+    """The engine that a policy runs in."""
+    return policy if CORES[policy] == STOCK else CONNECTOR
+
+
+def started(processes: set[str], folder: Path, blocks: int, job: dict[str, Any]) -> dict[str, Engine]:
+    """Engines without and with the connector that have done their first calls."""
     engines = {}
-    for stock in sorted(kinds):
-        name = "stock" if stock else "connector"
+    for name in sorted(processes):
         options = {
-            "stock": stock,
+            "stock": name != CONNECTOR,
             "model": job["model"],
             "model_folder": str(folder / name),
             "batch": job["batch"],
             "blocks": blocks,
         }
-        engines[stock] = Engine(name, options, folder)
+        engines[name] = Engine(name, options, folder)
     try:
-        for stock, engine in engines.items():
+        for name, engine in engines.items():
             engine.answer()
             # The first calls of a process pay for what is made once.
-            engine.run({**job, "pool_blocks": blocks, "calls": 30, "core": "stock" if stock else "lru"})
+            engine.run({**job, "pool_blocks": blocks, "calls": 30, "core": "lru" if name == CONNECTOR else STOCK})
     except BaseException:
         for engine in engines.values():
             engine.stop()
@@ -225,7 +245,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sessions", type=int, default=CONCURRENCY, help="at a time")
     parser.add_argument("--model", choices=("tiny", "small", "medium"))
     parser.add_argument("--pause-every", type=int, default=0, metavar="N", help="calls, after which all sessions pause")
-    parser.add_argument("--pressure-only", action="store_true", help="leave out the pool into which everything fits")
+    pools = parser.add_mutually_exclusive_group()
+    pools.add_argument("--pressure-only", action="store_true", help="leave out the pool into which everything fits")
+    pools.add_argument("--fits-only", action="store_true", help="only that pool")
     return parser.parse_args()
 
 
@@ -250,14 +272,14 @@ def main() -> None:
     names = asked.workloads.split(",") if asked.workloads else [*recorded, *GENERATED]
     if smoke and not asked.workloads:
         names = names[:1]
-    usual = [name for name in CORES if name not in (INFERRED, TOLD)]
+    usual = [name for name in CORES if name not in (AGAIN, INFERRED, TOLD)]
     policies = asked.policies.split(",") if asked.policies else usual
     if unknown := set(policies) - set(CORES):
         raise SystemExit(f"error: unknown policy `{min(unknown)}`; known: {', '.join(CORES)}")
     if PREFETCH in policies and not asked.pause_every:
         print(f"{PREFETCH}: without --pause-every N the engine is hardly ever idle, so there is little to prefill in")
     # Where all fits no order of eviction matters: what the adapter costs is left.
-    fitting = [name for name in policies if name in ("stock", "agentrt", INFERRED, TOLD)]
+    fitting = [name for name in policies if name in (STOCK, AGAIN, "agentrt", INFERRED, TOLD)]
     repetitions = asked.repetitions or (1 if smoke else 3)
 
     results = Results(asked.json, shape)
@@ -271,7 +293,7 @@ def main() -> None:
         )
     todo = [
         (name, pressure, repetition, policy)
-        for pressure in ((True,) if smoke or asked.pressure_only else (True, False))
+        for pressure in ((False,) if asked.fits_only else (True,) if smoke or asked.pressure_only else (True, False))
         for repetition in range(repetitions)
         for name in names
         for policy in turns(policies if pressure else fitting, repetition)
@@ -279,7 +301,7 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        engines: dict[bool, Engine] = {}
+        engines: dict[str, Engine] = {}
         try:
             largest = max(pool.fits for pool in pools.values())
             job = {
@@ -288,22 +310,23 @@ def main() -> None:
             }  # fmt: skip
             start, under = time.monotonic(), None
             for done, (name, pressure, repetition, policy) in enumerate(todo):
-                if pressure != under:
-                    # Fresh ones for each pool: that with the connector has done far more by then.
+                if under != (pressure, repetition):
                     for engine in engines.values():
                         engine.stop()
-                    kinds = {policy == "stock" for _, pool, _, policy in todo if pool == pressure}
-                    engines = started(kinds, folder, largest, {**job, "workload": names[0]})
-                    under = pressure
+                    under = pressure, repetition
+                    processes = {process_of(policy) for _, *turn, policy in todo if turn == [*under]}
+                    engines = started(processes, folder, largest, {**job, "workload": names[0]})
                 blocks = pools[name].pressure if pressure else pools[name].fits
                 key = results.key(name, pressure, repetition)
                 recording = folder / "recording.jsonl"
                 extra: dict[str, Any] = {}
-                if policy in RECORDING:
+                # Where all fits there is nothing to foretell, and what agentrt costs is asked.
+                records = pressure and policy in RECORDING
+                if records:
                     extra["record"] = str(recording)
                 if policy == PREFETCH:
                     extra |= PREFETCHING
-                answer = engines[policy == "stock"].run(
+                answer = engines[process_of(policy)].run_warm(
                     {
                         **job,
                         "workload": name,
@@ -318,7 +341,7 @@ def main() -> None:
                     }
                 )
                 outputs, order = answer.pop("outputs"), answer.pop("order")
-                if policy == "stock":
+                if policy == STOCK:
                     results.stock[key] = {"order": order, "outputs": outputs}
                 expected = results.stock[key]["outputs"] if key in results.stock else {}
                 row = {
@@ -332,7 +355,7 @@ def main() -> None:
                     "pool_blocks": blocks,
                     "place": list(CORES).index(policy),
                 }
-                if policy in RECORDING:
+                if records:
                     row["predicted"] = predict(recording, blocks, PREDICTED[policy])
                 results.add(row)
                 minutes = (time.monotonic() - start) / 60

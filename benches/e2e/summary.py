@@ -178,6 +178,9 @@ def report(rows: list[Row]) -> str:
         cell = [row for row in rows if row["pressure"] and row["recorded"] == recorded]
         if cell:
             parts += [f"\nAgainst stock under pressure, mean over the {title} workloads:\n", *against_stock(cell)]
+    cell = [row for row in rows if not row["pressure"]]
+    if cell:
+        parts += ["\nAgainst stock where all fits, mean over all workloads:\n", *against_stock(cell)]
     parts += ["", *slower(rows)]
     lines = predictions(rows)
     if lines:
