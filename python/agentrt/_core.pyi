@@ -977,7 +977,7 @@ class EngineHooks:
         """The request has its blocks (``allocated``)."""
     def step_ended(self, scheduler_output: object, /, *more: object) -> None:
         """The step has been scheduled (``step_ended``)."""
-    def has_pending_push_work(self) -> bool:
+    def has_pending_push_work(self, *more: object) -> bool:
         """Whether to make a step although no client waits (``pending``)."""
     def request_finished_all_groups(
         self, request: object, block_ids: Sequence[Sequence[int]], /, *more: object
