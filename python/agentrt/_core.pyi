@@ -954,8 +954,8 @@ class EngineHooks:
     """The hooks that vLLM calls, guarded: what goes wrong in one is counted and answered as if agentrt were not there.
 
     Where the adapter is ``plain`` and nobody asks for callers, a hook tells the adapter's ``held``, and nothing of it
-    runs in Python; otherwise it calls the adapter's method (named behind each). Hooks may be given more arguments than
-    they know.
+    runs in Python; otherwise it calls the adapter's method (named behind each). Arguments that a hook does not know are
+    left out; too few are a fault.
 
     Args:
         guard: The connector's ``Guard``.
@@ -967,22 +967,20 @@ class EngineHooks:
     adapter: Adapter | None
     """Whom the hooks call. None, as made and while it is switched off: nobody."""
     def __new__(cls, guard: Guard, callers: Callers, slow_s: float, /) -> EngineHooks: ...
-    def on_new_request(self, request: object, /, *more: object) -> None:
+    def on_new_request(self, *arguments: object) -> None:
         """A request has been queued (``new_request``)."""
-    def get_num_new_matched_tokens(
-        self, request: object, num_computed_tokens: int, /, *more: object
-    ) -> tuple[int | None, bool]:
+    def get_num_new_matched_tokens(self, *arguments: object) -> tuple[int | None, bool]:
         """Right before the allocation of a waiting request (``before_allocation``); nothing comes from outside."""
-    def update_state_after_alloc(self, request: object, blocks: object, /, *more: object) -> None:
+    def update_state_after_alloc(self, *arguments: object) -> None:
         """The request has its blocks (``allocated``)."""
-    def step_ended(self, scheduler_output: object, /, *more: object) -> None:
+    def step_ended(self, *arguments: object) -> None:
         """The step has been scheduled (``step_ended``)."""
-    def has_pending_push_work(self, *more: object) -> bool:
+    def has_pending_push_work(self, *arguments: object) -> bool:
         """Whether to make a step although no client waits (``pending``)."""
-    def request_finished_all_groups(
-        self, request: object, block_ids: Sequence[Sequence[int]], /, *more: object
-    ) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished_all_groups(self, *arguments: object) -> tuple[bool, dict[str, Any] | None]:
         """The request is over; its blocks, one list a cache group, are freed next (``finished``)."""
+    def panic_once(self) -> None:
+        """The next hook panics, for tests."""
 
 def copy_host_blocks(
     arrays: Sequence[NDArray[np.uint8]],

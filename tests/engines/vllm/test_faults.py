@@ -97,49 +97,90 @@ GUARDED: dict[str, tuple[str, int, Any]] = {
     "on_new_request": ("new_request", 1, None),
     "get_num_new_matched_tokens": ("before_allocation", 2, (0, False)),
     "update_state_after_alloc": ("allocated", 3, None),
-    "step_ended": ("step_ended", 1, None),
     "request_finished_all_groups": ("finished", 2, (False, None)),
 }
 
 
+def kinds(connector: Any) -> dict[str, int]:
+    """Faults by exception, but for slow hooks."""
+    return {kind.partition(": ")[2]: n for kind, n in faults(connector).items()}
+
+
+@pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("hook", GUARDED)
-def test_a_hook_that_is_given_nonsense_is_answered_by_vllm(hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hook_that_is_given_nonsense_is_answered_by_vllm(hook: str, plain: bool) -> None:
     engine = Engine(60, SCRIPTED)
+    if not plain:
+        break_hook(engine)
     connector = engine.connector
     assert connector is not None
     name, n, default = GUARDED[hook]
-    call = getattr(connector.hooks, hook)
+    call = getattr(connector, hook)
     beside = [0] * (n - 1)
     assert call(Raises(RuntimeError), *beside) == default
-    assert connector.guard.faults == {f"{name}: RuntimeError": 1}
-    # A version of vLLM that tells less; one that tells more is understood.
+    assert faults(connector) == {f"{name}: RuntimeError": 1}
+    # A version of vLLM that tells less.
     assert call() == default
-    assert faults(connector) == {f"{name}: RuntimeError": 1, f"{name}: IndexError": 1}
+    assert kinds(connector) == {"RuntimeError": 1, "IndexError" if plain else "TypeError": 1}
     with pytest.raises(KeyboardInterrupt):
         call(Raises(KeyboardInterrupt), *beside)
-    # Whoever asks for callers hears of requests from Python's side.
-    monkeypatch.setattr(CALLERS, "wanted", True)
-    assert call(Raises(LookupError), *beside) == default
-    assert faults(connector)[f"{name}: LookupError"] == 1
-    monkeypatch.undo()
     spent_s = connector.guard.spent_s
     engine.step({})
     assert connector.guard.spent_s > spent_s
     assert len(served(engine)) == 120
 
 
-def test_hooks_that_are_told_more_than_they_know_take_what_they_know() -> None:
+def test_a_step_of_nonsense_is_a_fault() -> None:
     engine = Engine(60, SCRIPTED)
+    assert engine.connector is not None
+    engine.connector.build_connector_meta(Raises(RuntimeError))
+    assert faults(engine.connector) == {"step_ended: RuntimeError": 1}
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_hooks_that_are_told_more_than_they_know_take_what_they_know(plain: bool) -> None:
+    engine = Engine(60, SCRIPTED)
+    if not plain:
+        break_hook(engine)
     connector = engine.connector
     assert connector is not None
     for hook in GUARDED:
-        real = getattr(connector.hooks, hook)
-        if hook != "step_ended":
-            setattr(connector, hook, lambda *told, real=real: real(*told, "more"))
+        real = getattr(connector, hook)
+        setattr(connector, hook, lambda *told, real=real: real(*told, "more"))
     assert len(served(engine)) == 120
+    assert connector.has_pending_push_work("more") is False
     assert not faults(connector)
     assert connector.adapter is not None
     assert connector.adapter.counters.finished == 120
+
+
+@pytest.mark.parametrize("hook", [*GUARDED, "build_connector_meta", "has_pending_push_work"])
+def test_a_panic_is_a_fault_after_which_the_adapter_starts_over(hook: str) -> None:
+    engine = Engine(60, SCRIPTED)
+    connector = engine.connector
+    assert connector is not None
+    assert connector.adapter is not None
+    assert engine.admit(engine.request(workload()[0]))
+    connector.hooks.panic_once()
+    n = GUARDED[hook][1] if hook in GUARDED else int(hook == "build_connector_meta")
+    getattr(connector, hook)(*[Raises(RuntimeError)] * n)
+    assert list(kinds(connector)) == ["panic"]
+    assert connector.adapter.calls
+    engine.step({})
+    assert not connector.adapter.calls
+    for request in list(engine.running.values()):
+        engine.finish(request)
+    assert len(served(engine)) == 120
+    assert kinds(connector) == {"panic": 1}
+
+
+def test_whoever_asks_for_callers_hears_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(60, SCRIPTED)
+    request = engine.request(Call("s", "a", [1], []))
+    assert CALLERS.find(request.request_id) is None
+    monkeypatch.setattr(CALLERS, "wanted", True)
+    request = engine.request(Call("t", "a", [2], []))
+    assert CALLERS.find(request.request_id) is not None
 
 
 def test_too_many_faults_keep_the_hooks_away_and_they_come_back() -> None:
@@ -174,17 +215,30 @@ def test_a_hook_that_takes_long_is_a_fault() -> None:
     assert connector.guard.faults == {"new_request: RuntimeError": 1, "new_request: slow": 1}
 
 
-def test_only_an_adapter_that_adds_nothing_is_passed_over() -> None:
+def test_a_panic_below_the_guard_is_a_fault_and_an_interrupt_is_not() -> None:
+    panic = type("PanicException", (BaseException,), {})
+
+    def raises(error: type[BaseException]) -> int:
+        raise error
+
+    guard = Guard()
+    assert guard.run("hook", 7, raises, panic) == 7
+    assert guard.faults == {"hook: PanicException": 1}
+    with pytest.raises(KeyboardInterrupt):
+        guard.run("hook", 7, raises, KeyboardInterrupt)
+
+
+def test_only_an_adapter_that_adds_nothing_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(Adapter, "new_request", lambda _, request: called.append(request))
     engine = Engine(60, SCRIPTED)
-    assert engine.connector is not None
-    assert engine.connector.adapter is not None
-    assert engine.connector.adapter.plain
+    engine.request(workload()[0])
+    assert not called
     for engine in (Engine(60, record=os.devnull), Engine(60, scheduling="fairness")):
-        other = engine.connector
-        assert other is not None
-        assert other.adapter is not None
-        assert not other.adapter.plain
-        other.adapter.close()
+        engine.request(workload()[0])
+        assert called.pop()
+        assert engine.connector is not None
+        engine.connector.shutdown()
 
 
 @pytest.mark.parametrize("method", CORE)

@@ -93,27 +93,27 @@ class AgentRTConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc, u
             "acting" if self.adapter.acting else "observing only",
         )
 
-    def on_new_request(self, request: Any, *more: Any) -> None:
+    # However many arguments there are: too few are a fault, too many are cut.
+
+    def on_new_request(self, *arguments: Any) -> None:
         """A request has been queued."""
-        self.hooks.on_new_request(request, *more)
+        self.hooks.on_new_request(*arguments)
 
-    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int, *more: Any) -> tuple[int | None, bool]:
+    def get_num_new_matched_tokens(self, *arguments: Any) -> tuple[int | None, bool]:
         """Right before the allocation of a waiting request; nothing comes from outside."""
-        return self.hooks.get_num_new_matched_tokens(request, num_computed_tokens, *more)
+        return self.hooks.get_num_new_matched_tokens(*arguments)
 
-    def update_state_after_alloc(self, request: Any, blocks: Any, *more: Any) -> None:
+    def update_state_after_alloc(self, *arguments: Any) -> None:
         """The request has its blocks."""
-        self.hooks.update_state_after_alloc(request, blocks, *more)
+        self.hooks.update_state_after_alloc(*arguments)
 
-    def has_pending_push_work(self) -> bool:
+    def has_pending_push_work(self, *arguments: Any) -> bool:
         """Whether to make a step although no client waits."""
-        return self.hooks.has_pending_push_work()
+        return self.hooks.has_pending_push_work(*arguments)
 
-    def request_finished_all_groups(
-        self, request: Any, block_ids: Sequence[Sequence[int]]
-    ) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished_all_groups(self, *arguments: Any) -> tuple[bool, dict[str, Any] | None]:
         """The request is over; its blocks, one list a cache group, are freed next."""
-        return self.hooks.request_finished_all_groups(request, block_ids)
+        return self.hooks.request_finished_all_groups(*arguments)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """The step has been scheduled."""

@@ -47,13 +47,16 @@ class Guard:
             return default
         try:
             return action(*arguments)
-        except Exception as error:  # noqa: BLE001 - a fault in agentrt must never fail a request
+        except BaseException as error:
+            # A panic in Rust is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             self.failed(hook, error)
             return default
         finally:
             self.took(hook, self.clock() - start)
 
-    def failed(self, hook: str, error: Exception) -> None:
+    def failed(self, hook: str, error: BaseException) -> None:
         """Counts an exception."""
         self._fault(f"{hook}: {type(error).__name__}", error)
 
@@ -67,7 +70,7 @@ class Guard:
         """Counts a fault that was handled where it occurred."""
         self._fault(kind, None)
 
-    def _fault(self, kind: str, error: Exception | None) -> None:
+    def _fault(self, kind: str, error: BaseException | None) -> None:
         if kind not in self.faults:
             if len(self.faults) >= MAX_KINDS:
                 kind = "other"
