@@ -87,6 +87,8 @@ PREDICTED = {
 
 # Calls at the beginning of each run that are not counted.
 WARM_UP = 40
+# Of the result file; a change of the method is one.
+VERSION = 2
 
 Row = dict[str, Any]
 
@@ -145,15 +147,17 @@ class Results:
         self.settings = settings
         self.rows: list[Row] = []
         self.stock: dict[str, dict[str, Any]] = {}
+        # Runs whose answers wait for stock's.
+        self.unchecked: list[tuple[str, Row, dict[str, Any]]] = []
         if path.exists():
             found = json.loads(path.read_text())
-            if found.get("settings") != settings:
+            if found.get("settings") != settings or found.get("version") != VERSION:
                 raise SystemExit(
                     f"error: {path} holds results of other settings; delete it or name another: --json FILE"
                 )
             self.rows = found["results"]
-        if self.stock_path.exists():
-            self.stock = json.loads(self.stock_path.read_text())
+            if self.stock_path.exists():
+                self.stock = json.loads(self.stock_path.read_text())
 
     @staticmethod
     def key(workload: str, pressure: bool, repetition: int) -> str:
@@ -166,11 +170,18 @@ class Results:
         done = any((r["workload"], r["pressure"], r["repetition"], r["policy"]) == wanted for r in self.rows)
         return done and (policy != STOCK or self.key(workload, pressure, repetition) in self.stock)
 
-    def add(self, row: Row) -> None:
-        """Keeps a run."""
+    def add(self, row: Row, outputs: dict[str, Any]) -> None:
+        """Keeps a run, and compares its answers with stock's as soon as both are there."""
+        key = self.key(row["workload"], row["pressure"], row["repetition"])
         self.rows.append(row)
+        self.unchecked.append((key, row, outputs))
+        for one in [one for one in self.unchecked if one[0] in self.stock]:
+            self.unchecked.remove(one)
+            _, row, outputs = one
+            expected = self.stock[one[0]]["outputs"]
+            row["outputs_differing"] = sum(expected[call] != outputs[call] for call in expected.keys() & outputs)
         _write(self.stock_path, self.stock)
-        _write(self.path, {"version": 1, "settings": self.settings, "results": self.rows})
+        _write(self.path, {"version": VERSION, "settings": self.settings, "results": self.rows})
 
 
 def _write(path: Path, value: object) -> None:
@@ -281,6 +292,10 @@ def main() -> None:
     # Where all fits no order of eviction matters: what the adapter costs is left.
     fitting = [name for name in policies if name in (STOCK, AGAIN, "agentrt", INFERRED, TOLD)]
     repetitions = asked.repetitions or (1 if smoke else 3)
+    if asked.fits_only and not fitting:
+        raise SystemExit(f"error: where all fits only these are run: {STOCK}, {AGAIN}, agentrt, {INFERRED}, {TOLD}")
+    if "optimal" in policies and STOCK not in policies:
+        raise SystemExit(f"error: `optimal` needs the calls of `{STOCK}`; add it to --policies")
 
     results = Results(asked.json, shape)
     pools = {}
@@ -343,7 +358,6 @@ def main() -> None:
                 outputs, order = answer.pop("outputs"), answer.pop("order")
                 if policy == STOCK:
                     results.stock[key] = {"order": order, "outputs": outputs}
-                expected = results.stock[key]["outputs"] if key in results.stock else {}
                 row = {
                     "workload": name,
                     "recorded": name in RECORDED,
@@ -351,13 +365,14 @@ def main() -> None:
                     "policy": policy,
                     "repetition": repetition,
                     **answer,
-                    "outputs_differing": sum(expected[call] != outputs[call] for call in expected.keys() & outputs),
+                    # Not known yet.
+                    "outputs_differing": None,
                     "pool_blocks": blocks,
                     "place": list(CORES).index(policy),
                 }
                 if records:
                     row["predicted"] = predict(recording, blocks, PREDICTED[policy])
-                results.add(row)
+                results.add(row, outputs)
                 minutes = (time.monotonic() - start) / 60
                 print(
                     f"[{done + 1}/{len(todo)}] {key} {policy}: hits {row['hit_rate']:.1%}, "
