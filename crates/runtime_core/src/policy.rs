@@ -82,7 +82,7 @@ pub enum Action {
     Evict(u64),
     /// Done: this block has left the index.
     Evicted(Victim),
-    /// Bring the blocks of this session's agent back.
+    /// Bring the blocks of the agent of a session back.
     Prefetch(Expected),
 }
 

@@ -174,7 +174,7 @@ impl Parser {
                     return Err(fields.bad(
                         "quotes",
                         format!("step {quoted} is not an earlier step of session `{session_name}`"),
-                        "name the steps of this session whose answers the prompt contains, or leave it out",
+                        "name the steps of the same session whose answers the prompt contains, or leave it out",
                     ));
                 }
             }

@@ -92,7 +92,7 @@ impl Tenant {
 }
 
 impl KvCache {
-    /// The tenant of a slot, made ready for this session.
+    /// The tenant of a slot, made ready for the session of a handle.
     #[inline(always)]
     pub(super) fn tenant(&mut self, handle: SessionHandle, workload: u32, session: u64) -> &mut Tenant {
         if self.tenants[handle.slot()].generation != handle.generation() {

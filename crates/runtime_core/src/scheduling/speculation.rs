@@ -4,7 +4,7 @@
 //! (p >= 1/2), this policy wants in the cache, by kind:
 //!
 //! ```text
-//! history  the prompt of this agent's last call in this session, if it was here before
+//! history  the prompt of the same agent's last call in the same session, if it was here before
 //! anchor   else the blocks that the agent's last prompts of different sessions begin with
 //! ```
 //!

@@ -27,7 +27,7 @@ class Callers:
         self.wanted = True
 
     def put(self, request_id: str, identity: Identity) -> None:
-        """This request is of this session and agent."""
+        """Whose a request is: its session and agent."""
         identities = self._identities
         identities[request_id] = identity
         if len(identities) > REQUESTS:

@@ -38,7 +38,7 @@ class Core(Protocol):
         """A call has ended; ``keys``: the full blocks of its answer."""
 
     def session_ended(self, session: int, now_us: int) -> None:
-        """No more calls of this session."""
+        """A session makes no more calls."""
 
     def removed(self, now_us: int, keys: NDArray[np.uint64]) -> None:
         """The engine no longer has these blocks."""
